@@ -1,0 +1,87 @@
+"""What the command lines under tools/ share: their common arguments, and how a config file becomes the config of a run."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+
+from .checkpoints import CheckpointError
+from .preflight import ConfigError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a command line; of an error that its sentence explains, print the sentence alone and exit with 1."""
+    try:
+        main()
+    except (CheckpointError, ConfigError) as error:
+        sys.exit(f'{type(error).__name__}: {error}')
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that training and testing have in common, named as in MMDetection."""
+    parser.add_argument('--work-dir', help='where logs and checkpoints go (default: work_dirs/NAME_OF_CONFIG)')
+    parser.add_argument('--data-root', help="where the data is, in place of the config's data_root")
+    parser.add_argument(
+        '--tensorboard', action='store_true', help='write scalars and pictures for TensorBoard too, below the work dir'
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='override entries of the config: key=value, nested keys with dots, lists as key="[a,b]"',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what started the processes: torchrun is pytorch',
+    )
+    # torch.distributed.launch gives it as an argument, torchrun in the environment.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read ``args.config`` and apply the common arguments to it.
+
+    Args:
+        args: What a parser with :func:`add_common_arguments` and an argument ``config`` has parsed.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = Config.fromfile(args.config)
+    if args.data_root:
+        cfg = replace_data_root(cfg, args.data_root)
+    cfg.launcher = args.launcher
+    if args.cfg_options:
+        cfg.merge_from_dict(args.cfg_options)
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
+    if args.tensorboard:
+        cfg.visualizer.vis_backends.append(dict(type='TensorboardVisBackend'))
+    return cfg
+
+
+def replace_data_root(cfg: Config, data_root: str) -> Config:
+    """Point every path of a config that begins with its ``data_root`` to another folder.
+
+    A config repeats the path in its data loaders and evaluators, so overriding ``data_root`` alone would change nothing.
+
+    Raises:
+        ConfigError: If the config has no ``data_root``.
+    """
+    old = cfg.get('data_root')
+    if old is None:
+        raise ConfigError('--data-root replaces the data_root of the config, but this config has none.')
+    new = str(Path(data_root).expanduser()) + '/'
+
+    def replace(value):
+        if isinstance(value, dict):
+            return {key: replace(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(replace(item) for item in value)
+        if isinstance(value, str) and value.startswith(old):
+            return new + value[len(old) :].lstrip('/')
+        return value
+
+    return Config(replace(cfg.to_dict()), filename=cfg.filename)

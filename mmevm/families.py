@@ -1,0 +1,36 @@
+"""OpenMMLab's packages exist in two families with the same import names; one of them, and only one, must be installed."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+FAMILIES = {
+    'onedl': ('onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmpretrain'),
+    'openmmlab': ('mmengine', 'mmengine-lite', 'mmcv', 'mmcv-lite', 'mmdet', 'mmpretrain'),
+}
+
+
+def check_families() -> None:
+    """Make sure that the packages under mmevm are there once.
+
+    Raises:
+        RuntimeError: If packages of both families, or none, are installed. It is no ImportError because mmengine's registry
+            swallows these, and the reader of a config would only see that ``mmevm.EfficientViM`` is unknown.
+    """
+    installed = {family: [name for name in names if _is_installed(name)] for family, names in FAMILIES.items()}
+    if all(installed.values()):
+        raise RuntimeError(
+            f'Both families of OpenMMLab packages are installed, and they overwrite each other: {installed}. Uninstall all of '
+            "them (pip uninstall -y …) and install one again: pip install 'mmevm[onedl]' or pip install 'mmevm[openmmlab]'."
+        )
+    if not any(installed.values()):
+        raise RuntimeError(
+            'mmevm needs mmengine and mmcv, and none is installed. On a PyTorch of today: pip install "mmevm[onedl]"; '
+            'with OpenMMLab\'s own packages: pip install "mmevm[openmmlab]".'
+        )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,315 @@
+"""EfficientViM: Efficient Vision Mamba with Hidden State Mixer based State Space Duality (CVPR 2025).
+
+Paper: https://arxiv.org/abs/2411.15241. Where the paper and the authors' code differ, this follows the code, from which
+their numbers and weights came.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from mmcv.cnn.bricks import DropPath
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from mmevm.checkpoints import load_pretrained_backbone
+from mmevm.registry import MODELS
+
+from .layers import FFN, ChannelLayerNorm, ConvNorm, PatchMerging, Stem
+from .mixers import HSMSSD
+
+
+class Block(nn.Module):
+    """Depthwise conv, HSM-SSD, depthwise conv, FFN, each behind a convex gate (paper, Sec. 3.3 and Fig. 4).
+
+    ``x ← (1 − g)·x + g·f(x)`` with ``g = sigmoid(alpha)`` per channel. The paper calls it layer scale, but it weighs the
+    shortcut too and starts near one half.
+
+    Args:
+        channels: C, of input and output.
+        state_dim: Number of hidden states of the mixer.
+        mlp_ratio: Hidden channels of the FFN, relative to C.
+        ssd_expand: Channels within the hidden-state mixer, relative to C.
+        drop_path: Probability with which a sample skips one of the four steps in training.
+        norm_cfg: mmcv's config of all norms but the mixer's LayerNorm.
+    """
+
+    def __init__(
+        self, channels: int, state_dim: int, mlp_ratio: float, ssd_expand: float, drop_path: float, norm_cfg: dict
+    ) -> None:
+        super().__init__()
+        self.dwconv1 = ConvNorm(channels, channels, 3, groups=channels, norm_cfg=norm_cfg)
+        self.norm = ChannelLayerNorm(channels)
+        self.mixer = HSMSSD(channels, state_dim, ssd_expand)
+        self.dwconv2 = ConvNorm(channels, channels, 3, groups=channels, norm_cfg=norm_cfg)
+        self.ffn = FFN(channels, int(mlp_ratio * channels), norm_cfg)
+        self.alpha = nn.Parameter(torch.full((4, channels), 1e-4))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Transform a feature map.
+
+        Args:
+            x: (B, C, H, W).
+
+        Returns:
+            The map, (B, C, H, W), and the mixer's hidden states, (B, C, N).
+        """
+        gates = self.alpha.sigmoid().unflatten(1, (-1, 1, 1))  # (4, C, 1, 1)
+        x = self._gate(x, self.dwconv1(x), gates[0])
+        y, h = self.mixer(self.norm(x))
+        x = self._gate(x, y, gates[1])
+        x = self._gate(x, self.dwconv2(x), gates[2])
+        x = self._gate(x, self.ffn(x), gates[3])
+        return x, h
+
+    def _gate(self, x: Tensor, fx: Tensor, gate: Tensor) -> Tensor:
+        # A dropped path is a closed gate, and the scale that keeps the expectation belongs to the gate as well.
+        gate = self.drop_path(gate.expand(len(x), -1, -1, -1))
+        return torch.lerp(x, fx.to(x.dtype), gate.to(x.dtype))
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, and the down-sampling towards the next stage.
+
+    A dense prediction takes the blocks' map before the down-sampling, so ``forward`` leaves that to its caller.
+
+    Args:
+        blocks: The blocks, in order.
+        downsample: What leads to the next stage; None in the last one.
+        with_cp: Whether blocks are recomputed in the backward pass in place of keeping their activations.
+    """
+
+    def __init__(self, blocks: Sequence[Block], downsample: PatchMerging | None, with_cp: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the blocks.
+
+        Args:
+            x: (B, C, H, W).
+
+        Returns:
+            The last block's map, (B, C, H, W), and its hidden states, (B, C, N).
+        """
+        for block in self.blocks:
+            if self.with_cp and torch.is_grad_enabled():
+                x, h = checkpoint(
+                    block,
+                    x,
+                    use_reentrant=False,
+                    context_fn=lambda block=block: (contextlib.nullcontext(), _running_stats_kept(block)),
+                )
+            else:
+                x, h = block(x)
+        return x, h
+
+
+@contextlib.contextmanager
+def _running_stats_kept(module: nn.Module) -> Iterator[None]:
+    """Let BatchNorm move copies of its running statistics: a recomputed forward must not move them a second time."""
+    kept = [(m, m._buffers) for m in module.modules() if isinstance(m, _BatchNorm)]
+    for m, buffers in kept:
+        m._buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in buffers.items()}
+    try:
+        yield
+    finally:
+        for m, buffers in kept:
+            m._buffers = buffers
+
+
+@MODELS.register_module()
+class EfficientViM(BaseModule):
+    """EfficientViM as a multi-scale backbone.
+
+    ::
+
+        image ─ patch_embed ─ stages[0] ┬ downsample ─ stages[1] ┬ downsample ─ stages[2] ┐
+        (4 convs of stride 2)           │                        │                        │
+                              stride 16 ▼              stride 32 ▼              stride 64 ▼
+
+    Any height and width will do, with no padding: a map of stride s has ceil(H/s) × ceil(W/s) pixels.
+
+    Args:
+        arch: 'm1', 'm2', 'm3' or 'm4' (paper, Table 2), or a dict with ``embed_dims``, ``depths`` and ``state_dims``:
+            channels, blocks and hidden states of each stage, finest first.
+        in_channels: Channels of the image.
+        out_indices: Stages whose maps are returned, ascending. Stages after the last of them are not built.
+        mlp_ratio: Hidden channels of the FFNs, relative to the stage's channels.
+        ssd_expand: Channels within the hidden-state mixers, relative to the stage's channels.
+        drop_path_rate: Stochastic depth of the last block; that of the others rises to it linearly from 0.
+        norm_cfg: mmcv's config of all norms but the mixers' LayerNorms, such as ``dict(type='SyncBN')``.
+        frozen_stages: −1 freezes nothing, 0 the stem, n the stem and the first n stages with their down-sampling: no
+            gradient, and BatchNorm in eval mode even after ``train()``.
+        norm_eval: Whether BatchNorm stays in eval mode after ``train()``; its weights and biases are trained all the same.
+        with_cp: Whether blocks recompute their activations in the backward pass, which saves memory and costs time.
+        init_cfg: mmengine's initialisation config. With ``type='Pretrained'`` every tensor of the backbone must be found
+            in the checkpoint, which may be a ``timm://`` name, a file of the authors', of timm's or of mmevm's own.
+
+    Attributes:
+        out_channels: Channels of each returned map.
+        out_strides: Stride of each returned map, in pixels of the image.
+
+    Raises:
+        ValueError: If an argument has a value that is not allowed; the message says which are.
+
+    Example:
+        >>> import torch
+        >>> from mmevm.models import EfficientViM
+        >>> model = EfficientViM('m1').eval()
+        >>> for feature in model(torch.rand(1, 3, 224, 160)):
+        ...     print(tuple(feature.shape))
+        (1, 128, 14, 10)
+        (1, 192, 7, 5)
+        (1, 320, 4, 3)
+        >>> model.out_channels, model.out_strides
+        ((128, 192, 320), (16, 32, 64))
+    """
+
+    arch_settings = {
+        'm1': dict(embed_dims=(128, 192, 320), depths=(2, 2, 2), state_dims=(49, 25, 9)),
+        'm2': dict(embed_dims=(128, 256, 512), depths=(2, 2, 2), state_dims=(49, 25, 9)),
+        'm3': dict(embed_dims=(224, 320, 512), depths=(2, 2, 2), state_dims=(49, 25, 9)),
+        'm4': dict(embed_dims=(224, 320, 512), depths=(3, 4, 2), state_dims=(64, 32, 16)),
+    }
+
+    def __init__(
+        self,
+        arch: str | dict = 'm4',
+        in_channels: int = 3,
+        out_indices: Sequence[int] = (0, 1, 2),
+        mlp_ratio: float = 4.0,
+        ssd_expand: float = 1.0,
+        drop_path_rate: float = 0.0,
+        norm_cfg: dict | None = None,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        settings = self._parse_arch(arch)
+        embed_dims, depths, state_dims = (settings[key] for key in ('embed_dims', 'depths', 'state_dims'))
+        self._check(out_indices, mlp_ratio, ssd_expand, drop_path_rate, frozen_stages, in_channels, len(depths))
+        norm_cfg = norm_cfg or dict(type='BN')
+
+        self.out_indices = tuple(out_indices)
+        self.out_channels = tuple(embed_dims[i] for i in self.out_indices)
+        self.out_strides = tuple(16 * 2**i for i in self.out_indices)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+
+        self.patch_embed = Stem(in_channels, embed_dims[0], norm_cfg)
+        drop_paths = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        last = self.out_indices[-1]
+        self.stages = nn.ModuleList(
+            Stage(
+                blocks=[
+                    Block(embed_dims[i], state_dims[i], mlp_ratio, ssd_expand, next(drop_paths), norm_cfg)
+                    for _ in range(depths[i])
+                ],
+                downsample=PatchMerging(embed_dims[i], embed_dims[i + 1], norm_cfg) if i < last else None,
+                with_cp=with_cp,
+            )
+            for i in range(last + 1)
+        )
+        self._freeze()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Extract features.
+
+        Args:
+            x: Images, (B, in_channels, H, W).
+
+        Returns:
+            A map (B, C, ceil(H/s), ceil(W/s)) for each of ``out_indices``, with C of ``out_channels`` and s of
+            ``out_strides``.
+        """
+        x = self.patch_embed(x)
+        outs = []
+        for i, stage in enumerate(self.stages):
+            x, _ = stage(x)
+            if i in self.out_indices:
+                outs.append(x)
+            if stage.downsample is not None:
+                x = stage.downsample(x)
+        return tuple(outs)
+
+    def init_weights(self) -> None:
+        """Initialise as ``init_cfg`` says.
+
+        Raises:
+            RuntimeError: If a checkpoint named by ``init_cfg`` does not hold every tensor of the backbone. mmengine's own
+                loading would only warn, and train from random weights.
+        """
+        init_cfgs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg]
+        pretrained = [dict(cfg) for cfg in init_cfgs if cfg and cfg['type'] == 'Pretrained']
+        if not pretrained:
+            super().init_weights()
+            return
+        for cfg in pretrained:
+            cfg.pop('type')
+            load_pretrained_backbone(self, **cfg)
+        self._is_init = True
+
+    def train(self, mode: bool = True) -> 'EfficientViM':
+        """Set training mode, but for what ``frozen_stages`` and ``norm_eval`` keep in eval mode."""
+        super().train(mode)
+        if mode:
+            self._freeze()
+            if self.norm_eval:
+                for module in self.modules():
+                    if isinstance(module, _BatchNorm):
+                        module.eval()
+        return self
+
+    def _freeze(self) -> None:
+        frozen = [self.patch_embed, *self.stages[: self.frozen_stages]] if self.frozen_stages >= 0 else []
+        for module in frozen:
+            module.eval()
+            module.requires_grad_(False)
+
+    @classmethod
+    def _parse_arch(cls, arch: str | dict) -> dict:
+        if isinstance(arch, str):
+            if arch not in cls.arch_settings:
+                raise ValueError(f"arch='{arch}' is unknown: choose from {list(cls.arch_settings)} or give a dict.")
+            return cls.arch_settings[arch]
+        keys = {'embed_dims', 'depths', 'state_dims'}
+        if set(arch) != keys:
+            raise ValueError(f'A custom arch has exactly the keys {sorted(keys)}, not {sorted(arch)}.')
+        if len({len(arch[key]) for key in keys}) != 1 or not arch['depths']:
+            raise ValueError(f'embed_dims, depths and state_dims need one entry for each stage: {arch}.')
+        if any(value < 1 or value != int(value) for key in keys for value in arch[key]) or arch['embed_dims'][0] % 8:
+            raise ValueError(f'An arch has positive integers, embed_dims[0] being a multiple of 8 for the stem: {arch}.')
+        return arch
+
+    @staticmethod
+    def _check(
+        out_indices: Sequence[int],
+        mlp_ratio: float,
+        ssd_expand: float,
+        drop_path_rate: float,
+        frozen_stages: int,
+        in_channels: int,
+        num_stages: int,
+    ) -> None:
+        allowed = range(num_stages)
+        indices = list(out_indices)
+        if not indices or indices != sorted(set(indices)) or not set(indices) <= set(allowed):
+            raise ValueError(f'out_indices={out_indices}: give one or more of {list(allowed)}, each once, ascending.')
+        if not -1 <= frozen_stages <= num_stages:
+            raise ValueError(f'frozen_stages={frozen_stages}: −1 (nothing), 0 (the stem) to {num_stages} (all stages).')
+        if frozen_stages > indices[-1] + 1:
+            raise ValueError(f'frozen_stages={frozen_stages}, but out_indices={out_indices} builds {indices[-1] + 1} only.')
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate={drop_path_rate}: a probability from 0 to below 1.')
+        if mlp_ratio <= 0 or ssd_expand <= 0:
+            raise ValueError(f'mlp_ratio={mlp_ratio} and ssd_expand={ssd_expand} must be greater than 0.')
+        if in_channels < 1:
+            raise ValueError(f'in_channels={in_channels}: at least 1.')

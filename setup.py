@@ -1,0 +1,46 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = {}
+exec((here / 'mmevm' / 'version.py').read_text(), version)
+
+setup(
+    name='mmevm',
+    version=version['__version__'],
+    description='EfficientViM (CVPR 2025) as a multi-scale backbone for MMDetection and MMPretrain',
+    long_description=(here / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.10',
+    packages=find_packages(include=['mmevm', 'mmevm.*']),
+    install_requires=['torch>=2.1', 'torchvision>=0.16', 'timm>=1.0.31', 'pycocotools>=2.0.7'],
+    # The two families of OpenMMLab packages share their import names, so mmevm requires neither: it would overwrite the one
+    # that is there.
+    extras_require={
+        'onedl': [
+            'onedl-mmengine>=0.10.12',
+            'onedl-mmcv>=2.3.6',
+            'onedl-mmdetection>=3.5.1',
+            'onedl-mmpretrain>=1.3.6',
+        ],
+        'openmmlab': [
+            'mmengine>=0.10.7',
+            'mmcv-lite>=2.1.0,<2.2.0',
+            'mmdet>=3.3.0',
+            'mmpretrain>=1.2.0',
+            'setuptools<81',  # mmengine 0.10 imports pkg_resources
+        ],
+        'dev': ['matplotlib', 'pytest', 'pytest-timeout', 'ruff', 'tensorboard'],
+    },
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Developers',
+        'Intended Audience :: Science/Research',
+        'Programming Language :: Python :: 3.10',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Programming Language :: Python :: 3.13',
+    ],
+)

@@ -1,0 +1,121 @@
+"""Write a small synthetic data set in COCO's layout: textured shapes on textured grounds.
+
+Shapes occlude each other and are cut by the border; masks hold exactly the pixels that are visible. In the first image of
+each split a cluster of discs is annotated as one crowd, and the last image is empty. Same arguments, same pixels.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+from pycocotools import mask as mask_utils
+
+CLASSES = ('disc', 'box', 'triangle')
+
+
+def make_texture(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Two random colours, mixed by stripes, a checkerboard, a gradient or clouds: (size, size, 3) uint8."""
+    y, x = np.mgrid[:size, :size].astype(np.float32)
+    angle, period = rng.uniform(0, np.pi), rng.uniform(6, 18)
+    across = x * np.cos(angle) + y * np.sin(angle)
+    along = y * np.cos(angle) - x * np.sin(angle)
+    kind = rng.integers(4)
+    if kind == 0:
+        mix = np.sin(across * 2 * np.pi / period) > 0
+    elif kind == 1:
+        mix = (np.floor(across / period) + np.floor(along / period)) % 2
+    elif kind == 2:
+        mix = (across - across.min()) / np.ptp(across)
+    else:
+        mix = cv2.resize(rng.random((8, 8), dtype=np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
+    colours = rng.uniform(20, 235, (2, 3))
+    texture = colours[0] + np.asarray(mix, np.float32)[..., None] * (colours[1] - colours[0])
+    return np.clip(texture + rng.normal(0, 6, texture.shape), 0, 255).astype(np.uint8)
+
+
+def make_shape(rng: np.random.Generator, size: int, kind: int, radius: float, centre: np.ndarray) -> np.ndarray:
+    """Mask of one shape, (size, size) bool."""
+    mask = np.zeros((size, size), np.uint8)
+    if kind == CLASSES.index('disc'):
+        cv2.circle(mask, centre.astype(int).tolist(), int(radius), 1, -1)
+    else:
+        corners = 4 if kind == CLASSES.index('box') else 3
+        angles = rng.uniform(0, 2 * np.pi) + np.arange(corners) * 2 * np.pi / corners
+        points = centre + 1.2 * radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        cv2.fillPoly(mask, [points.astype(np.int32)], 1)
+    return mask.astype(bool)
+
+
+def make_image(rng: np.random.Generator, size: int, crowd: bool, empty: bool) -> tuple[np.ndarray, list[dict]]:
+    """One image and its objects: ``category`` (index), ``mask`` (visible pixels), ``iscrowd``."""
+    image = make_texture(rng, size)
+    kinds, radii = [], []
+    if not empty:
+        number = rng.integers(2, 6)
+        kinds = rng.integers(len(CLASSES), size=number).tolist()
+        radii = np.exp(rng.uniform(np.log(size / 16), np.log(size / 5), number)).tolist()
+    shapes = [
+        dict(category=kind, iscrowd=0, mask=make_shape(rng, size, kind, radius, rng.uniform(0.08, 0.92, 2) * size))
+        for kind, radius in zip(kinds, radii, strict=True)
+    ]
+    if crowd:
+        centre = rng.uniform(0.3, 0.7, 2) * size
+        discs = [make_shape(rng, size, 0, size / 32, centre + rng.normal(0, size / 12, 2)) for _ in range(12)]
+        shapes.append(dict(category=0, iscrowd=1, mask=np.any(discs, axis=0)))
+    for i, shape in enumerate(shapes):
+        texture = make_texture(rng, size)
+        image[shape['mask']] = texture[shape['mask']]
+        for earlier in shapes[:i]:
+            earlier['mask'] = earlier['mask'] & ~shape['mask']
+    return image, [shape for shape in shapes if shape['mask'].sum() >= 32]
+
+
+def make_split(root: Path, split: str, num_images: int, size: int, seed: int) -> None:
+    """Write ``root/split/*.png`` and ``root/annotations/instances_split.json``."""
+    rng = np.random.default_rng(seed)
+    (root / split).mkdir(parents=True, exist_ok=True)
+    (root / 'annotations').mkdir(exist_ok=True)
+    coco = dict(
+        info=dict(description=f'Synthetic shapes, made by {Path(__file__).name} from seed {seed}'),
+        images=[],
+        annotations=[],
+        categories=[dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)],
+    )
+    for i in range(num_images):
+        image, objects = make_image(rng, size, crowd=i == 0, empty=i == num_images - 1)
+        name = f'{i:06d}.png'
+        cv2.imwrite(str(root / split / name), image)
+        coco['images'].append(dict(id=i + 1, file_name=name, width=size, height=size))
+        for obj in objects:
+            rle = mask_utils.encode(np.asfortranarray(obj['mask'], np.uint8))
+            coco['annotations'].append(
+                dict(
+                    id=len(coco['annotations']) + 1,
+                    image_id=i + 1,
+                    category_id=obj['category'] + 1,
+                    iscrowd=obj['iscrowd'],
+                    area=int(mask_utils.area(rle)),
+                    bbox=mask_utils.toBbox(rle).tolist(),
+                    segmentation=dict(size=rle['size'], counts=rle['counts'].decode()),
+                )
+            )
+    (root / 'annotations' / f'instances_{split}.json').write_text(json.dumps(coco))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('root', type=Path, help='folder to write')
+    parser.add_argument('--num-train', type=int, default=800, help='images to train on')
+    parser.add_argument('--num-val', type=int, default=80, help='images to evaluate on')
+    parser.add_argument('--size', type=int, default=192, help='side of the images in pixels')
+    parser.add_argument('--seed', type=int, default=0, help='seed of the generator')
+    args = parser.parse_args()
+    make_split(args.root, 'train', args.num_train, args.size, 2 * args.seed)
+    make_split(args.root, 'val', args.num_val, args.size, 2 * args.seed + 1)
+    print(f'{args.root}: {args.num_train} synthetic images to train on, {args.num_val} to evaluate on')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,47 @@
+"""Train a detector or a classifier from an MMEngine config."""
+
+import argparse
+
+import torch
+from mmengine.runner import Runner
+
+from mmevm.cli import add_common_arguments, load_config, run
+from mmevm.preflight import check_config
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--amp', action='store_true', help='train with automatic mixed precision (on a GPU)')
+    parser.add_argument(
+        '--auto-scale-lr', action='store_true', help="scale the learning rate to the batch, as the config's auto_scale_lr says"
+    )
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        help='continue from this checkpoint or, without a value, from the latest one in the work dir',
+    )
+    add_common_arguments(parser)
+    args = parser.parse_args()
+    if args.amp and not torch.cuda.is_available():
+        parser.error("--amp needs a GPU: mmengine's AmpOptimWrapper has no CPU mode. Leave it out to train in float32.")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = load_config(args)
+    if args.amp:
+        cfg.optim_wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic')
+    if args.auto_scale_lr:
+        cfg.auto_scale_lr.enable = True
+    if args.resume:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    check_config(cfg, ['train', 'val'])
+    Runner.from_cfg(cfg).train()
+
+
+if __name__ == '__main__':
+    run(main)
