@@ -16,8 +16,8 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=['mmevm', 'mmevm.*']),
     install_requires=['torch>=2.1', 'torchvision>=0.16', 'timm>=1.0.31', 'pycocotools>=2.0.7'],
-    # The two families of OpenMMLab packages share their import names, so mmevm requires neither: it would overwrite the one
-    # that is there.
+    # The two families of OpenMMLab packages share their import names, so mmevm requires neither: it would overwrite
+    # the one that is there.
     extras_require={
         'onedl': [
             'onedl-mmengine>=0.10.12',

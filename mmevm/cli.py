@@ -1,4 +1,4 @@
-"""What the command lines under tools/ share: their common arguments, and how a config file becomes the config of a run."""
+"""What the command lines under tools/ share: common arguments, and how a config file becomes the config of a run."""
 
 import argparse
 import os
@@ -65,7 +65,8 @@ def load_config(args: argparse.Namespace) -> Config:
 def replace_data_root(cfg: Config, data_root: str) -> Config:
     """Point every path of a config that begins with its ``data_root`` to another folder.
 
-    A config repeats the path in its data loaders and evaluators, so overriding ``data_root`` alone would change nothing.
+    A config repeats the path in its data loaders and evaluators, so overriding ``data_root`` alone would change
+    nothing.
 
     Raises:
         ConfigError: If the config has no ``data_root``.

@@ -1,4 +1,4 @@
-"""OpenMMLab's packages exist in two families with the same import names; one of them, and only one, must be installed."""
+"""OpenMMLab's packages exist in two families with the same import names; exactly one of them must be installed."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -12,14 +12,15 @@ def check_families() -> None:
     """Make sure that the packages under mmevm are there once.
 
     Raises:
-        RuntimeError: If packages of both families, or none, are installed. It is no ImportError because mmengine's registry
-            swallows these, and the reader of a config would only see that ``mmevm.EfficientViM`` is unknown.
+        RuntimeError: If packages of both families, or none, are installed. It is no ImportError because mmengine's
+            registry swallows these, and the reader of a config would only see that ``mmevm.EfficientViM`` is unknown.
     """
     installed = {family: [name for name in names if _is_installed(name)] for family, names in FAMILIES.items()}
     if all(installed.values()):
         raise RuntimeError(
-            f'Both families of OpenMMLab packages are installed, and they overwrite each other: {installed}. Uninstall all of '
-            "them (pip uninstall -y …) and install one again: pip install 'mmevm[onedl]' or pip install 'mmevm[openmmlab]'."
+            f'Both families of OpenMMLab packages are installed, and they overwrite each other: {installed}. '
+            'Uninstall all of them (pip uninstall -y …) and install one again: '
+            "pip install 'mmevm[onedl]' or pip install 'mmevm[openmmlab]'."
         )
     if not any(installed.values()):
         raise RuntimeError(

@@ -41,8 +41,8 @@ def check_config(cfg: Config, splits: Sequence[str]) -> None:
         for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
             if evaluator.get('ann_file') and not _exists(evaluator['ann_file']):
                 raise ConfigError(
-                    f'{split}_evaluator.ann_file: there is no {evaluator["ann_file"]}. It has to name the annotations of '
-                    f'{split}_dataloader; --data-root DIR changes both.'
+                    f'{split}_evaluator.ann_file: there is no {evaluator["ann_file"]}. It has to name the '
+                    f'annotations of {split}_dataloader; --data-root DIR changes both.'
                 )
 
 
@@ -76,8 +76,9 @@ def _check_files(key: str, dataset: dict) -> None:
         path = _join(dataset, path)
         if not _exists(path):
             raise ConfigError(
-                f'{key}.{name}: there is no {path}. Put the data there, or a link to it (for COCO: ln -s /path/to/coco '
-                "data/coco), name its place with --data-root DIR, or change data_root, ann_file and data_prefix in the config."
+                f'{key}.{name}: there is no {path}. Put the data there, or a link to it (for COCO: '
+                'ln -s /path/to/coco data/coco), name its place with --data-root DIR, or change '
+                'data_root, ann_file and data_prefix in the config.'
             )
 
 
@@ -97,8 +98,9 @@ def _check_annotated_classes(key: str, dataset: dict, classes: tuple[str, ...]) 
     unknown = [name for name in classes if annotated is not None and name not in annotated]
     if unknown:
         raise ConfigError(
-            f'{key}: {len(unknown)} of its {len(classes)} classes, {_some(unknown)}, are not among the categories of {path}, '
-            f'which are {_some(annotated)}; their objects would silently be skipped. Set {key}.metainfo.classes to these names.'
+            f'{key}: {len(unknown)} of its {len(classes)} classes, {_some(unknown)}, are not among the categories of '
+            f'{path}, which are {_some(annotated)}; their objects would silently be skipped. '
+            f'Set {key}.metainfo.classes to these names.'
         )
 
 
@@ -123,8 +125,8 @@ def _check_num_classes(key: str, classes: tuple[str, ...], model: dict) -> None:
     for name, head in _heads(model, 'model'):
         if head['num_classes'] != len(classes):
             raise ConfigError(
-                f'{name}.num_classes={head["num_classes"]}, but {key} has {len(classes)} classes ({_some(classes)}): set '
-                f"{name}.num_classes={len(classes)} or correct {key}.metainfo.classes."
+                f'{name}.num_classes={head["num_classes"]}, but {key} has {len(classes)} classes ({_some(classes)}): '
+                f'set {name}.num_classes={len(classes)} or correct {key}.metainfo.classes.'
             )
 
 

@@ -1,7 +1,7 @@
 """The registry scope ``mmevm``.
 
-Whenever an OpenMMLab config says ``type='mmevm.X'``, mmengine imports ``mmevm.registry`` by that name and looks for ``X``
-in the children found here. That is all it takes: no ``custom_imports``.
+Whenever an OpenMMLab config says ``type='mmevm.X'``, mmengine imports ``mmevm.registry`` by that name and looks for
+``X`` in the children found here. That is all it takes: no ``custom_imports``.
 """
 
 from mmengine.registry import MODELS as MMENGINE_MODELS

@@ -1,4 +1,4 @@
-"""Write a COCO annotation file with the first images of another one: something small to overfit, or to try a pipeline on."""
+"""Write a COCO annotation file with the first images of another: something small to overfit or try a pipeline on."""
 
 import argparse
 import json
@@ -16,7 +16,9 @@ def main() -> None:
     with_objects = {ann['image_id'] for ann in coco['annotations'] if not ann['iscrowd']}
     images = sorted((img for img in coco['images'] if img['id'] in with_objects), key=lambda img: img['id'])
     if len(images) < args.num_images:
-        parser.error(f'{args.src} has only {len(images)} images with objects, fewer than --num-images {args.num_images}.')
+        parser.error(
+            f'{args.src} has only {len(images)} images with objects, fewer than --num-images {args.num_images}.'
+        )
     coco['images'] = images[: args.num_images]
     kept = {img['id'] for img in coco['images']}
     coco['annotations'] = [ann for ann in coco['annotations'] if ann['image_id'] in kept]

@@ -1,7 +1,8 @@
 """Write a small synthetic data set in COCO's layout: textured shapes on textured grounds.
 
-Shapes occlude each other and are cut by the border; masks hold exactly the pixels that are visible. In the first image of
-each split a cluster of discs is annotated as one crowd, and the last image is empty. Same arguments, same pixels.
+Shapes occlude each other and are cut by the border; masks hold exactly the pixels that are visible. In the first
+image of each split a cluster of discs is annotated as one crowd, and the last image is empty. Same arguments, same
+pixels.
 """
 
 import argparse

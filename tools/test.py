@@ -15,7 +15,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--out', help='write all predictions to this pickle file')
-    parser.add_argument('--show-dir', type=Path, help='write pictures here: ground truth on the left, predictions on the right')
+    parser.add_argument(
+        '--show-dir', type=Path, help='write pictures here: ground truth on the left, predictions on the right'
+    )
     parser.add_argument(
         '--format-only',
         metavar='PREFIX',

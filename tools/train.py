@@ -14,7 +14,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', help='config file')
     parser.add_argument('--amp', action='store_true', help='train with automatic mixed precision (on a GPU)')
     parser.add_argument(
-        '--auto-scale-lr', action='store_true', help="scale the learning rate to the batch, as the config's auto_scale_lr says"
+        '--auto-scale-lr',
+        action='store_true',
+        help="scale the learning rate to the batch, as the config's auto_scale_lr says",
     )
     parser.add_argument(
         '--resume',

@@ -1,5 +1,5 @@
-# Mask R-CNN with EfficientViM-M1 from random weights on the synthetic data of tools/make_shapes.py, small enough for two CPU
-# cores. `make demo` runs it. It also is an example of a config for data of your own.
+# Mask R-CNN with EfficientViM-M1 from random weights on the synthetic data of tools/make_shapes.py, small enough for
+# two CPU cores. `make demo` runs it. It also is an example of a config for data of your own.
 _base_ = '../maskrcnn_evm_m1.py'
 
 data_root = 'work_dirs/demo/shapes/'
@@ -68,7 +68,5 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type='CosineAnnealingLR', by_epoch=False, begin=50, end=max_iters, T_max=max_iters - 50, eta_min=0),
 ]
-default_hooks = dict(
-    logger=dict(interval=10), checkpoint=dict(by_epoch=False, interval=250, max_keep_ckpts=1)
-)
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(by_epoch=False, interval=250, max_keep_ckpts=1))
 log_processor = dict(by_epoch=False)

@@ -24,8 +24,8 @@ from .mixers import HSMSSD
 class Block(nn.Module):
     """Depthwise conv, HSM-SSD, depthwise conv, FFN, each behind a convex gate (paper, Sec. 3.3 and Fig. 4).
 
-    ``x ← (1 − g)·x + g·f(x)`` with ``g = sigmoid(alpha)`` per channel. The paper calls it layer scale, but it weighs the
-    shortcut too and starts near one half.
+    ``x ← (1 − g)·x + g·f(x)`` with ``g = sigmoid(alpha)`` per channel. The paper calls it layer scale, but it weighs
+    the shortcut too and starts near one half.
 
     Args:
         channels: C, of input and output.
@@ -146,10 +146,11 @@ class EfficientViM(BaseModule):
         norm_cfg: mmcv's config of all norms but the mixers' LayerNorms, such as ``dict(type='SyncBN')``.
         frozen_stages: −1 freezes nothing, 0 the stem, n the stem and the first n stages with their down-sampling: no
             gradient, and BatchNorm in eval mode even after ``train()``.
-        norm_eval: Whether BatchNorm stays in eval mode after ``train()``; its weights and biases are trained all the same.
+        norm_eval: Whether BatchNorm stays in eval mode after ``train()``; its weights and biases are trained all the
+            same.
         with_cp: Whether blocks recompute their activations in the backward pass, which saves memory and costs time.
-        init_cfg: mmengine's initialisation config. With ``type='Pretrained'`` every tensor of the backbone must be found
-            in the checkpoint, which may be a ``timm://`` name, a file of the authors', of timm's or of mmevm's own.
+        init_cfg: mmengine's initialisation config. With ``type='Pretrained'`` every tensor of the backbone must be in
+            the checkpoint, which may be a ``timm://`` name, a file of the authors', of timm's or of mmevm's own.
 
     Attributes:
         out_channels: Channels of each returned map.
@@ -244,8 +245,8 @@ class EfficientViM(BaseModule):
         """Initialise as ``init_cfg`` says.
 
         Raises:
-            RuntimeError: If a checkpoint named by ``init_cfg`` does not hold every tensor of the backbone. mmengine's own
-                loading would only warn, and train from random weights.
+            RuntimeError: If a checkpoint named by ``init_cfg`` does not hold every tensor of the backbone. mmengine's
+                own loading would only warn, and train from random weights.
         """
         init_cfgs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg]
         pretrained = [dict(cfg) for cfg in init_cfgs if cfg and cfg['type'] == 'Pretrained']
@@ -286,7 +287,9 @@ class EfficientViM(BaseModule):
         if len({len(arch[key]) for key in keys}) != 1 or not arch['depths']:
             raise ValueError(f'embed_dims, depths and state_dims need one entry for each stage: {arch}.')
         if any(value < 1 or value != int(value) for key in keys for value in arch[key]) or arch['embed_dims'][0] % 8:
-            raise ValueError(f'An arch has positive integers, embed_dims[0] being a multiple of 8 for the stem: {arch}.')
+            raise ValueError(
+                f'An arch has positive integers, embed_dims[0] being a multiple of 8 for the stem: {arch}.'
+            )
         return arch
 
     @staticmethod
@@ -306,7 +309,9 @@ class EfficientViM(BaseModule):
         if not -1 <= frozen_stages <= num_stages:
             raise ValueError(f'frozen_stages={frozen_stages}: −1 (nothing), 0 (the stem) to {num_stages} (all stages).')
         if frozen_stages > indices[-1] + 1:
-            raise ValueError(f'frozen_stages={frozen_stages}, but out_indices={out_indices} builds {indices[-1] + 1} only.')
+            raise ValueError(
+                f'frozen_stages={frozen_stages}, but out_indices={out_indices} builds {indices[-1] + 1} only.'
+            )
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate={drop_path_rate}: a probability from 0 to below 1.')
         if mlp_ratio <= 0 or ssd_expand <= 0:

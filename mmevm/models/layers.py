@@ -54,6 +54,7 @@ class ConvNorm(nn.Module):
         self.act = nn.ReLU(inplace=True) if relu else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, …) to (B, out_channels, …)."""
         return self.act(self.norm(self.conv(x)))
 
 
@@ -77,14 +78,15 @@ class Stem(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)  # (B, in_channels, H, W) -> (B, embed_dims, ceil(H/16), ceil(W/16))
+        """(B, in_channels, H, W) to (B, embed_dims, ceil(H/16), ceil(W/16))."""
+        return self.conv(x)
 
 
 class ChannelLayerNorm(nn.Module):
     """LayerNorm over the channels of each pixel of a (B, C, H, W) map.
 
-    Mean and variance are taken in at least float32, whatever autocast says: a sum of squares of features of 1e4 does not
-    fit into float16, and bfloat16 has not enough digits for the mean.
+    Mean and variance are taken in at least float32, whatever autocast says: a sum of squares of features of 1e4 does
+    not fit into float16, and bfloat16 has not enough digits for the mean.
 
     Args:
         num_channels: C.
@@ -98,6 +100,7 @@ class ChannelLayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         y = F.layer_norm(x.permute(0, 2, 3, 1).to(dtype), weight.shape, weight, bias, self.eps)
@@ -119,13 +122,15 @@ class FFN(nn.Module):
         self.fc2 = ConvNorm(hidden_channels, channels, 1, norm_cfg=norm_cfg)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same."""
         return self.fc2(self.fc1(x))
 
 
 class PatchMerging(nn.Module):
     """Down-sampling between two stages: an inverted residual of stride 2 with squeeze-and-excitation.
 
-    A depthwise 3×3 with a shortcut stands before and after it, as in the authors' code (the paper only cites EfficientViT).
+    A depthwise 3×3 with a shortcut stands before and after it, as in the authors' code (the paper only cites
+    EfficientViT).
 
     Args:
         in_channels: Channels of the finer stage.
@@ -146,6 +151,7 @@ class PatchMerging(nn.Module):
         self.dwconv2 = ConvNorm(out_channels, out_channels, 3, groups=out_channels, norm_cfg=norm_cfg)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) to (B, out_channels, ceil(H/2), ceil(W/2))."""
         x = x + self.dwconv1(x)
-        x = self.conv(x)  # (B, in_channels, H, W) -> (B, out_channels, ceil(H/2), ceil(W/2))
+        x = self.conv(x)
         return x + self.dwconv2(x)

@@ -24,17 +24,18 @@ class UpsampleFPN(FPN):
         stride 64 ─ LayerNorm ─ 1×1 ─ + ──────────────────── fpn_convs[2]           stride 64
                           └─────────── fpn_convs[3], if add_extra_convs='on_input'  stride 128
 
-    ``upsample_convs[1]`` takes what ``upsample_convs[0]`` gives. Levels as coarse as the backbone's, and coarser, are those
-    of mmdet's FPN.
+    ``upsample_convs[1]`` takes what ``upsample_convs[0]`` gives. Levels as coarse as the backbone's, and coarser, are
+    those of mmdet's FPN.
 
     Args:
         in_channels: Channels of each map of the backbone, finest first.
         out_channels: Channels of each level of the pyramid.
-        num_outs: Number of levels in all: ``num_upsamples`` finer ones, one for each map, and as many coarser ones as remain.
+        num_outs: Number of levels in all: ``num_upsamples`` finer ones, one for each map, and as many coarser ones as
+            remain.
         num_upsamples: Levels finer than the backbone's first map, each twice as fine as the one before.
-        add_extra_convs: Where the coarser levels come from: False is max pooling of the last level; 'on_input' (or True),
-            'on_lateral' and 'on_output' are 3×3 convolutions of stride 2, of which the first takes the backbone's last map
-            after its LayerNorm, the last lateral, or the last level.
+        add_extra_convs: Where the coarser levels come from: False is max pooling of the last level; 'on_input' (or
+            True), 'on_lateral' and 'on_output' are 3×3 convolutions of stride 2, of which the first takes the
+            backbone's last map after its LayerNorm, the last lateral, or the last level.
         relu_before_extra_convs: Whether a ReLU stands before each of these convolutions but the first.
         norm_cfg: mmcv's config of norms in laterals and 3×3 convolutions; None for none.
         act_cfg: mmcv's config of activations there; None for none.
@@ -71,8 +72,8 @@ class UpsampleFPN(FPN):
     ) -> None:
         if num_upsamples < 0 or num_outs < num_upsamples + len(in_channels):
             raise ValueError(
-                f'num_outs={num_outs} levels cannot hold num_upsamples={num_upsamples} finer ones and one for each of the '
-                f'{len(in_channels)} maps of in_channels={in_channels}.'
+                f'num_outs={num_outs} levels cannot hold num_upsamples={num_upsamples} finer ones and one for each of '
+                f'the {len(in_channels)} maps of in_channels={in_channels}.'
             )
         super().__init__(
             in_channels=list(in_channels),

@@ -112,7 +112,7 @@ def test_initial_weights_are_those_of_fpn():
 
 
 def test_too_few_levels_is_an_error():
-    with pytest.raises(ValueError, match='num_outs=4.*num_upsamples=2.*3 maps'):
+    with pytest.raises(ValueError, match=r'num_outs=4.*num_upsamples=2.*3 maps'):
         UpsampleFPN(CHANNELS, 8, num_outs=4)
 
 

@@ -1,0 +1,106 @@
+"""Checkpoints from wherever they are: local files, URLs, ``timm://`` names."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import huggingface_hub
+import timm
+import torch
+from mmengine.dist import barrier, get_rank
+from mmengine.runner.checkpoint import CheckpointLoader
+
+from .converting import convert_checkpoint
+from .reading import CheckpointError, read_checkpoint
+
+
+def fetch_checkpoint(checkpoint: str, map_location: str | None = None) -> Any:
+    """Read a checkpoint from wherever it is.
+
+    Args:
+        checkpoint: A local file, a URL, a ``timm://`` name or another scheme known to mmengine.
+        map_location: Device of the tensors; None is the CPU.
+
+    Returns:
+        The content of the file; for ``timm://``, the converted checkpoint.
+
+    Raises:
+        CheckpointError: If there is no such file, or it cannot be fetched or read.
+    """
+    if checkpoint.startswith(('http://', 'https://')):
+        return read_checkpoint(_download(checkpoint), map_location)
+    if '://' in checkpoint:
+        return CheckpointLoader.load_checkpoint(checkpoint, map_location or 'cpu', logger='current')
+    return read_checkpoint(checkpoint, map_location)
+
+
+def _download(url: str) -> Path:
+    path = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(url).path).name)
+    with _first_process_of_node_first():
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                torch.hub.download_url_to_file(url, str(path), progress=False)
+            except OSError as error:
+                raise CheckpointError(
+                    f'{url} cannot be downloaded ({error}): fetch it elsewhere and name the file.'
+                ) from error
+    return path
+
+
+@CheckpointLoader.register_scheme(prefixes='timm://', force=True)
+def load_from_timm(filename: str, map_location: str | None = None) -> dict[str, Any]:
+    """Fetch timm's weights of EfficientViM from the Hugging Face hub, and convert them.
+
+    The cache is that of the hub (``HF_HOME``); what lies there is used without a network.
+
+    Args:
+        filename: ``timm://`` and a name of timm's, such as ``timm://efficientvim_m4.e450_in1k``.
+        map_location: Device of the tensors; None is the CPU.
+
+    Returns:
+        ``{'state_dict': ..., 'meta': ...}`` as ``convert_checkpoint`` gives it.
+
+    Raises:
+        CheckpointError: If timm has no weights of that name, or they are neither cached nor to be had.
+    """
+    name = filename.removeprefix('timm://')
+    names = timm.list_models('efficientvim*', pretrained=True)
+    if name not in names:
+        raise CheckpointError(
+            f'timm {timm.__version__} has no weights of the name {name!r}. It has: '
+            f'{", ".join(names) or "none of EfficientViM, which came with timm 1.0.31"}.'
+        )
+    where = dict(repo_id=timm.get_pretrained_cfg(name).hf_hub_id, filename='model.safetensors')
+    with _first_process_of_node_first():
+        path = huggingface_hub.try_to_load_from_cache(**where)
+        if not isinstance(path, str):
+            try:
+                # Where there is no network, hf_hub_download tries again for half a minute; this fails at once.
+                huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(**where), timeout=10)
+                path = huggingface_hub.hf_hub_download(**where)
+            except Exception as error:  # of the hub, of its HTTP library (which has changed) or of the system
+                raise CheckpointError(
+                    f'{filename} is not in the cache of the Hugging Face hub and could not be had from the hub '
+                    f'({type(error).__name__}). Either fetch model.safetensors of {where["repo_id"]} elsewhere and '
+                    "name that file, init_cfg=dict(type='Pretrained', checkpoint='…/model.safetensors'), or copy a "
+                    'filled HF_HOME; or train from random weights: --cfg-options model.backbone.init_cfg=None.'
+                ) from error
+    converted, _ = convert_checkpoint(read_checkpoint(path, map_location))
+    return converted
+
+
+@contextlib.contextmanager
+def _first_process_of_node_first() -> Iterator[None]:
+    """Let the other processes of a node wait until the first one has filled the cache."""
+    waits = int(os.environ.get('LOCAL_RANK', get_rank())) > 0
+    if waits:
+        barrier()
+    try:
+        yield
+    finally:  # also when it failed: the others shall fail with the same sentence, not wait for ever
+        if not waits:
+            barrier()

@@ -1,0 +1,83 @@
+"""Multi-scale deformable attention: each query gathers a few points of every level of a pyramid."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .precision import widen
+
+
+def ms_deform_attn_forward(
+    value: Tensor,
+    value_spatial_shapes: Tensor,
+    value_level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    im2col_step: int,
+) -> Tensor:
+    """Weighted sum of bilinear samples.
+
+    Args:
+        value: (B, keys, heads, channels), the levels one after another.
+        value_spatial_shapes: (levels, 2), their height and width.
+        value_level_start_index: (levels,), their first key.
+        sampling_locations: (B, queries, heads, levels, points, 2), x and y from 0 to 1.
+        attention_weights: (B, queries, heads, levels, points).
+        im2col_step: A tuning hint that stays unused.
+
+    Returns:
+        (B, queries, heads · channels).
+    """
+    output = 0
+    for level, shape, keys in _levels(value_spatial_shapes, value_level_start_index):
+        output = output + _attend(
+            widen(value[:, keys]),
+            widen(sampling_locations[:, :, :, level]),
+            widen(attention_weights[:, :, :, level]),
+            shape,
+        )
+    return output.to(value.dtype)
+
+
+def ms_deform_attn_backward(
+    value: Tensor,
+    value_spatial_shapes: Tensor,
+    value_level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    grad_output: Tensor,
+    grad_value: Tensor,
+    grad_sampling_loc: Tensor,
+    grad_attn_weight: Tensor,
+    im2col_step: int,
+) -> None:
+    """Gradients of :func:`ms_deform_attn_forward`, written to the three tensors ``grad_…``."""
+    for level, shape, keys in _levels(value_spatial_shapes, value_level_start_index):
+        index = (slice(None), slice(None), slice(None), level)
+        inputs = (value[:, keys], sampling_locations[index], attention_weights[index])
+        inputs = [widen(tensor).detach().requires_grad_() for tensor in inputs]
+        with torch.enable_grad():
+            output = _attend(*inputs, shape)
+        grads = torch.autograd.grad(output, inputs, grad_output.to(output.dtype))
+        grad_value[:, keys] = grads[0].to(grad_value.dtype)
+        grad_sampling_loc[index] = grads[1].to(grad_sampling_loc.dtype)
+        grad_attn_weight[index] = grads[2].to(grad_attn_weight.dtype)
+
+
+def _levels(shapes: Tensor, starts: Tensor) -> list[tuple[int, tuple[int, int], slice]]:
+    """Number, height and width, and keys of each level. They are independent, so memory is that of the largest."""
+    return [
+        (level, (height, width), slice(start, start + height * width))
+        for level, ((height, width), start) in enumerate(zip(shapes.tolist(), starts.tolist(), strict=True))
+    ]
+
+
+def _attend(value: Tensor, locations: Tensor, weights: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Attention to one level: (B, H · W, heads, channels) to (B, queries, heads · channels)."""
+    batch, queries, heads, points, _ = locations.shape
+    maps = value.permute(0, 2, 3, 1).reshape(batch * heads, -1, *shape)  # (B · heads, channels, H, W)
+    grid = 2 * locations.transpose(1, 2).reshape(batch * heads, queries, points, 2) - 1
+    samples = F.grid_sample(maps, grid, align_corners=False)  # (B · heads, channels, queries, points)
+    weights = weights.transpose(1, 2).reshape(batch * heads, 1, queries, points)
+    attended = (samples * weights).sum(dim=3)  # (B · heads, channels, queries)
+    return attended.reshape(batch, -1, queries).transpose(1, 2)

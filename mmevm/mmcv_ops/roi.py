@@ -1,0 +1,152 @@
+"""RoIAlign, by average and by maximum, and RoIPool."""
+
+import torch
+import torch.nn.functional as F
+import torchvision  # noqa: F401  (it registers torch.ops.torchvision)
+from torch import Tensor
+
+from .grids import align_grids, parts
+from .precision import widen
+
+
+def roi_align_forward(
+    input: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Average (``pool_mode`` 1) or maximum (0) of bilinear samples, written to ``output``, (K, C, height, width).
+
+    ``argmax_y`` and ``argmax_x`` receive the row and column of the largest sample in its bin's grid; mmcv does nothing
+    with them but hand them to the backward pass. A maximum of no samples stays 0, as mmcv passes it.
+    """
+    input = widen(input)
+    rois = rois.to(input.dtype)
+    roi_align = torch.ops.torchvision.roi_align
+    if pool_mode == 1:
+        output.copy_(roi_align(input, rois, spatial_scale, aligned_height, aligned_width, sampling_ratio, aligned))
+        return
+
+    grids = align_grids(rois, aligned_height, aligned_width, spatial_scale, sampling_ratio, aligned)
+    for part, rows, columns in parts(grids, aligned_height * aligned_width * input.shape[1]):
+        # One sample in each bin of a grid `rows` by `columns` finer is exactly the samples of the coarse bins.
+        fine_height, fine_width = aligned_height * rows, aligned_width * columns
+        samples = roi_align(input, rois[part], spatial_scale, fine_height, fine_width, 1, aligned)
+        maximum, index = F.max_pool2d(samples, (rows, columns), return_indices=True)
+        output[part] = maximum.to(output.dtype)
+        argmax_y[part] = (index // fine_width % rows).to(argmax_y.dtype)
+        argmax_x[part] = (index % fine_width % columns).to(argmax_x.dtype)
+
+
+def roi_align_backward(
+    grad_output: Tensor,
+    rois: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    grad_input: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Gradient of :func:`roi_align_forward` with respect to the feature map, written to ``grad_input``."""
+    grad_output = widen(grad_output)
+    rois = rois.to(grad_output.dtype)
+    roi_align_backward = torch.ops.torchvision._roi_align_backward
+    if pool_mode == 1:
+        bins = (aligned_height, aligned_width)
+        grad_input.copy_(
+            roi_align_backward(grad_output, rois, spatial_scale, *bins, *grad_input.shape, sampling_ratio, aligned)
+        )
+        return
+
+    total = torch.zeros_like(grad_input, dtype=grad_output.dtype)
+    grids = align_grids(rois, aligned_height, aligned_width, spatial_scale, sampling_ratio, aligned)
+    for part, rows, columns in parts(grids, aligned_height * aligned_width * grad_input.shape[1]):
+        fine_height, fine_width = aligned_height * rows, aligned_width * columns
+        y = torch.arange(aligned_height, device=rois.device)[:, None] * rows + argmax_y[part].long()
+        x = torch.arange(aligned_width, device=rois.device) * columns + argmax_x[part].long()
+        grad_samples = grad_output.new_zeros(len(part), grad_input.shape[1], fine_height * fine_width)
+        grad_samples.scatter_(2, (y * fine_width + x).flatten(2), grad_output[part].flatten(2))
+        grad_samples = grad_samples.unflatten(2, (fine_height, fine_width))
+        total += roi_align_backward(
+            grad_samples, rois[part], spatial_scale, fine_height, fine_width, *grad_input.shape, 1, aligned
+        )
+    grad_input.copy_(total)
+
+
+def roi_pool_forward(
+    input: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    argmax: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    spatial_scale: float,
+) -> None:
+    """Maximum over the pixels that each bin touches, written to ``output``, (K, C, height, width).
+
+    Unlike torchvision's, mmcv's RoIs are not rounded to whole pixels first. ``argmax`` receives the index of the
+    maximum's pixel in its channel, -1 where a bin has none; the output stays 0 there, as mmcv passes it.
+    """
+    argmax.fill_(-1)
+    rois = widen(rois)
+    height, width = input.shape[2:]
+    images = rois[:, 0].long()
+    x1, y1, x2, y2 = (rois[:, 1:] + rois.new_tensor([0, 0, 1, 1])).mul(spatial_scale).unbind(dim=1)
+    top, bottom = _pixel_ranges(y1, y2, pooled_height, height)  # (K, pooled_height)
+    left, right = _pixel_ranges(x1, x2, pooled_width, width)  # (K, pooled_width)
+    valid = ((x2 > x1) & (y2 > y1))[:, None, None] & (bottom > top)[:, :, None] & (right > left)[:, None, :]
+
+    grids = torch.stack([(bottom - top).amax(dim=1), (right - left).amax(dim=1)], dim=1)
+    for part, rows, columns in parts(grids, pooled_height * pooled_width * input.shape[1]):
+        # A smaller bin repeats its last row or column.
+        y = torch.minimum(top[part, :, None] + torch.arange(rows, device=rois.device), bottom[part, :, None] - 1)
+        x = torch.minimum(left[part, :, None] + torch.arange(columns, device=rois.device), right[part, :, None] - 1)
+        y, x = y.clamp(min=0)[:, :, None, :, None], x.clamp(min=0)[:, None, :, None, :]
+        pixels = input[images[part, None, None, None, None], :, y, x]  # (part, ph, pw, rows, columns, C)
+        maximum, index = pixels.flatten(3, 4).max(dim=3)  # (part, ph, pw, C)
+        pixel = (y * width + x).flatten(3).gather(3, index)
+        empty = ~valid[part, :, :, None]
+        output[part] = maximum.masked_fill(empty, 0).permute(0, 3, 1, 2).to(output.dtype)
+        argmax[part] = pixel.masked_fill(empty, -1).permute(0, 3, 1, 2).to(argmax.dtype)
+
+
+def _pixel_ranges(start: Tensor, end: Tensor, bins: int, size: int) -> tuple[Tensor, Tensor]:
+    """First pixel of each bin, and the first after it, both (K, bins)."""
+    edges = torch.arange(bins + 1, device=start.device) * ((end - start) / bins)[:, None] + start[:, None]
+    return edges[:, :-1].floor().long().clamp(0, size), edges[:, 1:].ceil().long().clamp(0, size)
+
+
+def roi_pool_backward(
+    grad_output: Tensor,
+    rois: Tensor,
+    argmax: Tensor,
+    grad_input: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    spatial_scale: float,
+) -> None:
+    """Gradient of :func:`roi_pool_forward` with respect to the feature map, written to ``grad_input``."""
+    grad_output = widen(grad_output)
+    # Where the maxima were is all it needs, and torchvision's says that in the same way.
+    grad_input.copy_(
+        torch.ops.torchvision._roi_pool_backward(
+            grad_output,
+            rois.to(grad_output.dtype),
+            argmax,
+            spatial_scale,
+            pooled_height,
+            pooled_width,
+            *grad_input.shape,
+        )
+    )

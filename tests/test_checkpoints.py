@@ -1,0 +1,814 @@
+"""Checkpoints in the layouts of others, made here from timm's and mmdet's models, must arrive whole or be refused."""
+
+import argparse
+import builtins
+import contextlib
+import functools
+import http.server
+import importlib.util
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import types
+from collections import OrderedDict
+from pathlib import Path
+
+import huggingface_hub
+import mmdet
+import pytest
+import timm
+import torch
+from mmdet.registry import MODELS as MMDET_MODELS
+from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
+from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint_with_prefix
+from safetensors.torch import save_file
+from torch import nn
+
+from mmevm.checkpoints import CheckpointError, convert_checkpoint, load_pretrained_backbone, read_checkpoint
+from mmevm.models import EfficientViM
+from mmevm.registry import MODELS
+
+ROOT = Path(__file__).parents[1]
+
+
+# The layouts of others
+
+
+def randomize(state: dict[str, torch.Tensor], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Every tensor random, so that each one left behind shows in the features."""
+    generator = torch.Generator().manual_seed(seed)
+    result = {}
+    for name, tensor in state.items():
+        if name.endswith('num_batches_tracked'):
+            result[name] = torch.randint(1, 1000, (), generator=generator)
+        elif name.endswith('running_var'):
+            result[name] = torch.rand(tensor.shape, generator=generator) + 0.5
+        else:
+            fan = tensor[0].numel() if tensor.dim() > 1 else 4
+            result[name] = torch.randn(tensor.shape, generator=generator) * fan**-0.5
+            result[name] += name.endswith('norm.weight')
+    return result
+
+
+@functools.lru_cache
+def timm_state(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    return randomize(timm.create_model(name, pretrained=False).state_dict(), seed)
+
+
+def timm_features(name: str, state: dict[str, torch.Tensor], images: torch.Tensor) -> list[torch.Tensor]:
+    model = timm.create_model(name, pretrained=False).eval()
+    model.load_state_dict(state)
+    with torch.no_grad():
+        return model.forward_intermediates(images, intermediates_only=True)
+
+
+def authors_layout(state: dict[str, torch.Tensor]) -> OrderedDict[str, torch.Tensor]:
+    """Their LayerNorms are (1, C, 1), the one of the last map and those of the neck (1, C, 1, 1)."""
+    result = OrderedDict()
+    for name, tensor in state.items():
+        parts = name.removeprefix('backbone.').split('.')
+        if parts[0] == 'norm' or (parts[0] == 'stages' and parts[2] == 'blocks' and parts[4] == 'norm'):
+            tensor = tensor.reshape((1, -1, 1, 1) if parts[:2] == ['norm', '3'] else (1, -1, 1))
+        result[name] = tensor
+    return result
+
+
+def authors_file(path: Path, name: str = 'efficientvim_m1', prefix: str = '', **save) -> Path:
+    """EMA weights of seed 1, plain ones of seed 0, and objects of classes that nobody else can import."""
+    module = types.ModuleType('gone')
+    node = type('CfgNode', (dict,), {'__module__': 'gone'})
+    module.CfgNode = node
+    config = node(MODEL=node(TYPE='efficientvim'), AMP=True)
+    config.frozen = True
+    states = [authors_layout(timm_state(name, seed)) for seed in (0, 1)]
+    plain, ema = (OrderedDict((prefix + key, tensor) for key, tensor in state.items()) for state in states)
+    sys.modules['gone'] = module
+    try:
+        torch.save(
+            {
+                'model': plain,
+                'model_ema': ema,
+                'optimizer': {'state': {0: {'exp_avg': torch.ones(2)}}, 'param_groups': [{'lr': 1e-3}]},
+                'epoch': 449,
+                'config': config,
+                'args': argparse.Namespace(batch_size=2048, node=node()),
+            },
+            path,
+            **save,
+        )
+    finally:
+        del sys.modules['gone']
+    return path
+
+
+@functools.lru_cache
+def detector_state(kind: str, num_classes: int) -> dict[str, torch.Tensor]:
+    """Of mmdet's own model, with the backbone and the neck of mmevm."""
+    model = Config.fromfile(Path(mmdet.__file__).parent / f'.mim/configs/_base_/models/{kind}_r50_fpn.py').model
+    model.backbone = dict(type='mmevm.EfficientViM', arch='m1')
+    neck = dict(num_upsamples=1, add_extra_convs='on_input') if kind == 'retinanet' else dict(num_upsamples=2)
+    model.neck = dict(type='mmevm.UpsampleFPN', in_channels=[128, 192, 320], out_channels=256, num_outs=5, **neck)
+    for head in [model.bbox_head] if kind == 'retinanet' else [model.roi_head.bbox_head, model.roi_head.mask_head]:
+        head.num_classes = num_classes
+    return randomize(MMDET_MODELS.build(dict(model, _scope_='mmdet')).state_dict())
+
+
+def authors_detector(kind: str, num_classes: int = 7) -> dict:
+    state = OrderedDict()
+    for name, tensor in authors_layout(detector_state(kind, num_classes)).items():
+        if name.startswith('neck.pre_norms.'):
+            tensor = tensor.reshape(1, -1, 1, 1)
+        name = name.replace('neck.pre_norms.', 'neck.batch_norm.')
+        name = name.replace('neck.upsample_convs.', 'neck.extra_trans_convs.')
+        name = name.replace('neck.upsample_fpn_convs.', 'neck.extra_fpn_convs.')
+        state[name] = tensor
+    meta = {'mmdet_version': '2.25.0', 'CLASSES': ('cat', 'dog'), 'PALETTE': [HistoryBuffer()]}
+    return {'meta': meta, 'state_dict': state, 'optimizer': {'state': {}}}
+
+
+def assert_same(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(state) == set(expected)
+    for name, tensor in expected.items():
+        assert state[name].dtype == tensor.dtype
+        assert torch.equal(state[name], tensor), name
+
+
+# Reading
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_reads_tensors_and_containers_and_no_other_class(tmp_path, zipped):
+    path = authors_file(tmp_path / 'x.pth', _use_new_zipfile_serialization=zipped)
+    content = read_checkpoint(path)
+    assert_same(content['model_ema'], authors_layout(timm_state('efficientvim_m1', 1)))
+    assert_same(content['model'], authors_layout(timm_state('efficientvim_m1', 0)))
+    assert content['optimizer']['param_groups'] == [{'lr': 1e-3}]
+    assert torch.equal(content['optimizer']['state'][0]['exp_avg'], torch.ones(2))
+    assert content['epoch'] == 449
+    assert not isinstance(content['config'], dict)
+    assert not isinstance(content['args'], argparse.Namespace)
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_reads_what_torch_reads(tmp_path, zipped):
+    attributed = torch.arange(3.0)
+    attributed.note = 'kept aside'
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.note = 'kept aside'
+    shared = torch.arange(12.0).reshape(3, 4)
+    content = {
+        'dtypes': {
+            str(d): torch.ones(2, dtype=d) for d in (torch.half, torch.bfloat16, torch.double, torch.long, torch.bool)
+        },
+        'views': [shared, shared.t(), shared[1:, ::2], torch.tensor(5), torch.empty(0, 3)],
+        'parameters': (nn.Parameter(torch.zeros(2)), parameter, attributed),
+        'plain': [1, -1.5, None, True, 'ü', 1 << 80, (1, [2]), {3}, frozenset({4}), {'a': {}}, 1j, torch.Size([2, 3])],
+        'dtype': torch.bfloat16,
+        'module': OrderedDict(nn.BatchNorm2d(3).state_dict()),
+    }
+    path = tmp_path / 'x.pth'
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    read = read_checkpoint(path)
+    assert read['plain'] == content['plain']
+    assert read['dtype'] is torch.bfloat16
+    assert_same(read['dtypes'], content['dtypes'])
+    assert_same(read['module'], content['module'])
+    for key in ('views', 'parameters'):
+        assert len(read[key]) == len(content[key])
+        assert all(torch.equal(a, b) for a, b in zip(read[key], content[key], strict=True))
+
+
+class Call:
+    """Pickles as a call of ``function``."""
+
+    def __init__(self, function, *args):
+        self.reduced = (function, args)
+
+    def __reduce__(self):
+        return self.reduced
+
+    def __call__(self):
+        raise AssertionError('Only to look callable to the pickler.')
+
+
+def gadgets(command: str, tmp_path: Path) -> dict[str, Call]:
+    system = Call(getattr, Call(__import__, 'os'), 'system')
+    nested = tmp_path / 'nested.pth'
+    torch.save(Call(os.system, command), nested)
+    hub = tmp_path / 'hub'
+    hub.mkdir()
+    (hub / 'hubconf.py').write_text(f'def run():\n    import os\n    os.system({command!r})\n')
+    return {
+        'system': Call(os.system, command),
+        'eval': Call(builtins.eval, f'__import__("os").system({command!r})'),
+        'exec': Call(builtins.exec, f'import os; os.system({command!r})'),
+        'getattr': Call(system, command),
+        'partial': Call(Call(functools.partial, os.system, command)),
+        'popen': Call(subprocess.check_call, command, -1, None, None, None, None, None, True, True),
+        'load_from_bytes': Call(torch.storage._load_from_bytes, nested.read_bytes()),
+        'hub': Call(functools.partial(torch.hub.load, source='local'), str(hub), 'run'),
+        'rebuild': Call(torch._tensor._rebuild_from_type_v2, os.system, torch.Tensor, (command,), {}),
+    }
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('zipped', [True, False])
+@pytest.mark.parametrize(
+    'gadget', ['system', 'eval', 'exec', 'getattr', 'partial', 'popen', 'load_from_bytes', 'hub', 'rebuild']
+)
+def test_a_pickle_made_to_run_code_does_not(tmp_path, gadget, zipped):
+    marker = tmp_path / 'marker'
+    path = tmp_path / 'evil.pth'
+    content = {'w': torch.ones(1), 'evil': gadgets(f'touch {marker}', tmp_path)[gadget]}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    with contextlib.suppress(AttributeError):  # of 'rebuild', after it has run its call
+        torch.load(path, weights_only=False)
+    assert marker.exists(), 'the gadget itself does not work'
+    marker.unlink()
+    assert torch.equal(read_checkpoint(path)['w'], torch.ones(1))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize('name', ['torch._utils\n_rebuild_tensor_v2', 'collections\nOrderedDict', 'torch\nSize'])
+def test_a_pickle_cannot_change_what_it_may_call(tmp_path, name):
+    # GLOBAL name; BUILD with (None, {'changed': 1}), which sets attributes; then {'w': 1} as the content
+    build = b'\x80\x02c' + name.encode() + b'\nN}U\x07changedK\x01s\x86b0}U\x01wK\x01s.'
+    head = [torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {'little_endian': True}]
+    path = tmp_path / 'evil.pth'
+    path.write_bytes(b''.join(pickle.dumps(part, 2) for part in head) + build + pickle.dumps([], 2))
+    assert read_checkpoint(path) == {'w': 1}
+    module, function = name.split('\n')
+    assert not hasattr(getattr(sys.modules[module], function), 'changed')
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('zipped', [True, False])
+def test_a_pickled_module_is_not_revived(tmp_path, zipped):
+    path = tmp_path / 'x.pth'
+    torch.save(nn.Linear(1, 1), path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r'holds a torch\.nn\.modules\.linear\.Linear'):
+        convert_checkpoint(read_checkpoint(path))
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_a_torchscript_program_is_refused(tmp_path):
+    path = tmp_path / 'x.pt'
+    torch.jit.script(nn.Linear(1, 1)).save(str(path))
+    with pytest.raises(CheckpointError, match='TorchScript program'):
+        read_checkpoint(path)
+
+
+def test_files_that_are_no_weights_are_refused_in_a_sentence(tmp_path):
+    with pytest.raises(CheckpointError, match=r'no checkpoint .*missing\.pth'):
+        read_checkpoint(tmp_path / 'missing.pth')
+    with pytest.raises(CheckpointError, match='is a directory'):
+        read_checkpoint(tmp_path)
+    for content, message in {
+        b'': 'is empty',
+        b'<!DOCTYPE html><html><body>Not found</body></html>': 'web page in place',
+        b'version https://git-lfs.github.com/spec/v1\noid sha256:0\n': 'is text',
+        b'\x89PNG\r\n\x1a\n' + bytes(100): 'no known format',
+        pickle.dumps({'w': 1}): 'cannot be read',
+    }.items():
+        path = tmp_path / 'x.pth'
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=message) as error:
+            read_checkpoint(path)
+        assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize('layout', ['zip', 'legacy', 'safetensors'])
+def test_a_truncated_file_is_refused(tmp_path, layout):
+    path = tmp_path / 'x.pth'
+    state = timm_state('efficientvim_m1')
+    if layout == 'safetensors':
+        save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=layout == 'zip')
+    assert_same(read_checkpoint(path), state)
+    content = path.read_bytes()
+    for size in (40, len(content) // 2, len(content) - 5):
+        path.write_bytes(content[:size])
+        with pytest.raises(CheckpointError, match='cut off or damaged'):
+            read_checkpoint(path)
+
+
+# Converting
+
+
+@pytest.mark.parametrize('dist', ['', '_dist'])
+@pytest.mark.parametrize('arch', ['m1', 'm2', 'm3', 'm4'])
+def test_authors_classifiers(tmp_path, arch, dist):
+    name = f'efficientvim_{arch}{dist}'
+    checkpoint = read_checkpoint(authors_file(tmp_path / 'x.pth', name))
+    images = torch.rand(2, 3, 96, 160)
+    for weights, seed in {None: 1, 'ema': 1, 'model': 0}.items():
+        converted, report = convert_checkpoint(checkpoint, weights)
+        theirs = timm_state(name, seed)
+        assert_same(
+            converted['state_dict'],
+            {('backbone.' if key.startswith(('patch', 'stages')) else 'head.') + key: t for key, t in theirs.items()},
+        )
+        assert (report.arch, report.weights) == (arch, 'model' if weights == 'model' else 'ema')
+        assert "classifier of the authors'" in report.source
+        assert set(report.renamed) == set(theirs)
+        other = 'model_ema' if weights == 'model' else 'model'
+        assert set(report.left_out) == {other, 'optimizer', 'epoch', 'config', 'args'}
+        assert 'gone.CfgNode' in report.left_out['config']
+
+    backbone = EfficientViM(arch).eval()
+    prefix = len('backbone.')
+    backbone.load_state_dict({k[prefix:]: v for k, v in converted['state_dict'].items() if k.startswith('backbone.')})
+    with torch.no_grad():
+        for ours, theirs in zip(backbone(images), timm_features(name, timm_state(name, 0), images), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize('wrapper', [None, 'state_dict', 'model'])
+def test_timms_classifier(wrapper):
+    state = timm_state('efficientvim_m2_dist')
+    checkpoint = {wrapper: state, 'epoch': 3} if wrapper else state
+    converted, report = convert_checkpoint(checkpoint)
+    expected = {('backbone.' if k.startswith(('patch', 'stages')) else 'head.') + k: t for k, t in state.items()}
+    assert_same(converted['state_dict'], expected)
+    assert (report.source, report.arch, report.reshaped) == ("a classifier in timm's layout", 'm2', [])
+    assert set(report.left_out) == ({'epoch'} if wrapper else set())
+
+
+@pytest.mark.parametrize(('weights', 'seed'), [(None, 1), ('ema', 1), ('model', 0)])
+def test_a_training_checkpoint_of_timms(weights, seed):
+    states = {'state_dict': timm_state('efficientvim_m1', 0), 'state_dict_ema': timm_state('efficientvim_m1', 1)}
+    converted, report = convert_checkpoint({**states, 'arch': 'efficientvim_m1'}, weights)
+    assert_same(converted['state_dict'], convert_checkpoint(timm_state('efficientvim_m1', seed))[0]['state_dict'])
+    assert report.weights == ('model' if seed == 0 else 'ema')
+
+
+def test_the_weights_asked_for_must_exist():
+    state = timm_state('efficientvim_m1')
+    for checkpoint, weights in [
+        ({'model': state}, 'ema'),
+        ({'model_ema': state, 'model': None}, 'model'),
+        (state, 'ema'),
+    ]:
+        with pytest.raises(CheckpointError, match=f"no '{weights}' weights"):
+            convert_checkpoint(checkpoint, weights)
+    with pytest.raises(ValueError, match='choose'):
+        convert_checkpoint(state, 'emma')
+
+
+def test_data_parallel_prefix_dtype_and_class_count(tmp_path):
+    plain = {}
+    for name, tensor in authors_layout(timm_state('efficientvim_m1')).items():
+        if name.startswith('heads.'):
+            tensor = tensor[:10]
+        plain[f'module.{name}'] = tensor.bfloat16() if tensor.is_floating_point() else tensor
+    state = convert_checkpoint({'model': plain})[0]['state_dict']
+    assert state['head.heads.3.weight'].shape == (10, 320)
+    assert state['backbone.stages.0.blocks.0.norm.weight'].shape == (128,)
+    for name, tensor in state.items():
+        old = plain['module.' + name.removeprefix('backbone.').removeprefix('head.')]
+        assert tensor.dtype == old.dtype == (torch.long if name.endswith('tracked') else torch.bfloat16)
+        assert torch.equal(tensor.flatten(), old.flatten())
+
+
+@pytest.mark.parametrize('kind', ['mask-rcnn', 'retinanet'])
+def test_authors_detectors(tmp_path, kind):
+    path = tmp_path / 'x.pth'
+    torch.save(authors_detector(kind), path)
+    converted, report = convert_checkpoint(read_checkpoint(path))
+    assert_same(converted['state_dict'], detector_state(kind, 7))
+    torch.save(converted, path)
+    converted = torch.load(path, weights_only=True)
+    assert converted['meta']['dataset_meta'] == {'classes': ('cat', 'dog')}
+    assert (report.source, report.arch) == ("a detector of the authors'", 'm1')
+    assert set(report.left_out) == {'meta', 'optimizer'}
+    assert {name.split('.')[1] for name in report.renamed} == {'batch_norm', 'extra_trans_convs', 'extra_fpn_convs'}
+    assert len(report.kept) + len(report.renamed) == len(converted['state_dict'])
+
+    again, report = convert_checkpoint(converted)
+    assert again['meta'] == converted['meta']
+    assert_same(again['state_dict'], converted['state_dict'])
+    assert not report.renamed
+    assert not report.reshaped
+
+
+def test_faster_rcnn_needs_no_masks():
+    state = {k: v for k, v in authors_detector('mask-rcnn')['state_dict'].items() if 'mask_head' not in k}
+    assert len(convert_checkpoint({'state_dict': state})[0]['state_dict']) == len(state)
+
+
+def test_converting_a_converted_classifier_changes_nothing(tmp_path):
+    converted, _ = convert_checkpoint(read_checkpoint(authors_file(tmp_path / 'x.pth')))
+    torch.save(converted, tmp_path / 'y.pth')
+    again, report = convert_checkpoint(torch.load(tmp_path / 'y.pth', weights_only=True))
+    assert again['meta'] == converted['meta']
+    assert_same(again['state_dict'], converted['state_dict'])
+    assert not report.renamed
+    assert not report.reshaped
+
+
+CLASSIFIER_NAMES = [
+    'patch_embed.conv.0.norm.num_batches_tracked',
+    'stages.0.blocks.1.mixer.A',
+    'stages.1.downsample.conv.2.fc1.bias',
+    'stages.2.blocks.0.alpha',
+    'norm.3.bias',
+    'weights',
+    'heads.2.bias',
+    'heads_dist.0.weight',
+]
+DETECTOR_NAMES = [
+    'backbone.stages.2.blocks.1.norm.bias',
+    'neck.lateral_convs.1.conv.bias',
+    'neck.batch_norm.0.weight',
+    'neck.extra_trans_convs.0.conv.bias',
+    'neck.extra_fpn_convs.0.conv.weight',
+    'neck.fpn_convs.3.conv.weight',
+    'bbox_head.retina_cls.weight',
+    'bbox_head.cls_convs.2.conv.bias',
+]
+
+
+@pytest.mark.parametrize('harm', ['missing', 'shape', 'kind'])
+@pytest.mark.parametrize('name', [*CLASSIFIER_NAMES, *DETECTOR_NAMES])
+def test_a_missing_or_misshapen_tensor_is_an_error(name, harm):
+    is_classifier = name in CLASSIFIER_NAMES
+    state = timm_state('efficientvim_m1_dist') if is_classifier else authors_detector('retinanet')['state_dict']
+    state = authors_layout(state)
+    convert_checkpoint({'state_dict': state})
+    if harm == 'missing':
+        del state[name]
+    else:
+        state[name] = torch.ones(3, 5) if harm == 'shape' else 'no tensor'
+    with pytest.raises(CheckpointError, match='EfficientViM-M1') as error:
+        convert_checkpoint({'state_dict': state})
+    new = (
+        name.replace('batch_norm', 'pre_norms').replace('extra_trans', 'upsample').replace('extra_fpn', 'upsample_fpn')
+    )
+    if name != 'neck.fpn_convs.3.conv.weight':  # without it the neck is another one, whose bias is unknown
+        assert new in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'scales',
+        'stages.0.blocks.2.alpha',
+        'stages.3.blocks.0.alpha',
+        'norm.4.bias',
+        'neck.what.0.conv.bias',
+        'mask_head.x',
+    ],
+)
+def test_an_unknown_tensor_is_an_error(name):
+    state = dict(authors_layout(timm_state('efficientvim_m1')))
+    state[name] = torch.ones(1)
+    with pytest.raises(CheckpointError, match=r'1 unknown \(.*' + name.replace('.', r'\.')):
+        convert_checkpoint(state)
+
+
+def test_two_names_for_one_tensor_are_an_error(tmp_path):
+    state = dict(timm_state('efficientvim_m1'))
+    state['backbone.stages.0.blocks.0.alpha'] = state['stages.0.blocks.0.alpha'] + 1
+    torch.save(state, tmp_path / 'x.pth')
+    with pytest.raises(CheckpointError, match=r'1 tensors .* two names.*backbone\.stages\.0\.blocks\.0\.alpha'):
+        convert_checkpoint(state)
+    with pytest.raises(CheckpointError, match='two names'):
+        load_pretrained_backbone(EfficientViM('m1'), str(tmp_path / 'x.pth'))
+
+
+def test_a_detector_needs_mmdet_and_a_classifier_does_not(monkeypatch):
+    monkeypatch.setattr('mmevm.checkpoints.converting.find_spec', lambda name: None)
+    convert_checkpoint(timm_state('efficientvim_m1'))
+    with pytest.raises(CheckpointError, match='install that first'):
+        convert_checkpoint(authors_detector('retinanet'))
+
+
+def test_other_networks_and_odd_contents_are_refused():
+    with pytest.raises(CheckpointError, match='no weights of EfficientViM'):
+        convert_checkpoint(nn.Linear(2, 2).state_dict())
+    with pytest.raises(CheckpointError, match='no tensors'):
+        convert_checkpoint({'epoch': 3})
+    with pytest.raises(CheckpointError, match='holds a list'):
+        convert_checkpoint([1])
+
+
+# Loading into a backbone
+
+
+@pytest.mark.parametrize('layout', ['authors', 'timm', 'safetensors', 'converted', 'backbone', 'distributed'])
+def test_a_backbone_receives_every_tensor(tmp_path, layout):
+    state = timm_state('efficientvim_m1', 1)
+    path = tmp_path / 'x.pth'
+    if layout == 'safetensors':
+        save_file(state, path)
+    elif layout in ('authors', 'distributed'):
+        authors_file(path, prefix='module.' if layout == 'distributed' else '')
+    elif layout == 'converted':
+        torch.save(convert_checkpoint(state)[0], path)
+    else:
+        torch.save({k: v for k, v in state.items() if layout == 'timm' or k.startswith(('patch', 'stages'))}, path)
+    backbone = MODELS.build(
+        dict(type='mmevm.EfficientViM', arch='m1', init_cfg=dict(type='Pretrained', checkpoint=str(path)))
+    )
+    backbone.init_weights()
+    assert_same(backbone.state_dict(), {k: v for k, v in state.items() if k.startswith(('patch', 'stages'))})
+
+    images = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        for ours, theirs in zip(backbone.eval()(images), timm_features('efficientvim_m1', state, images), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
+def test_from_a_detector_with_and_without_prefix(tmp_path):
+    path = tmp_path / 'x.pth'
+    torch.save(authors_detector('retinanet'), path)
+    expected = {k[9:]: v for k, v in detector_state('retinanet', 7).items() if k.startswith('backbone.')}
+    for prefix in (None, 'backbone', 'backbone.'):
+        backbone = EfficientViM('m1')
+        load_pretrained_backbone(backbone, str(path), prefix=prefix)
+        assert_same(backbone.state_dict(), expected)
+    torch.save({f'teacher.{k}': v for k, v in authors_detector('retinanet')['state_dict'].items()}, path)
+    backbone = EfficientViM('m1')
+    load_pretrained_backbone(backbone, str(path), prefix='teacher.backbone.')
+    assert_same(backbone.state_dict(), expected)
+
+
+def test_a_backbone_of_fewer_stages_or_of_another_arch(tmp_path):
+    state = timm_state('efficientvim_m1')
+    path = tmp_path / 'x.pth'
+    torch.save(state, path)
+    backbone = EfficientViM('m1', out_indices=(0, 1))
+    load_pretrained_backbone(backbone, str(path))
+    assert_same(backbone.state_dict(), {k: state[k] for k in backbone.state_dict()})
+
+    own = EfficientViM(dict(embed_dims=(16, 24), depths=(1, 1), state_dims=(4, 4)), out_indices=(0, 1))
+    expected = randomize(own.state_dict())
+    torch.save({'state_dict': {f'backbone.{k}': v for k, v in expected.items()}}, path)
+    load_pretrained_backbone(own, str(path))
+    assert_same(own.state_dict(), expected)
+
+
+def load_error(path: Path, checkpoint: dict, prefix: str | None = None, **kwargs) -> str:
+    torch.save(checkpoint, path)
+    backbone = EfficientViM(**{'arch': 'm1', **kwargs})
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    with pytest.raises(CheckpointError) as error:
+        load_pretrained_backbone(backbone, str(path), prefix=prefix)
+    assert_same(backbone.state_dict(), before)
+    assert 'init_cfg=None' in str(error.value)
+    return str(error.value)
+
+
+def test_a_backbone_that_does_not_receive_everything_is_an_error(tmp_path):
+    path = tmp_path / 'x.pth'
+    state = timm_state('efficientvim_m1')
+    total = len(EfficientViM('m1').state_dict())
+
+    message = load_error(path, state, prefix='teacher.')
+    assert f"0 of the {total} tensors of EfficientViM under the prefix 'teacher.'" in message
+    assert 'init_cfg.prefix' in message
+    assert '0 of the' in load_error(path, nn.Linear(2, 2).state_dict())
+
+    message = load_error(path, {k: v for k, v in state.items() if not k.endswith('mixer.A')})
+    assert f'{total - 6} of the {total}' in message
+    assert '6 missing (stages.0.blocks.0.mixer.A' in message
+    assert '1 missing (stages.2.blocks.1.dwconv2.norm.num_batches_tracked)' in load_error(
+        path, {k: v for k, v in state.items() if k != 'stages.2.blocks.1.dwconv2.norm.num_batches_tracked'}
+    )
+
+    message = load_error(path, state, arch='m2')
+    assert 'stages.1.blocks.0.alpha' in message or 'of another shape' in message
+    assert '(4, 256) expected, (4, 192) in the file' in message or 'Make sure that arch' in message
+
+    message = load_error(path, state, in_channels=4)
+    assert 'patch_embed.conv.0.conv.weight: (16, 4, 3, 3) expected, (16, 3, 3, 3) in the file' in message
+    assert 'in_channels' in message.split('. ', 1)[1]
+
+
+def test_stock_mmengine_reads_a_converted_file(tmp_path):
+    converted, _ = convert_checkpoint(read_checkpoint(authors_file(tmp_path / 'x.pth')))
+    torch.save(converted, tmp_path / 'y.pth')
+    backbone = EfficientViM('m1')
+    backbone.load_state_dict(_load_checkpoint_with_prefix('backbone.', str(tmp_path / 'y.pth')), strict=True)
+    expected = timm_state('efficientvim_m1', 1)
+    assert_same(backbone.state_dict(), {k: expected[k] for k in backbone.state_dict()})
+
+
+# From elsewhere
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A local web server, as a stand-in for hosts that tests shall not need."""
+    folder = tmp_path / 'served'
+    folder.mkdir()
+    requests = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=folder)
+
+        def end_headers(self):
+            self.send_header('X-Repo-Commit', '0123456789012345678901234567890123456789')
+            self.send_header('ETag', '"0123456789"')
+            super().end_headers()
+
+        def do_GET(self):
+            requests.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield types.SimpleNamespace(url=f'http://127.0.0.1:{httpd.server_port}', folder=folder, requests=requests)
+        httpd.shutdown()
+
+
+def test_a_url_of_an_authors_file(server, tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    authors_file(server.folder / 'm1.pth')
+    expected = timm_state('efficientvim_m1', 1)
+    backbone = EfficientViM('m1', init_cfg=dict(type='Pretrained', checkpoint=f'{server.url}/m1.pth'))
+    backbone.init_weights()
+    assert_same(backbone.state_dict(), {k: expected[k] for k in backbone.state_dict()})
+    load_pretrained_backbone(backbone, f'{server.url}/m1.pth')  # from the cache
+    assert server.requests == ['/m1.pth']
+    with pytest.raises(CheckpointError, match=r'm2\.pth cannot be downloaded'):
+        load_pretrained_backbone(backbone, f'{server.url}/m2.pth')
+
+
+DISTRIBUTED = """
+import sys
+import torch.distributed
+from mmevm.models import EfficientViM
+
+torch.distributed.init_process_group('gloo')
+backbone = EfficientViM('m1', init_cfg=dict(type='Pretrained', checkpoint=sys.argv[1]))
+try:
+    backbone.init_weights()
+    print('sum:', sum(t.double().sum().item() for t in backbone.state_dict().values()))
+except RuntimeError as error:
+    print('refused:', error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('exists', [True, False])
+def test_one_process_of_a_node_downloads_and_none_waits_for_ever(server, tmp_path, exists):
+    if exists:
+        authors_file(server.folder / 'm1.pth')
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    environment = dict(
+        MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2', TORCH_HOME=str(tmp_path / 'torch')
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-c', DISTRIBUTED, f'{server.url}/m1.pth'],
+            env={
+                **os.environ,
+                'PYTHONPATH': str(ROOT),
+                'OMP_NUM_THREADS': '1',
+                **environment,
+                'RANK': r,
+                'LOCAL_RANK': r,
+            },
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for r in '01'
+    ]
+    results = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
+    expected = timm_state('efficientvim_m1', 1)
+    total = sum(t.double().sum().item() for k, t in expected.items() if k.startswith(('patch', 'stages')))
+    for result in results:
+        if exists:
+            assert float(result.removeprefix('sum:')) == pytest.approx(total)
+        else:
+            assert 'refused:' in result
+            assert 'cannot be downloaded' in result
+    assert server.requests == ['/m1.pth'] * (1 if exists else 2)
+
+
+NAME = 'efficientvim_m1.e450_in1k'
+
+
+def fill_hub_cache(hub: Path) -> None:
+    """As the hub lays it out: a reference from a branch to a commit, and the files of this commit."""
+    commit = 'a' * 40
+    repo = hub / f'models--timm--{NAME}'
+    (repo / 'refs').mkdir(parents=True)
+    (repo / 'refs' / 'main').write_text(commit)
+    (repo / 'snapshots' / commit).mkdir(parents=True)
+    save_file(timm_state('efficientvim_m1'), repo / 'snapshots' / commit / 'model.safetensors')
+
+
+def test_timm_scheme_from_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    fill_hub_cache(tmp_path)
+    expected = timm_state('efficientvim_m1')
+    backbone = EfficientViM('m1', init_cfg=dict(type='Pretrained', checkpoint=f'timm://{NAME}'))
+    seed = torch.random.get_rng_state()
+    backbone.init_weights()
+    assert torch.equal(torch.random.get_rng_state(), seed)
+    assert_same(backbone.state_dict(), {k: expected[k] for k in backbone.state_dict()})
+
+    loaded = CheckpointLoader.load_checkpoint(f'timm://{NAME}', 'cpu')
+    assert set(loaded['meta'].items()) == set(convert_checkpoint(expected)[0]['meta'].items())
+    assert_same(loaded['state_dict'], convert_checkpoint(expected)[0]['state_dict'])
+
+
+def test_timm_scheme_offline_says_the_two_ways_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    with pytest.raises(CheckpointError, match=r'model\.safetensors.*backbone\.init_cfg=None') as error:
+        load_pretrained_backbone(EfficientViM('m1'), f'timm://{NAME}')
+    assert f'timm/{NAME}' in str(error.value)
+    assert error.value.__cause__ is not None
+
+
+def test_timm_scheme_lists_the_names_there_are():
+    for name in ('efficientvim_m5.e450_in1k', 'resnet50.a1_in1k', 'efficientvim_m1.e1_in1k'):
+        with pytest.raises(CheckpointError, match=f'{name}.*efficientvim_m4.e450_in1k'):
+            load_pretrained_backbone(EfficientViM('m1'), f'timm://{name}')
+
+
+# The tool
+
+
+def run_tool(*args: str | Path, **env: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', **env}
+    command = [sys.executable, ROOT / 'tools' / 'convert_checkpoint.py', *args]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+
+
+def test_tool_downloads_and_converts(server, tmp_path):
+    repo = server.folder / 'timm' / NAME / 'resolve' / 'main'
+    repo.mkdir(parents=True)
+    save_file(timm_state('efficientvim_m1'), repo / 'model.safetensors')
+    target = tmp_path / 'new' / 'm1.pth'
+    done = run_tool(f'timm://{NAME}', target, HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / 'hf'), HF_HUB_OFFLINE='0')
+    assert done.returncode == 0, done.stderr
+    assert 'EfficientViM-M1' in done.stdout
+    written = torch.load(target, weights_only=True)
+    assert_same(written['state_dict'], convert_checkpoint(timm_state('efficientvim_m1'))[0]['state_dict'])
+    assert written['meta']['source'] == "a classifier in timm's layout"
+    assert os.listdir(target.parent) == ['m1.pth']
+
+
+def test_tool_refuses_in_one_sentence(tmp_path):
+    target = tmp_path / 'old.pth'
+    target.write_text('what was there')
+    state = timm_state('efficientvim_m1')
+    torch.save({**state, 'surprise': torch.ones(1)}, tmp_path / 'x.pth')
+    done = run_tool(tmp_path / 'x.pth', target)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith('CheckpointError: ')
+    assert 'surprise' in done.stderr
+    assert 'Traceback' not in done.stderr
+    assert target.read_text() == 'what was there'
+    assert sorted(os.listdir(tmp_path)) == ['old.pth', 'x.pth']
+
+
+@pytest.fixture
+def tool():
+    spec = importlib.util.spec_from_file_location('convert_checkpoint', ROOT / 'tools' / 'convert_checkpoint.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(('weights', 'seed'), [([], 1), (['--weights', 'ema'], 1), (['--weights', 'model'], 0)])
+def test_tool_chooses_weights_and_accounts_for_everything(tool, tmp_path, monkeypatch, capsys, weights, seed):
+    source = authors_file(tmp_path / 'x.pth')
+    monkeypatch.setattr(sys, 'argv', ['convert_checkpoint.py', str(source), str(tmp_path / 'y.pth'), *weights])
+    tool.main()
+    state = timm_state('efficientvim_m1', seed)
+    assert_same(
+        torch.load(tmp_path / 'y.pth', weights_only=True)['state_dict'], convert_checkpoint(state)[0]['state_dict']
+    )
+    printed = capsys.readouterr().out
+    assert f'loaded: {len(state)} tensors' in printed
+    assert 'patch_embed.* -> backbone.patch_embed.* (24)' in printed
+    assert 'heads.* -> head.heads.* (8)' in printed
+    for entry in ('optimizer', 'config', 'args', 'epoch'):
+        assert f'\n  {entry}: ' in printed
+
+
+def test_tool_leaves_nothing_behind_when_the_disk_is_full(tool, tmp_path, monkeypatch):
+    source = authors_file(tmp_path / 'x.pth')
+    monkeypatch.setattr(sys, 'argv', ['convert_checkpoint.py', str(source), str(tmp_path / 'full' / 'y.pth')])
+    (tmp_path / 'full').write_text('a file where a folder is needed')
+    with pytest.raises(OSError, match=r'File exists|Not a directory'):
+        tool.main()
+    shutil.copy(source, tmp_path / 'full')  # still what it was: a file

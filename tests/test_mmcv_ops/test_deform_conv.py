@@ -1,0 +1,138 @@
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmcv.ops import DeformConv2dPack, ModulatedDeformConv2dPack, SAConv2d, deform_conv2d, modulated_deform_conv2d
+from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures('each_device')
+
+# Atomic additions on a GPU come in any order.
+gradcheck = partial(torch.autograd.gradcheck, nondet_tol=1e-9)
+
+# stride, padding, dilation, groups, deform_groups
+GEOMETRIES = [(1, 1, 1, 1, 1), (2, 1, 1, 2, 1), (1, 2, 2, 1, 2), ((2, 1), (0, 1), (1, 2), 2, 2)]
+
+
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def make_inputs(stride, padding, dilation, groups: int, deform_groups: int) -> tuple[Tensor, ...]:
+    """Feature map, offsets, mask, weight and bias."""
+    maps = torch.rand(2, 4, 7, 6, dtype=torch.float64)
+    weight = torch.rand(6, 4 // groups, 3, 2, dtype=torch.float64)
+    height, width = F.conv2d(maps, weight, None, stride, padding, dilation, groups).shape[2:]
+    offset = torch.randn(2, deform_groups * 2 * 6, height, width, dtype=torch.float64)
+    mask = torch.rand(2, deform_groups * 6, height, width, dtype=torch.float64)
+    return maps, offset, mask, weight, torch.rand(6, dtype=torch.float64)
+
+
+def by_definition(
+    maps: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, geometry: tuple, sample: Callable
+) -> Tensor:
+    stride, padding, dilation = (pair(value) for value in geometry[:3])
+    groups, deform_groups = geometry[3:]
+    channels = maps.shape[1]
+    height, width = offset.shape[2:]
+    windows = torch.zeros(2, channels, 6, height, width, dtype=maps.dtype)
+    for image in range(2):
+        for channel in range(channels):
+            for tap in range(6):
+                place = channel // (channels // deform_groups) * 6 + tap
+                i, j = divmod(tap, 2)
+                y = torch.arange(height)[:, None] * stride[0] - padding[0] + i * dilation[0]
+                x = torch.arange(width) * stride[1] - padding[1] + j * dilation[1]
+                dy, dx = offset[image, 2 * place], offset[image, 2 * place + 1]
+                samples = sample(maps[image, channel, None], y + dy, x + dx)[0]
+                windows[image, channel, tap] = samples * mask[image, place]
+    windows = windows.reshape(2, groups, channels // groups, 6, height, width)
+    weight = weight.reshape(groups, 6 // groups, channels // groups, 6)
+    return torch.einsum('bgcthw,goct->bgohw', windows, weight).flatten(1, 2) + bias[:, None, None]
+
+
+@pytest.mark.parametrize('geometry', GEOMETRIES)
+def test_deform_conv_is_a_convolution_of_samples(geometry: tuple, bilinear: Callable) -> None:
+    maps, offset, mask, weight, bias = make_inputs(*geometry)
+    result = deform_conv2d(maps, offset, weight, *geometry)
+    expected = by_definition(maps, offset, torch.ones_like(mask), weight, 0 * bias, geometry, bilinear)
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize('with_bias', [True, False])
+@pytest.mark.parametrize('geometry', GEOMETRIES)
+def test_modulated_deform_conv_weighs_its_samples(geometry: tuple, with_bias: bool, bilinear: Callable) -> None:
+    maps, offset, mask, weight, bias = make_inputs(*geometry)
+    result = modulated_deform_conv2d(maps, offset, mask, weight, bias if with_bias else None, *geometry)
+    expected = by_definition(maps, offset, mask, weight, bias * with_bias, geometry, bilinear)
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize('geometry', GEOMETRIES)
+def test_gradients(geometry: tuple) -> None:
+    maps, offset, mask, weight, bias = (tensor.requires_grad_() for tensor in make_inputs(*geometry))
+    # The numeric derivative by the other three would take minutes.
+    assert gradcheck(lambda *x: deform_conv2d(*x, *geometry), (maps, offset, weight), fast_mode=True)
+    inputs = (maps, offset, mask, weight, bias)
+    assert gradcheck(lambda *x: modulated_deform_conv2d(*x, *geometry), inputs, fast_mode=True)
+    assert gradcheck(
+        lambda *x: modulated_deform_conv2d(*x, None, *geometry), (maps, offset, mask, weight), fast_mode=True
+    )
+
+
+def test_weight_alone_gets_its_gradient() -> None:
+    maps, offset, _, weight, _ = make_inputs(*GEOMETRIES[0])
+    weight.requires_grad_()
+    assert gradcheck(lambda w: deform_conv2d(maps, offset, w, *GEOMETRIES[0]), (weight,), fast_mode=True)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_mixed_precision(dtype: torch.dtype) -> None:
+    """Offsets come in half precision from an autocast convolution, the rest in single precision."""
+    inputs = [tensor.float().requires_grad_() for tensor in make_inputs(*GEOMETRIES[0])]
+    maps, offset, mask, weight, bias = inputs
+    results = [
+        modulated_deform_conv2d(maps, offset.to(kind), mask, weight, bias, *GEOMETRIES[0])
+        for kind in (dtype, torch.float32)
+    ]
+    assert results[0].dtype == dtype
+    # Offsets rounded to bfloat16 move the samples by up to 2⁻⁸ of their size.
+    torch.testing.assert_close(results[0].float(), results[1], rtol=0.05, atol=0.1)
+    for grads in zip(
+        *(torch.autograd.grad(result.sum(), (maps, mask, weight, bias)) for result in results), strict=True
+    ):
+        torch.testing.assert_close(*grads, rtol=0.1, atol=0.5)
+    half = deform_conv2d(maps, offset.to(dtype), weight, *GEOMETRIES[0])
+    torch.testing.assert_close(half.float(), deform_conv2d(maps, offset, weight, *GEOMETRIES[0]), rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize('layer', [DeformConv2dPack, ModulatedDeformConv2dPack])
+def test_a_new_layer_is_a_plain_convolution(layer: type[torch.nn.Module]) -> None:
+    module = layer(4, 8, 3, padding=1)
+    maps = torch.rand(2, 4, 9, 7)
+    scale = 0.5 if layer is ModulatedDeformConv2dPack else 1  # its mask starts at sigmoid(0)
+    bias = module.bias if layer is ModulatedDeformConv2dPack else None
+    torch.testing.assert_close(module(maps), F.conv2d(maps, module.weight * scale, bias, padding=1))
+
+
+def test_switchable_atrous_convolution_trains() -> None:
+    module = SAConv2d(4, 8, 3, padding=1, use_deform=True)
+    module(torch.rand(2, 4, 9, 7)).sum().backward()
+    assert module.offset_s.weight.grad.any()
+    assert module.weight.grad.any()
+
+
+def test_offsets_that_are_no_number_sample_nothing() -> None:
+    """A diverged model must report its loss, not crash."""
+    maps, offset, mask, weight, bias = make_inputs(*GEOMETRIES[0])
+    offset[0] = torch.nan
+    inputs = [tensor.requires_grad_() for tensor in (maps, offset, mask, weight, bias)]
+    result = modulated_deform_conv2d(*inputs, *GEOMETRIES[0])
+    result.sum().backward()
+    torch.testing.assert_close(result[0], bias[:, None, None].expand_as(result[0]))
+    assert result[1].isfinite().all()
+    plain = deform_conv2d(maps, offset, weight, *GEOMETRIES[0])
+    plain.sum().backward()
+    assert not plain[0].any()

@@ -1,0 +1,19 @@
+import pytest
+import torch
+from mmcv.ops import MaskedConv2d
+
+pytestmark = pytest.mark.usefixtures('each_device')
+
+
+@pytest.mark.parametrize(('kernel', 'padding'), [(3, 1), (1, 0), ((3, 5), (1, 2))])
+def test_equals_the_dense_convolution_where_the_mask_is(kernel, padding) -> None:
+    module = MaskedConv2d(4, 6, kernel, padding=padding)
+    maps = torch.rand(1, 4, 9, 7)
+    mask = torch.rand(1, 9, 7) > 0.6
+    with torch.no_grad():
+        torch.testing.assert_close(module(maps, mask), module(maps) * mask)
+
+
+def test_nothing_is_computed_without_a_mask() -> None:
+    module = MaskedConv2d(4, 6, 3, padding=1)
+    assert not module(torch.rand(1, 4, 9, 7), torch.zeros(1, 9, 7)).any()

@@ -1,0 +1,154 @@
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from mmcv.ops import RoIAlign, RoIPool, roi_align, roi_pool
+from torch import Tensor
+
+from mmevm.mmcv_ops import grids
+
+pytestmark = pytest.mark.usefixtures('each_device')
+
+# Atomic additions on a GPU come in any order.
+gradcheck = partial(torch.autograd.gradcheck, nondet_tol=1e-9)
+
+SCALE = 0.5
+
+
+def make_rois() -> Tensor:
+    rois = [
+        [0, 2.3, 3.1, 17.6, 13.2],
+        [1, -4.2, -3.3, 9.1, 30.7],  # across the border
+        [0, 60.0, 60.0, 70.0, 72.0],  # outside
+        [1, 5.2, 5.1, 5.9, 21.4],  # thin
+        [0, 1.2, 0.7, 27.8, 19.9],
+    ]
+    return torch.tensor(rois, dtype=torch.float64)
+
+
+def features() -> Tensor:
+    return torch.rand(2, 2, 10, 14, dtype=torch.float64)
+
+
+def align_by_definition(
+    image: Tensor, roi: Tensor, size: tuple[int, int], ratio: int, mode: str, aligned: bool, sample: Callable
+) -> Tensor:
+    shift = 0.5 if aligned else 0
+    x1, y1, x2, y2 = (roi * SCALE - shift).tolist()
+    height, width = y2 - y1, x2 - x1
+    if not aligned:
+        height, width = max(height, 1), max(width, 1)
+    bin_height, bin_width = height / size[0], width / size[1]
+    rows, columns = ratio or math.ceil(bin_height), ratio or math.ceil(bin_width)
+    result = torch.empty(len(image), *size, dtype=image.dtype)
+    for i in range(size[0]):
+        for j in range(size[1]):
+            y = y1 + (i + (torch.arange(rows, dtype=torch.float64) + 0.5) / rows) * bin_height
+            x = x1 + (j + (torch.arange(columns, dtype=torch.float64) + 0.5) / columns) * bin_width
+            samples = sample(image, y[:, None].expand(rows, columns), x.expand(rows, columns)).flatten(1)
+            result[:, i, j] = samples.mean(dim=1) if mode == 'avg' else samples.amax(dim=1)
+    return result
+
+
+@pytest.mark.parametrize('aligned', [True, False])
+@pytest.mark.parametrize('ratio', [0, 1, 3])
+@pytest.mark.parametrize('mode', ['avg', 'max'])
+def test_roi_align_is_the_average_or_maximum_of_bilinear_samples(
+    mode: str, ratio: int, aligned: bool, bilinear_with_border: Callable
+) -> None:
+    maps, rois = features(), make_rois()
+    result = RoIAlign((3, 2), SCALE, ratio, mode, aligned)(maps, rois)
+    for roi, pooled in zip(rois, result, strict=True):
+        image = maps[int(roi[0])]
+        expected = align_by_definition(image, roi[1:], (3, 2), ratio, mode, aligned, bilinear_with_border)
+        torch.testing.assert_close(pooled, expected)
+
+
+@pytest.mark.parametrize('mode', ['avg', 'max'])
+def test_roi_align_of_a_point(mode: str, bilinear_with_border: Callable) -> None:
+    """Unaligned, it is taken for one pixel; aligned, there is nothing to sample."""
+    maps, roi = features(), torch.tensor([[0, 5.0, 7, 5, 7]], dtype=torch.float64)
+    expected = align_by_definition(maps[0], roi[0, 1:], (3, 2), 0, mode, False, bilinear_with_border)
+    torch.testing.assert_close(roi_align(maps, roi, (3, 2), SCALE, 0, mode, False)[0], expected)
+    assert not roi_align(maps, roi, (3, 2), SCALE, 0, mode, True).any()
+
+
+@pytest.mark.parametrize('aligned', [True, False])
+@pytest.mark.parametrize('ratio', [0, 2])
+@pytest.mark.parametrize('mode', ['avg', 'max'])
+def test_roi_align_gradient(mode: str, ratio: int, aligned: bool) -> None:
+    maps, rois = features().requires_grad_(), make_rois()
+    assert gradcheck(lambda x: roi_align(x, rois, (3, 2), SCALE, ratio, mode, aligned), (maps,))
+
+
+def test_roi_align_in_small_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps, rois = features().requires_grad_(), make_rois()[[0, 1, 4, 0, 1, 4]]
+    results = []
+    for limit in (grids.MAX_SAMPLES, 1):
+        monkeypatch.setattr(grids, 'MAX_SAMPLES', limit)
+        pooled = roi_align(maps, rois, (3, 2), SCALE, 0, 'max', True)
+        results.append((pooled, *torch.autograd.grad((pooled**2).sum(), maps)))
+    torch.testing.assert_close(*results)
+
+
+def pool_by_definition(image: Tensor, roi: Tensor, size: tuple[int, int]) -> Tensor:
+    x1, y1, x2, y2 = roi.tolist()
+    x1, y1, x2, y2 = x1 * SCALE, y1 * SCALE, (x2 + 1) * SCALE, (y2 + 1) * SCALE
+    result = torch.zeros(len(image), *size, dtype=image.dtype)
+    for i in range(size[0]):
+        for j in range(size[1]):
+            pixels = [
+                image[:, y, x]
+                for y in range(image.shape[1])
+                for x in range(image.shape[2])
+                if math.floor(y1 + i * (y2 - y1) / size[0]) <= y < math.ceil(y1 + (i + 1) * (y2 - y1) / size[0])
+                and math.floor(x1 + j * (x2 - x1) / size[1]) <= x < math.ceil(x1 + (j + 1) * (x2 - x1) / size[1])
+            ]
+            if pixels:
+                result[:, i, j] = torch.stack(pixels).amax(dim=0)
+    return result
+
+
+def test_roi_pool_is_the_maximum_of_the_pixels_of_each_bin() -> None:
+    maps, rois = features() - 0.5, make_rois()
+    result = RoIPool((3, 4), SCALE)(maps, rois)
+    for roi, pooled in zip(rois, result, strict=True):
+        torch.testing.assert_close(pooled, pool_by_definition(maps[int(roi[0])], roi[1:], (3, 4)))
+
+
+def test_roi_pool_gradient() -> None:
+    # Values well apart, so that no maximum changes within the numeric derivative's step.
+    maps = torch.randperm(2 * 2 * 10 * 14).double().reshape(2, 2, 10, 14).requires_grad_()
+    assert gradcheck(lambda x: roi_pool(x, make_rois(), (3, 4), SCALE), (maps,))
+
+
+def test_roi_pool_of_an_inverted_roi_is_nought() -> None:
+    maps = features().requires_grad_()
+    pooled = roi_pool(maps, torch.tensor([[0, 9.6, 9, 8.4, 12]], dtype=torch.float64), (2, 2), 1.0)
+    pooled.sum().backward()
+    assert not pooled.any()
+    assert not maps.grad.any()
+
+
+@pytest.mark.parametrize('pool', [RoIAlign(2), RoIAlign(2, pool_mode='max'), RoIPool(2)], ids=['avg', 'max', 'pool'])
+def test_no_rois(pool: torch.nn.Module) -> None:
+    maps = features().requires_grad_()
+    pooled = pool(maps, make_rois()[:0])
+    pooled.sum().backward()
+    assert pooled.shape == (0, 2, 2, 2)
+    assert not maps.grad.any()
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('pool', [RoIAlign(2), RoIAlign(2, pool_mode='max'), RoIPool(2)], ids=['avg', 'max', 'pool'])
+def test_half_precision(pool: torch.nn.Module, dtype: torch.dtype) -> None:
+    maps, rois = features().to(dtype).requires_grad_(), make_rois().to(dtype)
+    pooled = pool(maps, rois)
+    expected = pool(maps.float(), rois.float())
+    assert pooled.dtype == dtype
+    torch.testing.assert_close(pooled, expected.to(dtype))
+    (grad,) = torch.autograd.grad(pooled.sum(), maps)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), maps)
+    torch.testing.assert_close(grad, expected_grad)

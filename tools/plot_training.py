@@ -1,0 +1,49 @@
+"""Plot the losses and the AP of a training: ``python tools/plot_training.py work_dirs/NAME plot.png``."""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+METRICS = ('coco/bbox_mAP_50', 'coco/segm_mAP_50', 'coco/bbox_mAP', 'coco/segm_mAP')
+
+
+def read_scalars(work_dir: Path) -> tuple[list[dict], list[dict]]:
+    """What the latest run in a work dir logged: records of training and of validation, both with 'step' in iterations."""
+    runs = sorted(work_dir.glob('*/vis_data/scalars.json'))
+    if not runs:
+        raise SystemExit(f'There is no log below {work_dir}: no */vis_data/scalars.json. Name the work dir of a training.')
+    records = [json.loads(line) for line in runs[-1].read_text().splitlines()]
+    train = [record for record in records if 'loss' in record]
+    val = [record for record in records if any(metric in record for metric in METRICS)]
+    # mmengine counts validations in epochs if the training loop does.
+    ends = {record['epoch']: record['step'] for record in train if 'epoch' in record}
+    return train, [dict(record, step=ends.get(record['step'], record['step'])) for record in val]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('work_dir', type=Path, help='work dir of a training')
+    parser.add_argument('out', type=Path, help='picture to write')
+    args = parser.parse_args()
+
+    train, val = read_scalars(args.work_dir)
+    figure, (losses, metrics) = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
+    for name in [key for key in train[0] if 'loss' in key]:
+        steps = [record['step'] for record in train]
+        losses.plot(steps, [record[name] for record in train], label=name, linewidth=2 if name == 'loss' else 1)
+    losses.set(xlabel='iteration', ylabel='loss', ylim=(0, None), title='training')
+    for name in METRICS:
+        points = [(record['step'], record[name]) for record in val if name in record]
+        if points:
+            metrics.plot(*zip(*points, strict=True), marker='o', label=name.removeprefix('coco/'))
+    metrics.set(xlabel='iteration', ylabel='AP', xlim=losses.get_xlim(), ylim=(0, 1), title='evaluation')
+    for axes in (losses, metrics):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(args.out, dpi=100)
+
+
+if __name__ == '__main__':
+    main()
