@@ -71,17 +71,17 @@ def replace_data_root(cfg: Config, data_root: str) -> Config:
     Raises:
         ConfigError: If the config has no ``data_root``.
     """
-    old = cfg.get('data_root')
-    if old is None:
+    old = (cfg.get('data_root') or '').rstrip('/')
+    if not old:
         raise ConfigError('--data-root replaces the data_root of the config, but this config has none.')
-    new = str(Path(data_root).expanduser()) + '/'
+    new = os.path.expanduser(data_root).rstrip('/') + '/'
 
     def replace(value):
         if isinstance(value, dict):
             return {key: replace(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)(replace(item) for item in value)
-        if isinstance(value, str) and value.startswith(old):
+        if isinstance(value, str) and f'{value}/'.startswith(f'{old}/'):
             return new + value[len(old) :].lstrip('/')
         return value
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.fileio import list_from_file
 from mmengine.registry import DATASETS
 
 # Modules whose `num_classes` is the number of classes of the dataset.
@@ -39,7 +40,7 @@ def check_config(cfg: Config, splits: Sequence[str]) -> None:
                 _check_num_classes(key, classes, cfg['model'])
         evaluators = cfg.get(f'{split}_evaluator') or []
         for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
-            if evaluator.get('ann_file') and not _exists(evaluator['ann_file']):
+            if evaluator.get('ann_file') and _is_missing(evaluator['ann_file'], evaluator):
                 raise ConfigError(
                     f'{split}_evaluator.ann_file: there is no {evaluator["ann_file"]}. It has to name the '
                     f'annotations of {split}_dataloader; --data-root DIR changes both.'
@@ -62,8 +63,13 @@ def _join(dataset: dict, path: str) -> str:
     return path if '://' in path or not root else f'{root.rstrip("/")}/{path}' if not path.startswith('/') else path
 
 
-def _exists(path: str) -> bool:
-    return '://' in path or Path(path).exists()
+def _is_remote(path: str, owner: dict) -> bool:
+    """Whether mmengine reads a path from elsewhere: by its own scheme, or by a backend that may map it to another."""
+    return '://' in path or (owner.get('backend_args') or {}).get('backend', 'local') != 'local'
+
+
+def _is_missing(path: str, owner: dict) -> bool:
+    return not _is_remote(path, owner) and not Path(path).exists()
 
 
 def _check_files(key: str, dataset: dict) -> None:
@@ -74,7 +80,7 @@ def _check_files(key: str, dataset: dict) -> None:
         wanted['ann_file'] = dataset['ann_file']
     for name, path in wanted.items():
         path = _join(dataset, path)
-        if not _exists(path):
+        if _is_missing(path, dataset):
             raise ConfigError(
                 f'{key}.{name}: there is no {path}. Put the data there, or a link to it (for COCO: '
                 'ln -s /path/to/coco data/coco), name its place with --data-root DIR, or change '
@@ -85,15 +91,21 @@ def _check_files(key: str, dataset: dict) -> None:
 def _classes(dataset: dict, scope: str | None) -> tuple[str, ...] | None:
     classes = (dataset.get('metainfo') or {}).get('classes')
     if classes is None:
+        kind = dataset['type']
         with DATASETS.switch_scope_and_registry(scope) as registry:
-            classes = getattr(registry.get(dataset['type']), 'METAINFO', {}).get('classes')
-    return (classes,) if isinstance(classes, str) else None if classes is None else tuple(classes)
+            kind = kind if isinstance(kind, type) else registry.get(kind)
+        classes = getattr(kind, 'METAINFO', {}).get('classes')
+    if isinstance(classes, str):  # the name of the only class, or of a file with one name a line
+        classes = list_from_file(classes) if Path(classes).is_file() else [classes]
+    return None if classes is None else tuple(classes)
 
 
 def _check_annotated_classes(key: str, dataset: dict, classes: tuple[str, ...]) -> None:
     path = _join(dataset, dataset.get('ann_file') or '')
-    if not path.endswith('.json') or '://' in path:
+    if not path.endswith('.json') or _is_remote(path, dataset):
         return
+    if not Path(path).stat().st_size:
+        raise ConfigError(f'{key}.ann_file: {path} is empty: fetch it or write it again.')
     annotated = _category_names(path)
     unknown = [name for name in classes if annotated is not None and name not in annotated]
     if unknown:
@@ -111,14 +123,18 @@ def _category_names(path: str) -> list[str] | None:
         start = text.find(b'[', at)
         if at < 0 or start < 0:
             return None
-        # A list of dicts without lists in them, unless keypoints are annotated: try ever later closing brackets.
-        end = start
-        while (end := text.find(b']', end + 1)) >= 0:
+        # Where the list ends is not known before it is decoded, so decode ever longer pieces.
+        length = 2**16
+        while True:
+            piece = text[start : start + length].decode(errors='ignore')
             try:
-                return [category['name'] for category in json.loads(text[start : end + 1])]
+                categories, _ = json.JSONDecoder().raw_decode(piece)
             except json.JSONDecodeError:
-                continue
-    return None
+                if start + length >= len(text):
+                    return None
+                length *= 16
+            else:
+                return [category['name'] for category in categories]
 
 
 def _check_num_classes(key: str, classes: tuple[str, ...], model: dict) -> None:

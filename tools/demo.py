@@ -1,6 +1,7 @@
 """Make a synthetic data set, train Mask R-CNN with EfficientViM-M1 on it, evaluate, and draw what it finds.
 
-Takes some ten minutes on two CPU cores. Each step is a command that is shown, and that works the same for other configs.
+Takes some ten minutes on two CPU cores. Each step is a command that is shown, and that works the same for other
+configs.
 """
 
 import argparse
@@ -32,13 +33,12 @@ def main() -> None:
     checkpoint = (training / 'last_checkpoint').read_text()
     run(
         *('tools/test.py', CONFIG, checkpoint, '--data-root', str(data)),
-        *('--work-dir', str(training), '--show-dir', str(pictures)),
+        *('--work-dir', str(args.work_dir / 'test'), '--show-dir', str(pictures)),
     )
     run('tools/plot_training.py', str(training), str(args.work_dir / 'training.png'))
-    print(
-        f'\nGround truth (left) beside detections (right): {pictures}/*.png\nLosses and AP: {args.work_dir}/training.png\n'
-        f'Checkpoint: {checkpoint}'
-    )
+    print(f'\nGround truth (left) beside detections (right): {pictures}/*.png')
+    print(f'Losses and AP: {args.work_dir}/training.png')
+    print(f'Checkpoint: {checkpoint}')
 
 
 if __name__ == '__main__':

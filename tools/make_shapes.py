@@ -17,7 +17,7 @@ CLASSES = ('disc', 'box', 'triangle')
 
 
 def make_texture(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Two random colours, mixed by stripes, a checkerboard, a gradient or clouds: (size, size, 3) uint8."""
+    """A random colour and one akin to it as stripes, checkerboard, gradient or clouds: (size, size, 3) uint8."""
     y, x = np.mgrid[:size, :size].astype(np.float32)
     angle, period = rng.uniform(0, np.pi), rng.uniform(6, 18)
     across = x * np.cos(angle) + y * np.sin(angle)
@@ -31,8 +31,8 @@ def make_texture(rng: np.random.Generator, size: int) -> np.ndarray:
         mix = (across - across.min()) / np.ptp(across)
     else:
         mix = cv2.resize(rng.random((8, 8), dtype=np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
-    colours = rng.uniform(20, 235, (2, 3))
-    texture = colours[0] + np.asarray(mix, np.float32)[..., None] * (colours[1] - colours[0])
+    colour, change = rng.uniform(30, 225, 3), rng.uniform(-70, 70, 3)
+    texture = colour + (np.asarray(mix, np.float32)[..., None] - 0.5) * change
     return np.clip(texture + rng.normal(0, 6, texture.shape), 0, 255).astype(np.uint8)
 
 
@@ -52,25 +52,27 @@ def make_shape(rng: np.random.Generator, size: int, kind: int, radius: float, ce
 def make_image(rng: np.random.Generator, size: int, crowd: bool, empty: bool) -> tuple[np.ndarray, list[dict]]:
     """One image and its objects: ``category`` (index), ``mask`` (visible pixels), ``iscrowd``."""
     image = make_texture(rng, size)
-    kinds, radii = [], []
-    if not empty:
-        number = rng.integers(2, 6)
-        kinds = rng.integers(len(CLASSES), size=number).tolist()
-        radii = np.exp(rng.uniform(np.log(size / 16), np.log(size / 5), number)).tolist()
-    shapes = [
-        dict(category=kind, iscrowd=0, mask=make_shape(rng, size, kind, radius, rng.uniform(0.08, 0.92, 2) * size))
-        for kind, radius in zip(kinds, radii, strict=True)
-    ]
+    shapes = []
     if crowd:
         centre = rng.uniform(0.3, 0.7, 2) * size
         discs = [make_shape(rng, size, 0, size / 32, centre + rng.normal(0, size / 12, 2)) for _ in range(12)]
-        shapes.append(dict(category=0, iscrowd=1, mask=np.any(discs, axis=0)))
-    for i, shape in enumerate(shapes):
-        texture = make_texture(rng, size)
-        image[shape['mask']] = texture[shape['mask']]
-        for earlier in shapes[:i]:
-            earlier['mask'] = earlier['mask'] & ~shape['mask']
-    return image, [shape for shape in shapes if shape['mask'].sum() >= 32]
+        add_shape(rng, image, shapes, dict(category=0, iscrowd=1, mask=np.any(discs, axis=0)))
+    for _ in range(0 if empty else rng.integers(2, 6)):
+        kind = int(rng.integers(len(CLASSES)))
+        radius = np.exp(rng.uniform(np.log(size / 11), np.log(size / 4)))
+        mask = make_shape(rng, size, kind, radius, rng.uniform(0.1, 0.9, 2) * size)
+        # A shape of which almost nothing is left could not be told from another.
+        if all((shape['mask'] & mask).sum() < 0.4 * shape['mask'].sum() for shape in shapes):
+            add_shape(rng, image, shapes, dict(category=kind, iscrowd=0, mask=mask))
+    return image, shapes
+
+
+def add_shape(rng: np.random.Generator, image: np.ndarray, shapes: list[dict], shape: dict) -> None:
+    """Paint a shape over what is there, and take it out of the masks below."""
+    image[shape['mask']] = make_texture(rng, len(image))[shape['mask']]
+    for below in shapes:
+        below['mask'] = below['mask'] & ~shape['mask']
+    shapes.append(shape)
 
 
 def make_split(root: Path, split: str, num_images: int, size: int, seed: int) -> None:

@@ -10,10 +10,12 @@ METRICS = ('coco/bbox_mAP_50', 'coco/segm_mAP_50', 'coco/bbox_mAP', 'coco/segm_m
 
 
 def read_scalars(work_dir: Path) -> tuple[list[dict], list[dict]]:
-    """What the latest run in a work dir logged: records of training and of validation, both with 'step' in iterations."""
+    """What the latest run in a work dir logged: records of training and validation, with 'step' in iterations."""
     runs = sorted(work_dir.glob('*/vis_data/scalars.json'))
     if not runs:
-        raise SystemExit(f'There is no log below {work_dir}: no */vis_data/scalars.json. Name the work dir of a training.')
+        raise SystemExit(
+            f'There is no log below {work_dir}: no */vis_data/scalars.json. Name the work dir of a training.'
+        )
     records = [json.loads(line) for line in runs[-1].read_text().splitlines()]
     train = [record for record in records if 'loss' in record]
     val = [record for record in records if any(metric in record for metric in METRICS)]

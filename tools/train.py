@@ -41,6 +41,8 @@ def main() -> None:
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
+    if not torch.cuda.is_available():
+        cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='mmevm.PeakMemoryHook')]
     check_config(cfg, ['train', 'val'])
     Runner.from_cfg(cfg).train()
 

@@ -1,0 +1,159 @@
+"""From the words of a command line to the config of a run."""
+
+import argparse
+import os
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+from mmevm.checkpoints import CheckpointError
+from mmevm.cli import add_common_arguments, load_config, replace_data_root, run
+from mmevm.preflight import ConfigError
+
+CONFIGS = Path(__file__).parents[1] / 'configs'
+CONFIG = """
+data_root = 'data/coco/'
+train_dataloader = dict(batch_size=4, dataset=dict(data_root=data_root, ann_file='train.json'))
+val_evaluator = dict(ann_file=data_root + 'val.json')
+visualizer = dict(vis_backends=[dict(type='LocalVisBackend')])
+"""
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """The config that a command line leads to, beginning from a file ``some_config.py``."""
+    monkeypatch.setenv('LOCAL_RANK', '0')  # so that monkeypatch restores it
+    monkeypatch.delenv('LOCAL_RANK')
+    path = tmp_path / 'some_config.py'
+
+    def load(*words, text=CONFIG):
+        path.write_text(text)
+        parser = argparse.ArgumentParser()
+        parser.add_argument('config')
+        add_common_arguments(parser)
+        return load_config(parser.parse_args([str(path), *words]))
+
+    return load
+
+
+def strings(value):
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [string for item in value for string in strings(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def test_without_arguments_the_config_is_that_of_the_file(load):
+    cfg = load()
+    assert cfg.data_root == 'data/coco/'
+    assert cfg.train_dataloader.dataset.ann_file == 'train.json'
+    assert cfg.visualizer.vis_backends == [dict(type='LocalVisBackend')]
+    assert cfg.launcher == 'none'
+
+
+@pytest.mark.parametrize(
+    ('words', 'text', 'expected'),
+    [
+        ([], CONFIG, 'work_dirs/some_config'),
+        ([], CONFIG + "work_dir = 'mine'", 'mine'),
+        (['--work-dir', 'yours'], CONFIG + "work_dir = 'mine'", 'yours'),
+        (['--cfg-options', 'work_dir=theirs'], CONFIG + "work_dir = 'mine'", 'theirs'),
+    ],
+)
+def test_work_dir(load, words, text, expected):
+    assert load(*words, text=text).work_dir == expected
+
+
+def test_cfg_options_come_last(load):
+    options = ['data_root=there/', 'val_evaluator.ann_file=other.json', 'train_dataloader.batch_size=2', 'a.b=[1,2]']
+    cfg = load('--data-root', 'here', '--cfg-options', *options)
+    assert cfg.data_root == 'there/'
+    assert cfg.val_evaluator.ann_file == 'other.json'
+    assert cfg.train_dataloader.batch_size == 2
+    assert cfg.a.b == [1, 2]
+    assert cfg.train_dataloader.dataset.data_root == 'here/'  # the other entries stay
+
+
+def test_tensorboard_comes_beside_what_is_there(load):
+    backends = [dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')]
+    assert load('--tensorboard').visualizer.vis_backends == backends
+
+
+@pytest.mark.parametrize('flag', ['--local-rank', '--local_rank'])
+def test_local_rank_of_the_old_launcher(load, monkeypatch, flag):
+    assert load('--launcher', 'pytorch', f'{flag}=3').launcher == 'pytorch'
+    assert os.environ['LOCAL_RANK'] == '3'
+    load(f'{flag}=5')
+    assert os.environ['LOCAL_RANK'] == '3'  # what torchrun has set stays
+
+
+def test_replace_data_root_reaches_every_path():
+    cfg = Config.fromfile(CONFIGS / 'maskrcnn_evm_m1.py')
+    before = [string for string in strings(cfg.to_dict()) if string.startswith('data/')]
+    assert len(before) > 5
+    replaced = replace_data_root(cfg, '/elsewhere')
+    expected = ['/elsewhere' + string.removeprefix('data/coco') for string in before]
+    assert [string for string in strings(replaced.to_dict()) if string.startswith(('data/', '/elsewhere'))] == expected
+    assert [string for string in strings(cfg.to_dict()) if string.startswith('data/')] == before  # is not changed
+    assert replaced.filename == cfg.filename
+
+
+@pytest.mark.parametrize('old', ['data/coco', 'data/coco/'])
+@pytest.mark.parametrize('new', ['/new', '/new/'])
+def test_replace_data_root_changes_paths_below_it_and_nothing_else(old, new):
+    cfg = Config(
+        dict(
+            data_root=old,
+            root='data/coco',
+            nested=dict(paths=['data/coco/a', ('data/coco/b/', 1, None)]),
+            others=['data/coco_semi/a', 'other/data/coco/', 'mmevm.EfficientViM', True, 0.5],
+        )
+    )
+    replaced = replace_data_root(cfg, new).to_dict()
+    assert replaced == dict(
+        data_root='/new/',
+        root='/new/',
+        nested=dict(paths=['/new/a', ('/new/b/', 1, None)]),
+        others=['data/coco_semi/a', 'other/data/coco/', 'mmevm.EfficientViM', True, 0.5],
+    )
+
+
+@pytest.mark.parametrize(
+    ('data_root', 'expected'), [('~/coco', '/home/me/coco/x'), ('s3://bucket/coco', 's3://bucket/coco/x'), ('.', './x')]
+)
+def test_replace_data_root_takes_what_a_shell_would_and_urls(monkeypatch, data_root, expected):
+    monkeypatch.setenv('HOME', '/home/me')
+    assert replace_data_root(Config(dict(data_root='data/', path='data/x')), data_root).path == expected
+
+
+@pytest.mark.parametrize('entries', [dict(), dict(data_root=None), dict(data_root='')])
+def test_replace_data_root_needs_one(entries):
+    with pytest.raises(ConfigError, match='this config has none'):
+        replace_data_root(Config(dict(entries, path='data/x')), '/new')
+
+
+@pytest.mark.parametrize('kind', [ConfigError, CheckpointError])
+def test_run_makes_known_errors_a_sentence(kind):
+    def fail():
+        raise kind('What is wrong, and what to do.')
+
+    with pytest.raises(SystemExit) as stop:
+        run(fail)
+    assert stop.value.code == f'{kind.__name__}: What is wrong, and what to do.'  # printed by Python, with status 1
+
+
+@pytest.mark.parametrize('kind', [RuntimeError, ValueError, KeyError, KeyboardInterrupt])
+def test_run_lets_other_errors_through(kind):
+    def fail():
+        raise kind('unexpected')
+
+    with pytest.raises(kind, match='unexpected'):
+        run(fail)
+
+
+def test_run_runs():
+    called = []
+    run(lambda: called.append(True))
+    assert called == [True]

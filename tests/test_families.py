@@ -1,0 +1,81 @@
+"""In processes of their own, whose installed packages are made up: metadata alone, as pip writes it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def install(site, *names):
+    for name in names:
+        info = site / f'{name.replace("-", "_")}-2.1.0.dist-info'
+        info.mkdir()
+        (info / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {name}\nVersion: 2.1.0\n')
+
+
+def run(site, *arguments):
+    environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(site), str(ROOT)])}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
+def import_mmevm(site):
+    return run(site, '-S', '-c', 'import mmevm')  # -S: without the packages that are really installed
+
+
+@pytest.mark.parametrize(
+    'names',
+    [
+        ['onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmpretrain'],
+        ['mmengine', 'mmcv', 'mmdet', 'mmpretrain'],
+        ['mmengine-lite', 'mmcv-lite'],
+    ],
+)
+def test_one_family(names, tmp_path):
+    install(tmp_path, *names)
+    assert import_mmevm(tmp_path).returncode == 0
+
+
+def test_no_family(tmp_path):
+    install(tmp_path, 'torch', 'timm')
+    result = import_mmevm(tmp_path)
+    assert result.returncode == 1
+    sentence = result.stderr.splitlines()[-1]
+    assert 'none is installed' in sentence
+    assert 'pip install "mmevm[onedl]"' in sentence
+    assert 'pip install "mmevm[openmmlab]"' in sentence
+
+
+@pytest.mark.parametrize(
+    'names',
+    [
+        ['onedl-mmengine', 'onedl-mmcv', 'mmengine', 'mmcv'],
+        ['onedl-mmengine', 'onedl-mmcv', 'mmcv-lite'],
+        ['mmengine', 'mmcv', 'onedl-mmcv'],
+        ['onedl-mmengine', 'onedl-mmcv', 'mmdet'],
+        ['mmengine', 'mmcv', 'onedl-mmpretrain'],
+        ['onedl-mmengine', 'mmengine-lite'],
+    ],
+)
+def test_both_families(names, tmp_path):
+    install(tmp_path, *names)
+    result = import_mmevm(tmp_path)
+    assert result.returncode == 1
+    sentence = result.stderr.splitlines()[-1]
+    assert 'Both families' in sentence
+    assert all(repr(name) in sentence for name in names)
+    assert 'pip uninstall' in sentence
+    assert "pip install 'mmevm[onedl]' or pip install 'mmevm[openmmlab]'" in sentence
+
+
+def test_the_sentence_comes_through_a_config(tmp_path):
+    """mmengine's registry swallows an ImportError, and would say that there is no EfficientViM."""
+    install(tmp_path, 'onedl-mmcv', 'mmcv-lite')
+    code = "from mmengine.registry import MODELS; MODELS.build(dict(type='mmevm.EfficientViM', arch='m1'))"
+    result = run(tmp_path, '-c', code)
+    assert result.returncode == 1
+    assert 'Both families' in result.stderr.splitlines()[-1]
+    assert 'is not in the' not in result.stderr

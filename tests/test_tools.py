@@ -1,0 +1,320 @@
+"""The command lines as a user starts them, in processes of their own, on a handful of small images and on the CPU."""
+
+import json
+import math
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import timm
+import torch
+from pycocotools.coco import COCO
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / 'configs' / 'demo' / 'maskrcnn_evm_m1_shapes.py'
+SIZE = 96
+NUM_VAL = 4
+LOSSES = {'loss', 'loss_rpn_cls', 'loss_rpn_bbox', 'loss_cls', 'loss_bbox', 'loss_mask'}
+
+pytestmark = pytest.mark.slow
+
+
+def run(*arguments, cwd, **environment):
+    paths = [str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
+    environment = dict(PYTHONPATH=os.pathsep.join(paths), OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', **environment)
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def succeed(*arguments, cwd, **environment):
+    result = run(*arguments, cwd=cwd, **environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def train(*arguments, cwd, options=(), start=(), **environment):
+    """The demo's training with two images an iteration and no evaluation before the end, if at all."""
+    options = ['train_dataloader.batch_size=2', 'default_hooks.logger.interval=1', *options]
+    return succeed(*start, ROOT / 'tools/train.py', *arguments, '--cfg-options', *options, cwd=cwd, **environment)
+
+
+def the_sentence(result):
+    """The last words of a command that ends with 1: one line and no traceback."""
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert 'Traceback' not in result.stderr
+    return result.stderr.strip().splitlines()[-1]
+
+
+def scalars(work_dir):
+    """What the last run in a work dir has logged, iteration by iteration, and its evaluations."""
+    path = sorted(work_dir.glob('*/vis_data/scalars.json'))[-1]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if 'loss' in line], [line for line in lines if 'loss' not in line]
+
+
+@pytest.fixture(scope='session')
+def shapes(tmp_path_factory):
+    root = tmp_path_factory.mktemp('shapes')
+    numbers = ['--num-train', 8, '--num-val', NUM_VAL, '--size', SIZE]
+    succeed(ROOT / 'tools/make_shapes.py', root, *numbers, cwd=root)
+    return root
+
+
+@pytest.fixture(scope='session')
+def trained(shapes, tmp_path_factory):
+    """Three iterations of training: the work dir, and all that was printed."""
+    cwd = tmp_path_factory.mktemp('trained')
+    flags = ['--work-dir', 'here', '--data-root', shapes, '--auto-scale-lr', '--tensorboard']
+    printed = train(CONFIG, *flags, cwd=cwd, options=['train_cfg.max_iters=3', 'train_cfg.val_interval=3'])
+    assert [path.name for path in cwd.iterdir()] == ['here']
+    return cwd / 'here', printed
+
+
+@pytest.fixture(scope='session')
+def tested(shapes, trained, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp('tested')
+    flags = ['--data-root', shapes, '--work-dir', 'work', '--show-dir', 'pictures', '--out', 'predictions.pkl']
+    printed = succeed(ROOT / 'tools/test.py', CONFIG, trained[0] / 'iter_3.pth', *flags, cwd=cwd)
+    return cwd, printed
+
+
+def test_train_logs_and_saves(trained):
+    work_dir, printed = trained
+    assert 'Iter(train) [3/3]' in printed
+    assert 'eta: ' in printed
+    steps, (evaluation,) = scalars(work_dir)
+    assert [step['step'] for step in steps] == [1, 2, 3]
+    for step in steps:
+        assert set(step) >= LOSSES
+        assert all(math.isfinite(step[name]) for name in LOSSES)
+    assert set(evaluation) >= {'coco/bbox_mAP', 'coco/segm_mAP'}
+    checkpoint = torch.load(work_dir / 'iter_3.pth', map_location='cpu', weights_only=False)
+    assert checkpoint['meta']['iter'] == 3
+    assert (work_dir / 'last_checkpoint').read_text() == str(work_dir / 'iter_3.pth')
+
+
+def test_train_scales_the_learning_rate(trained):
+    first, *_ = scalars(trained[0])[0]
+    assert first['lr'] == pytest.approx(1e-3 * 2 / 16 * 0.01)  # of the config, by its auto_scale_lr, at its warm-up
+
+
+def test_train_writes_for_tensorboard(trained):
+    events = list(trained[0].glob('*/vis_data/events.out.tfevents.*'))
+    assert len(events) == 1
+    assert b'loss_rpn_cls' in events[0].read_bytes()
+
+
+def test_train_resumes_from_the_last_checkpoint(shapes, trained, tmp_path):
+    work_dir = tmp_path / 'work'
+    shutil.copytree(trained[0], work_dir)
+    (work_dir / 'last_checkpoint').write_text(str(work_dir / 'iter_3.pth'))
+    flags = ['--work-dir', work_dir, '--data-root', shapes, '--resume']
+    printed = train(CONFIG, *flags, cwd=tmp_path, options=['train_cfg.max_iters=4', 'train_cfg.val_interval=10'])
+    assert 'resumed epoch: 0, iter: 3' in printed
+    assert [step['step'] for step in scalars(work_dir)[0]] == [4]
+    checkpoint = torch.load(work_dir / 'iter_4.pth', map_location='cpu', weights_only=False)
+    assert {int(state['step']) for state in checkpoint['optimizer']['state'].values()} == {4}
+
+
+def test_test_prints_the_tables_of_coco(tested):
+    for metric in ('bbox', 'segm'):
+        assert f'Evaluate annotation type *{metric}*' in tested[1]
+        assert f'coco/{metric}_mAP: ' in tested[1]
+    assert tested[1].count('Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all') == 2
+
+
+def test_test_shows_ground_truth_beside_predictions(shapes, tested):
+    pictures = sorted((tested[0] / 'pictures').iterdir())
+    assert [path.name for path in pictures] == sorted(path.name for path in (shapes / 'val').iterdir())
+    for path in pictures:
+        image = cv2.imread(str(shapes / 'val' / path.name))
+        picture = cv2.imread(str(path))
+        assert picture.shape == (SIZE, 2 * SIZE, 3)
+        is_drawn_on = (picture[:, :SIZE] != image).any()
+        assert is_drawn_on == (path != pictures[-1])  # which is empty
+
+
+def test_test_writes_predictions(shapes, tested):
+    predictions = pickle.loads((tested[0] / 'predictions.pkl').read_bytes())
+    coco = COCO(shapes / 'annotations/instances_val.json')
+    assert [prediction['img_id'] for prediction in predictions] == sorted(coco.imgs)
+    for prediction in predictions:
+        found = prediction['pred_instances']
+        assert found['bboxes'].shape == (len(found['scores']), 4)
+        assert len(found['masks']) == len(found['scores'])
+
+
+def test_test_formats_for_the_server_of_coco(shapes, trained, tested, tmp_path):
+    flags = ['--data-root', shapes, '--format-only', 'results/shapes']
+    printed = succeed(ROOT / 'tools/test.py', CONFIG, trained[0] / 'iter_3.pth', *flags, cwd=tmp_path)
+    assert 'Average Precision' not in printed
+    coco = COCO(shapes / 'annotations/instances_val.json')
+    predictions = pickle.loads((tested[0] / 'predictions.pkl').read_bytes())
+    expected = sum(len(prediction['pred_instances']['scores']) for prediction in predictions)
+    assert expected > 0
+    for metric in ('bbox', 'segm'):
+        loaded = coco.loadRes(str(tmp_path / f'results/shapes.{metric}.json'))
+        assert len(loaded.anns) == expected
+        assert {ann['category_id'] for ann in loaded.anns.values()} <= set(coco.cats)
+
+
+def test_test_refuses_a_checkpoint_that_does_not_fit(shapes, trained, tmp_path):
+    checkpoint = torch.load(trained[0] / 'iter_3.pth', map_location='cpu', weights_only=False)
+    del checkpoint['state_dict']['backbone.stages.0.blocks.0.alpha']
+    torch.save(checkpoint, tmp_path / 'incomplete.pth')
+    result = run(ROOT / 'tools/test.py', CONFIG, 'incomplete.pth', '--data-root', shapes, cwd=tmp_path)
+    sentence = the_sentence(result)
+    assert 'incomplete.pth does not fit' in sentence
+    assert 'backbone.stages.0.blocks.0.alpha' in sentence
+
+
+def test_train_says_that_coco_is_missing(tmp_path):
+    sentence = the_sentence(run(ROOT / 'tools/train.py', ROOT / 'configs/maskrcnn_evm_m1.py', cwd=tmp_path))
+    assert 'data/coco/' in sentence
+    assert '--data-root DIR' in sentence
+    assert list(tmp_path.iterdir()) == []  # not even a work dir: nothing was built before
+
+
+def test_train_says_that_pretrained_weights_cannot_be_had(shapes, tmp_path):
+    options = [
+        'model.backbone.init_cfg.type=Pretrained',
+        'model.backbone.init_cfg.checkpoint=timm://efficientvim_m1.e450_in1k',
+    ]
+    sentence = the_sentence(
+        run(
+            *(ROOT / 'tools/train.py', CONFIG, '--data-root', shapes, '--cfg-options', *options),
+            cwd=tmp_path,
+            HF_HUB_OFFLINE='1',
+            HF_HOME=str(tmp_path / 'hub'),
+        )
+    )
+    assert 'timm://efficientvim_m1.e450_in1k' in sentence
+    assert 'model.backbone.init_cfg=None' in sentence
+
+
+def test_train_starts_from_a_file_of_timm(shapes, tmp_path):
+    torch.manual_seed(1)
+    state = timm.create_model('efficientvim_m1', pretrained=False).state_dict()
+    save_file(state, tmp_path / 'model.safetensors')
+    options = [
+        *('model.backbone.init_cfg.type=Pretrained', 'model.backbone.init_cfg.checkpoint=model.safetensors'),
+        *('optim_wrapper.optimizer.lr=0', 'train_cfg.max_iters=1', 'train_cfg.val_interval=10'),
+    ]
+    printed = train(CONFIG, '--data-root', shapes, '--work-dir', 'work', cwd=tmp_path, options=options)
+    assert 'loaded from model.safetensors' in printed
+    trained = torch.load(tmp_path / 'work/iter_1.pth', map_location='cpu', weights_only=False)['state_dict']
+    compared = 0
+    for name, tensor in state.items():
+        if name.startswith(('patch_embed.', 'stages.')) and name.endswith(('.weight', '.bias', '.alpha')):
+            assert trained[f'backbone.{name}'].flatten().equal(tensor.flatten()), name
+            compared += 1
+    assert compared > 100
+
+
+def test_amp_without_a_gpu_is_refused(tmp_path):
+    result = run(ROOT / 'tools/train.py', CONFIG, '--amp', cwd=tmp_path)
+    assert result.returncode == 2
+    assert '--amp needs a GPU' in result.stderr
+    assert 'Traceback' not in result.stderr
+
+
+def test_two_processes_train_and_evaluate(shapes, tmp_path):
+    options = ['env_cfg.dist_cfg.backend=gloo', 'train_cfg.max_iters=2', 'train_cfg.val_interval=2']
+    start = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2]
+    flags = ['--launcher', 'pytorch', '--data-root', shapes, '--work-dir', 'work', '--auto-scale-lr']
+    train(CONFIG, *flags, cwd=tmp_path, options=options, start=start)
+    steps, (evaluation,) = scalars(tmp_path / 'work')
+    assert [step['step'] for step in steps] == [1, 2]
+    assert steps[0]['lr'] == pytest.approx(1e-3 * 2 * 2 / 16 * 0.01)
+    assert set(evaluation) >= {'coco/bbox_mAP', 'coco/segm_mAP'}
+
+
+def test_coco_subset(shapes, tmp_path):
+    source = shapes / 'annotations/instances_train.json'
+    printed = succeed(ROOT / 'tools/coco_subset.py', source, 'new/subset.json', '--num-images', 3, cwd=tmp_path)
+    whole, subset = COCO(source), COCO(tmp_path / 'new/subset.json')
+    first = sorted(whole.imgs)[:3]
+    assert sorted(subset.imgs) == first
+    assert subset.anns == {key: ann for key, ann in whole.anns.items() if ann['image_id'] in first}
+    assert subset.cats == whole.cats
+    assert f'3 images, {len(subset.anns)} objects' in printed
+
+    result = run(ROOT / 'tools/coco_subset.py', source, 'none.json', '--num-images', 9, cwd=tmp_path)
+    assert result.returncode == 2
+    assert 'has only 7 images with objects' in result.stderr  # of 8, the last one is empty
+    assert not (tmp_path / 'none.json').exists()
+
+
+CLASSIFICATION = """
+_base_ = 'mmpretrain::_base_/default_runtime.py'
+
+model = dict(
+    type='ImageClassifier',
+    backbone=dict(type='mmevm.EfficientViM', arch='m1', out_indices=(2,)),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(type='LinearClsHead', num_classes=2, in_channels=320, topk=1),
+)
+data_preprocessor = dict(num_classes=2, mean=[127.5] * 3, std=[127.5] * 3, to_rgb=True)
+data_root = 'images/'
+dataset = dict(
+    type='CustomDataset',
+    data_root=data_root,
+    data_prefix='',
+    pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')],
+)
+train_dataloader = dict(
+    batch_size=2, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=True), dataset=dataset
+)
+val_dataloader = test_dataloader = dict(
+    batch_size=2, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dataset
+)
+val_evaluator = test_evaluator = dict(type='Accuracy', topk=1)
+train_cfg = dict(by_epoch=True, max_epochs=1)
+val_cfg = test_cfg = dict()
+optim_wrapper = dict(optimizer=dict(type='AdamW', lr=1e-3))
+default_hooks = dict(logger=dict(interval=1))
+"""
+
+
+@pytest.fixture(scope='session')
+def classification(tmp_path_factory):
+    """A folder with a config, two classes of three images, and what a training of one epoch has left and printed."""
+    folder = tmp_path_factory.mktemp('classification')
+    (folder / 'classifier.py').write_text(CLASSIFICATION)
+    rng = np.random.default_rng(0)
+    for name, brightness in dict(bright=180, dark=60).items():
+        (folder / 'images' / name).mkdir(parents=True)
+        for i in range(3):
+            image = rng.normal(brightness, 20, (64, 64, 3)).clip(0, 255)
+            cv2.imwrite(str(folder / 'images' / name / f'{i}.png'), image.astype(np.uint8))
+    return folder, train('classifier.py', cwd=folder)
+
+
+def test_train_takes_a_classifier(classification):
+    folder, printed = classification
+    steps, (evaluation,) = scalars(folder / 'work_dirs/classifier')
+    assert len(steps) == 3
+    assert all(math.isfinite(step['loss']) for step in steps)
+    assert 0 <= evaluation['accuracy/top1'] <= 100
+    assert 'Epoch(train) [1][3/3]' in printed
+
+
+def test_test_takes_a_classifier(classification):
+    folder, _ = classification
+    checkpoint = 'work_dirs/classifier/epoch_1.pth'
+    flags = ['--out', 'predictions.pkl', '--show-dir', 'pictures']
+    printed = succeed(ROOT / 'tools/test.py', 'classifier.py', checkpoint, *flags, cwd=folder)
+    predictions = pickle.loads((folder / 'predictions.pkl').read_bytes())
+    assert len(predictions) == 6
+    right = sum(int(prediction['pred_label']) == int(prediction['gt_label']) for prediction in predictions)
+    assert f'accuracy/top1: {100 * right / 6:.4f}' in printed
+    assert list((folder / 'pictures').rglob('*.png'))
