@@ -1,0 +1,66 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmevm.models.mixers import HSMSSD
+
+
+def algorithm_1(mixer, x):
+    """The paper's Algorithm 1, one image, one token and one state at a time, with the inert `A` in its place."""
+    outs, states = [], []
+    for image in x:  # (D, H, W)
+        channels, height, width = image.shape
+        tokens = image.reshape(channels, -1).T  # (L, D)
+        bcdt = tokens @ mixer.BCdt_proj.conv.weight[..., 0].T  # (L, 3N)
+        bcdt = F.conv2d(bcdt.T.reshape(1, -1, height, width), mixer.dw.conv.weight, padding=1, groups=bcdt.shape[1])
+        b, c, dt = bcdt.reshape(3, mixer.state_dim, -1)  # (N, L) each
+        hidden = []
+        for n in range(mixer.state_dim):
+            importance = (dt[n] + mixer.A[n]).exp()
+            importance = importance / importance.sum()
+            hidden.append(sum(importance[i] * b[n, i] * tokens[i] for i in range(len(tokens))))
+        mixed = []
+        for h_in in hidden:
+            h, z = (mixer.hz_proj.conv.weight[..., 0] @ h_in).chunk(2)
+            mixed.append(mixer.out_proj.conv.weight[..., 0] @ (h * z * z.sigmoid() + h * mixer.D))
+        h = torch.stack(mixed, dim=1)  # (D, N)
+        outs.append(torch.stack([h @ c[:, i] for i in range(len(tokens))], dim=1).reshape(channels, height, width))
+        states.append(h)
+    return torch.stack(outs), torch.stack(states)
+
+
+@pytest.mark.parametrize('ssd_expand', [1.0, 0.5, 2.0])
+@pytest.mark.parametrize('size', [(4, 5), (1, 1), (1, 7)])
+def test_by_the_paper_s_algorithm(ssd_expand, size):
+    mixer = HSMSSD(6, 4, ssd_expand).double()
+    mixer.D.data.fill_(0.7)
+    x = torch.randn(2, 6, *size, dtype=torch.double)
+    torch.testing.assert_close(mixer(x), algorithm_1(mixer, x))
+
+
+def test_gradients():
+    mixer = HSMSSD(4, 3).double()
+    assert torch.autograd.gradcheck(mixer, torch.randn(1, 4, 3, 2, dtype=torch.double, requires_grad=True))
+
+
+def test_A_is_loaded_and_changes_nothing():
+    mixer, other = HSMSSD(6, 4), HSMSSD(6, 4)
+    state = mixer.state_dict()
+    assert state['A'].shape == (4,)
+    other.load_state_dict(dict(state, A=state['A'] + 5))
+    x = torch.randn(1, 6, 3, 3)
+    torch.testing.assert_close(other(x), mixer(x))
+    assert torch.equal(other.A, mixer.A + 5)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_many_tokens_in_half_precision(dtype):
+    """Importances of 1/3000000 are 5.6 times the smallest number of float16: rounded to 6 of it they would sum to 1.07."""
+    mixer = HSMSSD(4, 2).eval()
+    mixer.dw.conv.weight.data[-2:] = 0  # of dt: all tokens are equally important
+    x = 1 + 0.3 * torch.randn(1, 4, 1000, 3000)
+    y, h = mixer(x)
+    half_y, half_h = mixer.to(dtype)(x.to(dtype))
+    assert half_y.dtype == half_h.dtype == dtype
+    torch.testing.assert_close(half_h.float(), h, rtol=0, atol=0.03 * h.abs().max().item())
+    torch.testing.assert_close(half_y.float(), y, rtol=0, atol=0.05 * y.abs().max().item())
