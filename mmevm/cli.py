@@ -6,7 +6,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch.distributed
 from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.runner import Runner
 
 from .checkpoints import CheckpointError
 from .preflight import ConfigError
@@ -60,6 +63,15 @@ def load_config(args: argparse.Namespace) -> Config:
     if args.tensorboard:
         cfg.visualizer.vis_backends.append(dict(type='TensorboardVisBackend'))
     return cfg
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the runner of a config, be it for several processes without GPUs, for which mmengine's own has no way."""
+    if cfg.launcher == 'pytorch' and get_device() == 'cpu':
+        torch.distributed.init_process_group('gloo')
+        default = dict(broadcast_buffers=False, find_unused_parameters=cfg.get('find_unused_parameters', False))
+        cfg.model_wrapper_cfg = dict(cfg.get('model_wrapper_cfg') or default, device_ids=None)
+    return Runner.from_cfg(cfg)
 
 
 def replace_data_root(cfg: Config, data_root: str) -> Config:

@@ -125,6 +125,11 @@ def test_train_resumes_from_the_last_checkpoint(shapes, trained, tmp_path):
     assert {int(state['step']) for state in checkpoint['optimizer']['state'].values()} == {4}
 
 
+def test_train_cannot_resume_from_nothing(shapes, tmp_path):
+    result = run(ROOT / 'tools/train.py', CONFIG, '--data-root', shapes, '--resume', 'none.pth', cwd=tmp_path)
+    assert 'There is no checkpoint none.pth to resume from' in the_sentence(result)
+
+
 def test_test_prints_the_tables_of_coco(tested):
     for metric in ('bbox', 'segm'):
         assert f'Evaluate annotation type *{metric}*' in tested[1]
@@ -184,11 +189,13 @@ def test_train_says_that_coco_is_missing(tmp_path):
     assert list(tmp_path.iterdir()) == []  # not even a work dir: nothing was built before
 
 
+def pretrained(checkpoint):
+    values = dict(_delete_=True, type='Pretrained', checkpoint=checkpoint)  # there is a None in the demo's config
+    return [f'model.backbone.init_cfg.{key}={value}' for key, value in values.items()]
+
+
 def test_train_says_that_pretrained_weights_cannot_be_had(shapes, tmp_path):
-    options = [
-        'model.backbone.init_cfg.type=Pretrained',
-        'model.backbone.init_cfg.checkpoint=timm://efficientvim_m1.e450_in1k',
-    ]
+    options = pretrained('timm://efficientvim_m1.e450_in1k')
     sentence = the_sentence(
         run(
             *(ROOT / 'tools/train.py', CONFIG, '--data-root', shapes, '--cfg-options', *options),
@@ -206,7 +213,7 @@ def test_train_starts_from_a_file_of_timm(shapes, tmp_path):
     state = timm.create_model('efficientvim_m1', pretrained=False).state_dict()
     save_file(state, tmp_path / 'model.safetensors')
     options = [
-        *('model.backbone.init_cfg.type=Pretrained', 'model.backbone.init_cfg.checkpoint=model.safetensors'),
+        *pretrained('model.safetensors'),
         *('optim_wrapper.optimizer.lr=0', 'train_cfg.max_iters=1', 'train_cfg.val_interval=10'),
     ]
     printed = train(CONFIG, '--data-root', shapes, '--work-dir', 'work', cwd=tmp_path, options=options)
@@ -228,7 +235,7 @@ def test_amp_without_a_gpu_is_refused(tmp_path):
 
 
 def test_two_processes_train_and_evaluate(shapes, tmp_path):
-    options = ['env_cfg.dist_cfg.backend=gloo', 'train_cfg.max_iters=2', 'train_cfg.val_interval=2']
+    options = ['train_cfg.max_iters=2', 'train_cfg.val_interval=2']
     start = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2]
     flags = ['--launcher', 'pytorch', '--data-root', shapes, '--work-dir', 'work', '--auto-scale-lr']
     train(CONFIG, *flags, cwd=tmp_path, options=options, start=start)
@@ -306,6 +313,17 @@ def test_train_takes_a_classifier(classification):
     assert all(math.isfinite(step['loss']) for step in steps)
     assert 0 <= evaluation['accuracy/top1'] <= 100
     assert 'Epoch(train) [1][3/3]' in printed
+
+
+def test_scaling_needs_the_batch_of_the_config(classification):
+    result = run(ROOT / 'tools/train.py', 'classifier.py', '--auto-scale-lr', cwd=classification[0])
+    assert 'auto_scale_lr=dict(base_batch_size=…)' in the_sentence(result)
+
+
+def test_format_only_is_for_detectors(classification):
+    flags = ['work_dirs/classifier/epoch_1.pth', '--format-only', 'results']
+    result = run(ROOT / 'tools/test.py', 'classifier.py', *flags, cwd=classification[0])
+    assert '--format-only is for detectors' in the_sentence(result)
 
 
 def test_test_takes_a_classifier(classification):

@@ -3,11 +3,9 @@
 import argparse
 from pathlib import Path
 
-from mmengine.runner import Runner
-
 from mmevm.checkpoints import load_trained_weights
-from mmevm.cli import add_common_arguments, load_config, run
-from mmevm.preflight import check_config
+from mmevm.cli import add_common_arguments, build_runner, load_config, run
+from mmevm.preflight import ConfigError, check_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,20 +31,27 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cfg = load_config(args)
-    detection = cfg.default_scope == 'mmdet'
+    detection = cfg.get('default_scope') == 'mmdet'
+    evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
     if args.format_only:
-        cfg.test_evaluator.update(format_only=True, outfile_prefix=args.format_only)
+        formatting = [evaluator for evaluator in evaluators if evaluator.type == 'CocoMetric']
+        if not formatting:
+            raise ConfigError(
+                '--format-only is for detectors: there is no CocoMetric in test_evaluator of this config.'
+            )
+        for evaluator in formatting:
+            evaluator.update(format_only=True, outfile_prefix=args.format_only)
     if args.out:
         dump = dict(type='DumpDetResults' if detection else 'DumpResults', out_file_path=args.out)
-        cfg.test_evaluator = [cfg.test_evaluator, dump]
+        cfg.test_evaluator = [*evaluators, dump]
     if args.show_dir:
         folder = str(args.show_dir.absolute())
         cfg.default_hooks.visualization.update(
             dict(draw=True, test_out_dir=folder) if detection else dict(enable=True, out_dir=folder)
         )
     check_config(cfg, ['test'])
-    cfg.load_from = None  # the checkpoint of the command line, and all of it
-    runner = Runner.from_cfg(cfg)
+    cfg.load_from, cfg.resume = None, False  # the checkpoint of the command line, and all of it
+    runner = build_runner(cfg)
     load_trained_weights(runner, args.checkpoint)
     runner.test()
 

@@ -1,12 +1,13 @@
 """Train a detector or a classifier from an MMEngine config."""
 
 import argparse
+from pathlib import Path
 
 import torch
-from mmengine.runner import Runner
 
-from mmevm.cli import add_common_arguments, load_config, run
-from mmevm.preflight import check_config
+from mmevm.checkpoints import CheckpointError
+from mmevm.cli import add_common_arguments, build_runner, load_config, run
+from mmevm.preflight import ConfigError, check_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,14 +38,21 @@ def main() -> None:
     if args.amp:
         cfg.optim_wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic')
     if args.auto_scale_lr:
+        if 'auto_scale_lr' not in cfg:
+            raise ConfigError(
+                '--auto-scale-lr needs to know the batch that the learning rate belongs to, but this config does not '
+                'say: add auto_scale_lr=dict(base_batch_size=…) to it.'
+            )
         cfg.auto_scale_lr.enable = True
     if args.resume:
+        if args.resume != 'auto' and '://' not in args.resume and not Path(args.resume).is_file():
+            raise CheckpointError(f'There is no checkpoint {args.resume} to resume from: check the path.')
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
     if not torch.cuda.is_available():
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='mmevm.PeakMemoryHook')]
     check_config(cfg, ['train', 'val'])
-    Runner.from_cfg(cfg).train()
+    build_runner(cfg).train()
 
 
 if __name__ == '__main__':
