@@ -57,9 +57,9 @@ def make_image(rng: np.random.Generator, size: int, crowd: bool, empty: bool) ->
         centre = rng.uniform(0.3, 0.7, 2) * size
         discs = [make_shape(rng, size, 0, size / 32, centre + rng.normal(0, size / 12, 2)) for _ in range(12)]
         add_shape(rng, image, shapes, dict(category=0, iscrowd=1, mask=np.any(discs, axis=0)))
-    for _ in range(0 if empty else rng.integers(2, 6)):
+    for _ in range(0 if empty else rng.integers(2, 5)):
         kind = int(rng.integers(len(CLASSES)))
-        radius = np.exp(rng.uniform(np.log(size / 11), np.log(size / 4)))
+        radius = np.exp(rng.uniform(np.log(size / 9), np.log(size / 3.6)))
         mask = make_shape(rng, size, kind, radius, rng.uniform(0.1, 0.9, 2) * size)
         # A shape of which almost nothing is left could not be told from another.
         if all((shape['mask'] & mask).sum() < 0.4 * shape['mask'].sum() for shape in shapes):

@@ -7,4 +7,4 @@ __all__ = ['EfficientViM']
 if find_spec('mmdet') is not None:  # classification alone needs no MMDetection
     from .upsample_fpn import UpsampleFPN
 
-    __all__ += [UpsampleFPN.__name__]
+    __all__ += ['UpsampleFPN']

@@ -26,7 +26,7 @@ def make_neck(**kwargs):
 
 
 def by_formula(weights, maps, num_upsamples, extra):
-    """The authors' neck as FACTS about it state it, from plain functions and a state dict."""
+    """The authors' neck, written down from plain functions and a state dict."""
 
     def conv(name, x, **kwargs):
         return F.conv2d(x, weights[f'{name}.conv.weight'], weights[f'{name}.conv.bias'], **kwargs)
