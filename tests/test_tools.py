@@ -195,7 +195,7 @@ def pretrained(checkpoint):
 
 
 def test_train_says_that_pretrained_weights_cannot_be_had(shapes, tmp_path):
-    options = pretrained('timm://efficientvim_m1.e450_in1k')
+    options = [*pretrained('timm://efficientvim_m1.e450_in1k'), 'train_cfg.max_iters=1', 'train_cfg.val_interval=10']
     sentence = the_sentence(
         run(
             *(ROOT / 'tools/train.py', CONFIG, '--data-root', shapes, '--cfg-options', *options),
