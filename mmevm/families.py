@@ -1,6 +1,7 @@
 """OpenMMLab's packages exist in two families with the same import names; exactly one of them must be installed."""
 
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 FAMILIES = {
     'onedl': ('onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmpretrain'),
@@ -12,8 +13,9 @@ def check_families() -> None:
     """Make sure that the packages under mmevm are there once.
 
     Raises:
-        RuntimeError: If packages of both families, or none, are installed. It is no ImportError because mmengine's
-            registry swallows these, and the reader of a config would only see that ``mmevm.EfficientViM`` is unknown.
+        RuntimeError: If packages of both families are installed, or not all that mmevm needs. It is no ImportError
+            because mmengine's registry swallows these, and the reader of a config would only see that
+            ``mmevm.EfficientViM`` is unknown.
     """
     installed = {family: [name for name in names if _is_installed(name)] for family, names in FAMILIES.items()}
     if all(installed.values()):
@@ -22,10 +24,11 @@ def check_families() -> None:
             'Uninstall all of them (pip uninstall -y …) and install one again: '
             "pip install 'mmevm[onedl]' or pip install 'mmevm[openmmlab]'."
         )
-    if not any(installed.values()):
+    missing = [name for name in ('mmengine', 'mmcv') if find_spec(name) is None]
+    if missing:
         raise RuntimeError(
-            'mmevm needs mmengine and mmcv, and none is installed. On a PyTorch of today: pip install "mmevm[onedl]"; '
-            'with OpenMMLab\'s own packages: pip install "mmevm[openmmlab]".'
+            f'mmevm needs mmengine and mmcv; not installed: {", ".join(missing)}. On a PyTorch of today: '
+            'pip install "mmevm[onedl]"; with OpenMMLab\'s own packages: pip install "mmevm[openmmlab]".'
         )
 
 

@@ -17,6 +17,12 @@ def install(site, *names):
         (info / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {name}\nVersion: 2.1.0\n')
 
 
+def provide(site, *packages):
+    for name in packages:
+        (site / name).mkdir()
+        (site / name / '__init__.py').touch()
+
+
 def run(site, *arguments):
     environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(site), str(ROOT)])}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
@@ -36,15 +42,19 @@ def import_mmevm(site):
 )
 def test_one_family(names, tmp_path):
     install(tmp_path, *names)
-    assert import_mmevm(tmp_path).returncode == 0
+    provide(tmp_path, 'mmengine', 'mmcv')
+    result = import_mmevm(tmp_path)
+    assert result.returncode == 0, result.stderr
 
 
-def test_no_family(tmp_path):
-    install(tmp_path, 'torch', 'timm')
+@pytest.mark.parametrize(('there', 'missing'), [([], 'mmengine, mmcv'), (['mmengine'], 'mmcv'), (['mmcv'], 'mmengine')])
+def test_no_family_or_part_of_one(there, missing, tmp_path):
+    install(tmp_path, 'torch', *(f'onedl-{name}' for name in there))
+    provide(tmp_path, *there)
     result = import_mmevm(tmp_path)
     assert result.returncode == 1
     sentence = result.stderr.splitlines()[-1]
-    assert 'none is installed' in sentence
+    assert f'not installed: {missing}. ' in sentence
     assert 'pip install "mmevm[onedl]"' in sentence
     assert 'pip install "mmevm[openmmlab]"' in sentence
 

@@ -101,7 +101,7 @@ def test_masks_are_exactly_the_pixels_that_are_visible(seed, crowd):
     """With a paint of one colour in place of each texture, the image itself says what is visible where."""
     module = runpy.run_path(str(SCRIPT))
     paints = iter(range(256))
-    module['make_image'].__globals__['make_texture'] = lambda rng, size: np.full(
+    module['make_image'].__globals__['make_texture'] = lambda rng, size, kind: np.full(
         (size, size, 3), next(paints), np.uint8
     )
     image, objects = module['make_image'](np.random.default_rng(seed), SIZE, crowd=crowd, empty=False)

@@ -1,8 +1,8 @@
 """Write a small synthetic data set in COCO's layout: textured shapes on textured grounds.
 
-Shapes occlude each other and are cut by the border; masks hold exactly the pixels that are visible. In the first
-image of each split a cluster of discs is annotated as one crowd, and the last image is empty. Same arguments, same
-pixels.
+Each class has a texture of its own, which the ground may have too. Shapes occlude each other and are cut by the
+border; masks hold exactly the pixels that are visible. In the first image of each split a cluster of discs is
+annotated as one crowd, and the last image is empty. Same arguments, same pixels.
 """
 
 import argparse
@@ -14,20 +14,20 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 CLASSES = ('disc', 'box', 'triangle')
+TEXTURES = ('gradient', 'checkerboard', 'stripes', 'clouds')  # the first three are those of the classes
 
 
-def make_texture(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A random colour and one akin to it as stripes, checkerboard, gradient or clouds: (size, size, 3) uint8."""
+def make_texture(rng: np.random.Generator, size: int, kind: str) -> np.ndarray:
+    """A random colour and one akin to it, mixed as TEXTURES say: (size, size, 3) uint8."""
     y, x = np.mgrid[:size, :size].astype(np.float32)
-    angle, period = rng.uniform(0, np.pi), rng.uniform(6, 18)
+    angle, period = rng.uniform(0, np.pi), rng.uniform(8, 18)
     across = x * np.cos(angle) + y * np.sin(angle)
     along = y * np.cos(angle) - x * np.sin(angle)
-    kind = rng.integers(4)
-    if kind == 0:
+    if kind == 'stripes':
         mix = np.sin(across * 2 * np.pi / period) > 0
-    elif kind == 1:
-        mix = (np.floor(across / period) + np.floor(along / period)) % 2
-    elif kind == 2:
+    elif kind == 'checkerboard':
+        mix = (np.floor(across / period * 2) + np.floor(along / period * 2)) % 2
+    elif kind == 'gradient':
         mix = (across - across.min()) / np.ptp(across)
     else:
         mix = cv2.resize(rng.random((8, 8), dtype=np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
@@ -51,7 +51,7 @@ def make_shape(rng: np.random.Generator, size: int, kind: int, radius: float, ce
 
 def make_image(rng: np.random.Generator, size: int, crowd: bool, empty: bool) -> tuple[np.ndarray, list[dict]]:
     """One image and its objects: ``category`` (index), ``mask`` (visible pixels), ``iscrowd``."""
-    image = make_texture(rng, size)
+    image = make_texture(rng, size, rng.choice(TEXTURES))
     shapes = []
     if crowd:
         centre = rng.uniform(0.3, 0.7, 2) * size
@@ -69,7 +69,7 @@ def make_image(rng: np.random.Generator, size: int, crowd: bool, empty: bool) ->
 
 def add_shape(rng: np.random.Generator, image: np.ndarray, shapes: list[dict], shape: dict) -> None:
     """Paint a shape over what is there, and take it out of the masks below."""
-    image[shape['mask']] = make_texture(rng, len(image))[shape['mask']]
+    image[shape['mask']] = make_texture(rng, len(image), TEXTURES[shape['category']])[shape['mask']]
     for below in shapes:
         below['mask'] = below['mask'] & ~shape['mask']
     shapes.append(shape)
