@@ -23,8 +23,9 @@ $(INSTALLED): setup.py requirements/torch.txt requirements/constraints.txt
 demo: env
 	$(VENV)/bin/python tools/demo.py
 
+# Two processes of one thread each: a file's tests stay together, because they share what they have trained.
 test: env
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: env
 	$(VENV)/bin/ruff check .

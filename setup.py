@@ -32,7 +32,7 @@ setup(
             'mmpretrain>=1.2.0',
             'setuptools<81',  # mmengine 0.10 imports pkg_resources
         ],
-        'dev': ['matplotlib', 'pytest', 'pytest-timeout', 'ruff', 'tensorboard'],
+        'dev': ['matplotlib', 'pytest', 'pytest-timeout', 'pytest-xdist', 'ruff', 'tensorboard'],
     },
     classifiers=[
         'Development Status :: 4 - Beta',

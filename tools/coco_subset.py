@@ -12,6 +12,8 @@ def main() -> None:
     parser.add_argument('--num-images', type=int, default=16, help='how many images, in the order of their ids')
     args = parser.parse_args()
 
+    if not args.src.is_file():
+        parser.error(f'there is no {args.src}.')
     coco = json.loads(args.src.read_text())
     with_objects = {ann['image_id'] for ann in coco['annotations'] if not ann['iscrowd']}
     images = sorted((img for img in coco['images'] if img['id'] in with_objects), key=lambda img: img['id'])
