@@ -43,7 +43,12 @@ def succeed(*arguments, cwd, **environment):
 
 def train(*arguments, cwd, options=(), start=(), **environment):
     """The demo's training with two images an iteration and no evaluation before the end, if at all."""
-    options = ['train_dataloader.batch_size=2', 'default_hooks.logger.interval=1', *options]
+    options = [
+        'optim_wrapper.optimizer.lr=1e-3',
+        'train_dataloader.batch_size=2',
+        'default_hooks.logger.interval=1',
+        *options,
+    ]
     return succeed(*start, ROOT / 'tools/train.py', *arguments, '--cfg-options', *options, cwd=cwd, **environment)
 
 
