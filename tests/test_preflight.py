@@ -277,7 +277,7 @@ def test_coco_configs_are_accepted_on_coco(path, tmp_path):
 def test_demo_config_is_accepted_on_its_data(tmp_path):
     for split in ('train', 'val'):
         (tmp_path / split).mkdir()
-        write_annotations(tmp_path / f'annotations/instances_{split}.json', ['disc', 'box', 'triangle'])
+        write_annotations(tmp_path / f'annotations/instances_{split}.json', ['shape'])
     cfg = replace_data_root(Config.fromfile(CONFIGS / 'demo/maskrcnn_evm_m1_shapes.py'), str(tmp_path))
     check_config(cfg, ['train', 'val', 'test'])
     cfg.model.roi_head.mask_head.num_classes = 80

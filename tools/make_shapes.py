@@ -1,8 +1,8 @@
 """Write a small synthetic data set in COCO's layout: textured shapes on textured grounds.
 
-Each class has a texture of its own, which the ground may have too. Shapes occlude each other and are cut by the
-border; masks hold exactly the pixels that are visible. In the first image of each split a cluster of discs is
-annotated as one crowd, and the last image is empty. Same arguments, same pixels.
+Discs, boxes and triangles of one class, 'shape', occlude each other and are cut by the border; masks hold exactly the
+pixels that are visible. In the first image of each split a cluster of discs is annotated as one crowd, and the last
+image is empty. Same arguments, same pixels.
 """
 
 import argparse
@@ -13,8 +13,8 @@ import cv2
 import numpy as np
 from pycocotools import mask as mask_utils
 
-CLASSES = ('disc', 'box', 'triangle')
-TEXTURES = ('gradient', 'checkerboard', 'stripes', 'clouds')  # the first three are those of the classes
+KINDS = ('disc', 'box', 'triangle')
+TEXTURES = ('gradient', 'checkerboard', 'stripes', 'clouds')
 
 
 def make_texture(rng: np.random.Generator, size: int, kind: str) -> np.ndarray:
@@ -36,13 +36,13 @@ def make_texture(rng: np.random.Generator, size: int, kind: str) -> np.ndarray:
     return np.clip(texture + rng.normal(0, 6, texture.shape), 0, 255).astype(np.uint8)
 
 
-def make_shape(rng: np.random.Generator, size: int, kind: int, radius: float, centre: np.ndarray) -> np.ndarray:
+def make_shape(rng: np.random.Generator, size: int, kind: str, radius: float, centre: np.ndarray) -> np.ndarray:
     """Mask of one shape, (size, size) bool."""
     mask = np.zeros((size, size), np.uint8)
-    if kind == CLASSES.index('disc'):
+    if kind == 'disc':
         cv2.circle(mask, centre.astype(int).tolist(), int(radius), 1, -1)
     else:
-        corners = 4 if kind == CLASSES.index('box') else 3
+        corners = 4 if kind == 'box' else 3
         angles = rng.uniform(0, 2 * np.pi) + np.arange(corners) * 2 * np.pi / corners
         points = centre + 1.2 * radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
         cv2.fillPoly(mask, [points.astype(np.int32)], 1)
@@ -50,26 +50,25 @@ def make_shape(rng: np.random.Generator, size: int, kind: int, radius: float, ce
 
 
 def make_image(rng: np.random.Generator, size: int, crowd: bool, empty: bool) -> tuple[np.ndarray, list[dict]]:
-    """One image and its objects: ``category`` (index), ``mask`` (visible pixels), ``iscrowd``."""
+    """One image and its objects: ``mask`` (visible pixels) and ``iscrowd``."""
     image = make_texture(rng, size, rng.choice(TEXTURES))
     shapes = []
     if crowd:
         centre = rng.uniform(0.3, 0.7, 2) * size
-        discs = [make_shape(rng, size, 0, size / 32, centre + rng.normal(0, size / 12, 2)) for _ in range(12)]
-        add_shape(rng, image, shapes, dict(category=0, iscrowd=1, mask=np.any(discs, axis=0)))
+        discs = [make_shape(rng, size, 'disc', size / 32, centre + rng.normal(0, size / 12, 2)) for _ in range(12)]
+        add_shape(rng, image, shapes, dict(iscrowd=1, mask=np.any(discs, axis=0)))
     for _ in range(0 if empty else rng.integers(2, 5)):
-        kind = int(rng.integers(len(CLASSES)))
         radius = np.exp(rng.uniform(np.log(size / 9), np.log(size / 3.6)))
-        mask = make_shape(rng, size, kind, radius, rng.uniform(0.1, 0.9, 2) * size)
+        mask = make_shape(rng, size, rng.choice(KINDS), radius, rng.uniform(0.1, 0.9, 2) * size)
         # A shape of which almost nothing is left could not be told from another.
         if all((shape['mask'] & mask).sum() < 0.4 * shape['mask'].sum() for shape in shapes):
-            add_shape(rng, image, shapes, dict(category=kind, iscrowd=0, mask=mask))
+            add_shape(rng, image, shapes, dict(iscrowd=0, mask=mask))
     return image, shapes
 
 
 def add_shape(rng: np.random.Generator, image: np.ndarray, shapes: list[dict], shape: dict) -> None:
     """Paint a shape over what is there, and take it out of the masks below."""
-    image[shape['mask']] = make_texture(rng, len(image), TEXTURES[shape['category']])[shape['mask']]
+    image[shape['mask']] = make_texture(rng, len(image), rng.choice(TEXTURES))[shape['mask']]
     for below in shapes:
         below['mask'] = below['mask'] & ~shape['mask']
     shapes.append(shape)
@@ -84,7 +83,7 @@ def make_split(root: Path, split: str, num_images: int, size: int, seed: int) ->
         info=dict(description=f'Synthetic shapes, made by {Path(__file__).name} from seed {seed}'),
         images=[],
         annotations=[],
-        categories=[dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)],
+        categories=[dict(id=1, name='shape')],
     )
     for i in range(num_images):
         image, objects = make_image(rng, size, crowd=i == 0, empty=i == num_images - 1)
@@ -97,7 +96,7 @@ def make_split(root: Path, split: str, num_images: int, size: int, seed: int) ->
                 dict(
                     id=len(coco['annotations']) + 1,
                     image_id=i + 1,
-                    category_id=obj['category'] + 1,
+                    category_id=1,
                     iscrowd=obj['iscrowd'],
                     area=int(mask_utils.area(rle)),
                     bbox=mask_utils.toBbox(rle).tolist(),

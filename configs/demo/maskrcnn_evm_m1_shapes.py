@@ -3,7 +3,7 @@
 _base_ = '../maskrcnn_evm_m1.py'
 
 data_root = 'work_dirs/demo/shapes/'
-metainfo = dict(classes=('disc', 'box', 'triangle'), palette=[(220, 20, 60), (30, 144, 255), (50, 205, 50)])
+metainfo = dict(classes=('shape',), palette=[(220, 20, 60)])
 
 # The pyramid and heads of the COCO config have 256 and 1024 channels.
 model = dict(
@@ -12,9 +12,9 @@ model = dict(
     rpn_head=dict(in_channels=64, feat_channels=64),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=64, roi_layer=dict(sampling_ratio=1)),
-        bbox_head=dict(in_channels=64, fc_out_channels=256, num_classes=3),
+        bbox_head=dict(in_channels=64, fc_out_channels=256, num_classes=1),
         mask_roi_extractor=dict(out_channels=64, roi_layer=dict(sampling_ratio=1)),
-        mask_head=dict(num_convs=2, in_channels=64, conv_out_channels=64, num_classes=3),
+        mask_head=dict(num_convs=2, in_channels=64, conv_out_channels=64, num_classes=1),
     ),
     train_cfg=dict(rpn_proposal=dict(nms_pre=500, max_per_img=300), rcnn=dict(sampler=dict(num=64))),
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=300)),
@@ -61,12 +61,12 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
 test_evaluator = val_evaluator
 
-max_iters = 1500
-train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=max_iters, val_interval=500)
+max_iters = 1000
+train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=max_iters, val_interval=250)
 optim_wrapper = dict(optimizer=dict(lr=7e-4), clip_grad=dict(max_norm=10))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(type='CosineAnnealingLR', by_epoch=False, begin=100, end=max_iters, T_max=max_iters - 100, eta_min=0),
 ]
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(by_epoch=False, interval=500, max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(by_epoch=False, interval=250, max_keep_ckpts=1))
 log_processor = dict(by_epoch=False)
