@@ -1,14 +1,23 @@
 # `make demo` and `make test` need Python with venv, make and git, and nothing else. A second call reuses the environment.
 #   PYTHON=python3.12           the Python to make it with
-#   VENV=.venv                  where it is
 #   FAMILY=onedl                whose OpenMMLab packages: onedl or openmmlab
+#   VENV=.venv                  where it is; .venv-openmmlab for the other family
 #   TORCH='torch==… --index-url …'  another torch build: anything that pip install takes
 PYTHON ?= python3
-VENV ?= .venv
 FAMILY ?= onedl
+VENV ?= $(if $(filter onedl,$(FAMILY)),.venv,.venv-$(FAMILY))
 TORCH ?= -r requirements/torch.txt
 
 INSTALLED = $(VENV)/.installed-$(FAMILY)
+
+# Another TORCH needs another environment: pip would leave the torch that is there.
+ifneq ($(wildcard $(INSTALLED)),)
+ifneq ($(origin TORCH),file)
+ifneq ($(strip $(shell cat $(INSTALLED))),$(strip $(TORCH)))
+$(error $(VENV) was made with TORCH='$(strip $(shell cat $(INSTALLED)))': remove it, or name another with VENV=…)
+endif
+endif
+endif
 
 .PHONY: env demo test lint
 
@@ -18,7 +27,7 @@ $(INSTALLED): setup.py requirements/torch.txt requirements/constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install $(TORCH)
 	$(VENV)/bin/python -m pip install -c requirements/constraints.txt -e '.[$(FAMILY),dev]'
-	touch $@
+	echo '$(TORCH)' > $@
 
 demo: env
 	$(VENV)/bin/python tools/demo.py

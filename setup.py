@@ -15,7 +15,14 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.10',
     packages=find_packages(include=['mmevm', 'mmevm.*']),
-    install_requires=['torch>=2.1', 'torchvision>=0.16', 'timm>=1.0.31', 'pycocotools>=2.0.7'],
+    install_requires=[
+        'torch>=2.1',
+        'torchvision>=0.16',
+        'timm>=1.0.31',
+        'huggingface_hub',
+        'safetensors',
+        'pycocotools>=2.0.7',
+    ],
     # The two families of OpenMMLab packages share their import names, so mmevm requires neither: it would overwrite
     # the one that is there.
     extras_require={
@@ -32,7 +39,7 @@ setup(
             'mmpretrain>=1.2.0',
             'setuptools<81',  # mmengine 0.10 imports pkg_resources
         ],
-        'dev': ['matplotlib', 'pytest', 'pytest-timeout', 'pytest-xdist', 'ruff', 'tensorboard'],
+        'dev': ['matplotlib', 'pytest', 'pytest-timeout', 'pytest-xdist', 'ruff', 'tensorboard', 'tqdm'],
     },
     classifiers=[
         'Development Status :: 4 - Beta',

@@ -22,13 +22,13 @@ def check_families() -> None:
         raise RuntimeError(
             f'Both families of OpenMMLab packages are installed, and they overwrite each other: {installed}. '
             'Uninstall all of them (pip uninstall -y …) and install one again: '
-            "pip install 'mmevm[onedl]' or pip install 'mmevm[openmmlab]'."
+            "in mmevm's folder, pip install -e '.[onedl]' or pip install -e '.[openmmlab]'."
         )
     missing = [name for name in ('mmengine', 'mmcv') if find_spec(name) is None]
     if missing:
         raise RuntimeError(
             f'mmevm needs mmengine and mmcv; not installed: {", ".join(missing)}. On a PyTorch of today: '
-            'pip install "mmevm[onedl]"; with OpenMMLab\'s own packages: pip install "mmevm[openmmlab]".'
+            "in mmevm's folder, pip install -e '.[onedl]'; with OpenMMLab's own, pip install -e '.[openmmlab]'."
         )
 
 

@@ -25,6 +25,7 @@ import torch
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
+from mmengine.model import PretrainedInit
 from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint_with_prefix
 from safetensors.torch import save_file
 from torch import nn
@@ -554,6 +555,14 @@ def test_a_backbone_of_fewer_stages_or_of_another_arch(tmp_path):
     assert_same(own.state_dict(), expected)
 
 
+@pytest.mark.parametrize('how', ['Pretrained', 'mmengine.Pretrained', PretrainedInit])
+def test_nothing_received_is_an_error_however_it_is_asked_for(tmp_path, how):
+    torch.save({'state_dict': {'layer.weight': torch.zeros(1)}}, tmp_path / 'x.pth')
+    backbone = EfficientViM('m1', init_cfg=dict(type=how, checkpoint=str(tmp_path / 'x.pth')))
+    with pytest.raises(CheckpointError, match=r'0 of the \d+ tensors'):
+        backbone.init_weights()
+
+
 def load_error(path: Path, checkpoint: dict, prefix: str | None = None, **kwargs) -> str:
     torch.save(checkpoint, path)
     backbone = EfficientViM(**{'arch': 'm1', **kwargs})
@@ -643,6 +652,19 @@ def test_a_url_of_an_authors_file(server, tmp_path, monkeypatch):
     assert server.requests == ['/m1.pth']
     with pytest.raises(CheckpointError, match=r'm2\.pth cannot be downloaded'):
         load_pretrained_backbone(backbone, f'{server.url}/m2.pth')
+
+
+def test_urls_whose_files_have_the_same_name(server, tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    for seed, folder in [(1, 'e300'), (2, 'e450')]:
+        (server.folder / folder).mkdir()
+        save_file(timm_state('efficientvim_m1', seed), server.folder / folder / 'model.safetensors')
+    for seed, folder in [(1, 'e300'), (2, 'e450'), (1, 'e300')]:
+        backbone = EfficientViM('m1')
+        load_pretrained_backbone(backbone, f'{server.url}/{folder}/model.safetensors')
+        expected = timm_state('efficientvim_m1', seed)
+        assert_same(backbone.state_dict(), {k: expected[k] for k in backbone.state_dict()})
+    assert len(server.requests) == 2
 
 
 DISTRIBUTED = """

@@ -55,8 +55,8 @@ def test_no_family_or_part_of_one(there, missing, tmp_path):
     assert result.returncode == 1
     sentence = result.stderr.splitlines()[-1]
     assert f'not installed: {missing}. ' in sentence
-    assert 'pip install "mmevm[onedl]"' in sentence
-    assert 'pip install "mmevm[openmmlab]"' in sentence
+    assert "pip install -e '.[onedl]'" in sentence
+    assert "pip install -e '.[openmmlab]'" in sentence
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_both_families(names, tmp_path):
     assert 'Both families' in sentence
     assert all(repr(name) in sentence for name in names)
     assert 'pip uninstall' in sentence
-    assert "pip install 'mmevm[onedl]' or pip install 'mmevm[openmmlab]'" in sentence
+    assert "pip install -e '.[onedl]' or pip install -e '.[openmmlab]'" in sentence
 
 
 def test_the_sentence_comes_through_a_config(tmp_path):

@@ -26,8 +26,9 @@ def main() -> None:
 
     data, training, pictures = (args.work_dir / name for name in ('shapes', 'training', 'pictures'))
     options = ['--cfg-options', *args.cfg_options] if args.cfg_options else []
-    for old in (training, pictures):
-        shutil.rmtree(old, ignore_errors=True)
+    if data.exists():  # what an earlier demo has left, and nobody else
+        for old in (training, pictures):
+            shutil.rmtree(old, ignore_errors=True)
     run('tools/make_shapes.py', str(data))
     run('tools/train.py', CONFIG, '--data-root', str(data), '--work-dir', str(training), *options)
     checkpoint = (training / 'last_checkpoint').read_text()

@@ -88,7 +88,8 @@ def make_split(root: Path, split: str, num_images: int, size: int, seed: int) ->
     for i in range(num_images):
         image, objects = make_image(rng, size, crowd=i == 0, empty=i == num_images - 1)
         name = f'{i:06d}.png'
-        cv2.imwrite(str(root / split / name), image)
+        if not cv2.imwrite(str(root / split / name), image):
+            raise OSError(f'{root / split / name} cannot be written: is the disk full?')
         coco['images'].append(dict(id=i + 1, file_name=name, width=size, height=size))
         for obj in objects:
             rle = mask_utils.encode(np.asfortranarray(obj['mask'], np.uint8))

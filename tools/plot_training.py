@@ -18,6 +18,8 @@ def read_scalars(work_dir: Path) -> tuple[list[dict], list[dict]]:
         )
     records = [json.loads(line) for line in runs[-1].read_text().splitlines()]
     train = [record for record in records if 'loss' in record]
+    if not train:
+        raise SystemExit(f'{runs[-1]} has no losses: the training was shorter than the interval of its log.')
     val = [record for record in records if any(metric in record for metric in METRICS)]
     # mmengine counts validations in epochs if the training loop does.
     ends = {record['epoch']: record['step'] for record in train if 'epoch' in record}

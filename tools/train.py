@@ -1,9 +1,12 @@
 """Train a detector or a classifier from an MMEngine config."""
 
 import argparse
+from logging import WARNING
 from pathlib import Path
 
 import torch
+from mmengine.logging import print_log
+from mmengine.runner import find_latest_checkpoint
 
 from mmevm.checkpoints import CheckpointError
 from mmevm.cli import add_common_arguments, build_runner, load_config, run
@@ -49,6 +52,10 @@ def main() -> None:
             raise CheckpointError(f'There is no checkpoint {args.resume} to resume from: check the path.')
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
+        if (cfg.load_from or find_latest_checkpoint(cfg.work_dir)) is None:
+            print_log(f'There is nothing in {cfg.work_dir} to resume from: the training starts anew.', level=WARNING)
+        elif 'backbone' in cfg.model:
+            cfg.model.backbone.init_cfg = None  # pretrained weights would be fetched, and overwritten
     if not torch.cuda.is_available():
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='mmevm.PeakMemoryHook')]
     check_config(cfg, ['train', 'val'])

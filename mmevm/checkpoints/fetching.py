@@ -1,6 +1,7 @@
 """Checkpoints from wherever they are: local files, URLs, ``timm://`` names."""
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,9 @@ def fetch_checkpoint(checkpoint: str, map_location: str | None = None) -> Any:
 
 
 def _download(url: str) -> Path:
-    path = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(url).path).name)
+    # Every repository of a hub calls its file model.safetensors: the name alone does not tell one from another.
+    name = f'{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(urlparse(url).path).name}'
+    path = Path(torch.hub.get_dir(), 'checkpoints', name)
     with _first_process_of_node_first():
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +90,8 @@ def load_from_timm(filename: str, map_location: str | None = None) -> dict[str, 
                     f'{filename} is not in the cache of the Hugging Face hub and could not be had from the hub '
                     f'({type(error).__name__}). Either fetch model.safetensors of {where["repo_id"]} elsewhere and '
                     "name that file, init_cfg=dict(type='Pretrained', checkpoint='…/model.safetensors'), or copy a "
-                    'filled HF_HOME; or train from random weights: --cfg-options model.backbone.init_cfg=None.'
+                    'filled HF_HOME; or train from random weights: --cfg-options model.backbone.init_cfg=None '
+                    'model.backbone.norm_eval=False.'
                 ) from error
     converted, _ = convert_checkpoint(read_checkpoint(path, map_location))
     return converted

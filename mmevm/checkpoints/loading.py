@@ -42,7 +42,7 @@ def load_pretrained_backbone(
         raise CheckpointError(
             f'{checkpoint} has {matched} of the {len(expected)} tensors of {network} under the prefix {prefix!r}: '
             f'{"; ".join(problems)}. {_advice(expected, received, raw)} To train from random weights on purpose, set '
-            'init_cfg=None.'
+            'init_cfg=None and norm_eval=False.'
         )
     backbone.load_state_dict({name: received[name] for name in expected})
 

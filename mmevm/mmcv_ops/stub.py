@@ -90,7 +90,7 @@ def status() -> str:
 def _mmcv_folder() -> Path:
     spec = importlib.util.find_spec('mmcv')
     if spec is None or spec.origin is None:
-        raise StubError("mmcv is not installed here: pip install 'mmevm[onedl]'.")
+        raise StubError("mmcv is not installed here: in mmevm's folder, pip install -e '.[onedl]'.")
     return Path(spec.origin).parent
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from mmcv.cnn.bricks import DropPath
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +19,9 @@ from mmevm.registry import MODELS
 
 from .layers import FFN, ChannelLayerNorm, ConvNorm, PatchMerging, Stem
 from .mixers import HSMSSD
+
+# The ways in which an init_cfg can ask for a checkpoint.
+PRETRAINED = ('Pretrained', 'mmengine.Pretrained', PretrainedInit)
 
 
 class Block(nn.Module):
@@ -249,7 +252,7 @@ class EfficientViM(BaseModule):
                 own loading would only warn, and train from random weights.
         """
         init_cfgs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg]
-        pretrained = [dict(cfg) for cfg in init_cfgs if cfg and cfg['type'] == 'Pretrained']
+        pretrained = [dict(cfg) for cfg in init_cfgs if cfg and cfg['type'] in PRETRAINED]
         if not pretrained:
             super().init_weights()
             return
@@ -277,9 +280,9 @@ class EfficientViM(BaseModule):
 
     @classmethod
     def _parse_arch(cls, arch: str | dict) -> dict:
-        if isinstance(arch, str):
+        if not isinstance(arch, dict):
             if arch not in cls.arch_settings:
-                raise ValueError(f"arch='{arch}' is unknown: choose from {list(cls.arch_settings)} or give a dict.")
+                raise ValueError(f'arch={arch!r} is unknown: choose from {list(cls.arch_settings)} or give a dict.')
             return cls.arch_settings[arch]
         keys = {'embed_dims', 'depths', 'state_dims'}
         if set(arch) != keys:
@@ -302,6 +305,8 @@ class EfficientViM(BaseModule):
         in_channels: int,
         num_stages: int,
     ) -> None:
+        if isinstance(out_indices, int):
+            raise ValueError(f'out_indices={out_indices}: give a tuple or list, such as ({out_indices},).')
         allowed = range(num_stages)
         indices = list(out_indices)
         if not indices or indices != sorted(set(indices)) or not set(indices) <= set(allowed):

@@ -103,7 +103,16 @@ class UpsampleFPN(FPN):
 
         Returns:
             ``num_outs`` levels of ``out_channels`` channels, finest first.
+
+        Raises:
+            ValueError: If the maps' channels are not ``in_channels``.
         """
+        channels = [x.shape[1] for x in inputs]
+        if channels != self.in_channels:
+            raise ValueError(
+                f'The backbone gives maps of {channels} channels, but the neck has in_channels={self.in_channels}: '
+                'set that to what the backbone gives.'
+            )
         inputs = [norm(x) for norm, x in zip(self.pre_norms, inputs, strict=True)]
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, inputs, strict=True)]
         for i in range(len(laterals) - 1, 0, -1):

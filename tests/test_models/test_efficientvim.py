@@ -243,6 +243,8 @@ class TestArguments:
             (dict(out_indices=(0, 3)), r'\[0, 1, 2\]'),
             (dict(out_indices=(1, 0)), 'ascending'),
             (dict(out_indices=()), 'one or more'),
+            (dict(out_indices=2), r'tuple or list, such as \(2,\)'),
+            (dict(arch=None), 'm1.*m2.*m3.*m4'),
             (dict(frozen_stages=4), 'frozen_stages=4'),
             (dict(frozen_stages=-2), 'frozen_stages=-2'),
             (dict(frozen_stages=3, out_indices=(0, 1)), 'builds 2 only'),

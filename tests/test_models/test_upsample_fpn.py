@@ -116,6 +116,7 @@ def test_too_few_levels_is_an_error():
         UpsampleFPN(CHANNELS, 8, num_outs=4)
 
 
-def test_too_few_maps_is_an_error():
-    with pytest.raises(ValueError, match='zip'):
-        make_neck(num_outs=5)(make_maps()[:2])
+@pytest.mark.parametrize('maps', [make_maps()[:2], make_maps()[::-1]])
+def test_other_maps_than_declared_are_an_error(maps):
+    with pytest.raises(ValueError, match=r'in_channels=\[12, 16, 20\]'):
+        make_neck(num_outs=5)(maps)
