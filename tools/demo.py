@@ -1,6 +1,6 @@
 """Make a synthetic data set, train Mask R-CNN with EfficientViM-M1 on it, evaluate, and draw what it finds.
 
-Takes some ten minutes on two CPU cores. Each step is a command that is shown, and that works the same for other
+Takes some eight minutes on two CPU cores. Each step is a command that is shown, and that works the same for other
 configs.
 """
 
