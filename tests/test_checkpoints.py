@@ -30,7 +30,7 @@ from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint_with_p
 from safetensors.torch import save_file
 from torch import nn
 
-from mmevm.checkpoints import CheckpointError, convert_checkpoint, load_pretrained_backbone, read_checkpoint
+from mmevm.checkpoints import CheckpointError, convert_checkpoint, load_pretrained, read_checkpoint
 from mmevm.models import EfficientViM
 from mmevm.registry import MODELS
 
@@ -480,7 +480,7 @@ def test_two_names_for_one_tensor_are_an_error(tmp_path):
     with pytest.raises(CheckpointError, match=r'1 tensors .* two names.*backbone\.stages\.0\.blocks\.0\.alpha'):
         convert_checkpoint(state)
     with pytest.raises(CheckpointError, match='two names'):
-        load_pretrained_backbone(EfficientViM('m1'), str(tmp_path / 'x.pth'))
+        load_pretrained(EfficientViM('m1'), str(tmp_path / 'x.pth'))
 
 
 def test_a_detector_needs_mmdet_and_a_classifier_does_not(monkeypatch):
@@ -532,11 +532,11 @@ def test_from_a_detector_with_and_without_prefix(tmp_path):
     expected = {k[9:]: v for k, v in detector_state('retinanet', 7).items() if k.startswith('backbone.')}
     for prefix in (None, 'backbone', 'backbone.'):
         backbone = EfficientViM('m1')
-        load_pretrained_backbone(backbone, str(path), prefix=prefix)
+        load_pretrained(backbone, str(path), prefix=prefix)
         assert_same(backbone.state_dict(), expected)
     torch.save({f'teacher.{k}': v for k, v in authors_detector('retinanet')['state_dict'].items()}, path)
     backbone = EfficientViM('m1')
-    load_pretrained_backbone(backbone, str(path), prefix='teacher.backbone.')
+    load_pretrained(backbone, str(path), prefix='teacher.backbone.')
     assert_same(backbone.state_dict(), expected)
 
 
@@ -545,13 +545,13 @@ def test_a_backbone_of_fewer_stages_or_of_another_arch(tmp_path):
     path = tmp_path / 'x.pth'
     torch.save(state, path)
     backbone = EfficientViM('m1', out_indices=(0, 1))
-    load_pretrained_backbone(backbone, str(path))
+    load_pretrained(backbone, str(path))
     assert_same(backbone.state_dict(), {k: state[k] for k in backbone.state_dict()})
 
     own = EfficientViM(dict(embed_dims=(16, 24), depths=(1, 1), state_dims=(4, 4)), out_indices=(0, 1))
     expected = randomize(own.state_dict())
     torch.save({'state_dict': {f'backbone.{k}': v for k, v in expected.items()}}, path)
-    load_pretrained_backbone(own, str(path))
+    load_pretrained(own, str(path))
     assert_same(own.state_dict(), expected)
 
 
@@ -568,7 +568,7 @@ def load_error(path: Path, checkpoint: dict, prefix: str | None = None, **kwargs
     backbone = EfficientViM(**{'arch': 'm1', **kwargs})
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     with pytest.raises(CheckpointError) as error:
-        load_pretrained_backbone(backbone, str(path), prefix=prefix)
+        load_pretrained(backbone, str(path), prefix=prefix)
     assert_same(backbone.state_dict(), before)
     assert 'init_cfg=None' in str(error.value)
     return str(error.value)
@@ -648,10 +648,10 @@ def test_a_url_of_an_authors_file(server, tmp_path, monkeypatch):
     backbone = EfficientViM('m1', init_cfg=dict(type='Pretrained', checkpoint=f'{server.url}/m1.pth'))
     backbone.init_weights()
     assert_same(backbone.state_dict(), {k: expected[k] for k in backbone.state_dict()})
-    load_pretrained_backbone(backbone, f'{server.url}/m1.pth')  # from the cache
+    load_pretrained(backbone, f'{server.url}/m1.pth')  # from the cache
     assert server.requests == ['/m1.pth']
     with pytest.raises(CheckpointError, match=r'm2\.pth cannot be downloaded'):
-        load_pretrained_backbone(backbone, f'{server.url}/m2.pth')
+        load_pretrained(backbone, f'{server.url}/m2.pth')
 
 
 def test_urls_whose_files_have_the_same_name(server, tmp_path, monkeypatch):
@@ -661,7 +661,7 @@ def test_urls_whose_files_have_the_same_name(server, tmp_path, monkeypatch):
         save_file(timm_state('efficientvim_m1', seed), server.folder / folder / 'model.safetensors')
     for seed, folder in [(1, 'e300'), (2, 'e450'), (1, 'e300')]:
         backbone = EfficientViM('m1')
-        load_pretrained_backbone(backbone, f'{server.url}/{folder}/model.safetensors')
+        load_pretrained(backbone, f'{server.url}/{folder}/model.safetensors')
         expected = timm_state('efficientvim_m1', seed)
         assert_same(backbone.state_dict(), {k: expected[k] for k in backbone.state_dict()})
     assert len(server.requests) == 2
@@ -754,7 +754,7 @@ def test_timm_scheme_offline_says_the_two_ways_out(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
     with pytest.raises(CheckpointError, match=r'model\.safetensors.*backbone\.init_cfg=None') as error:
-        load_pretrained_backbone(EfficientViM('m1'), f'timm://{NAME}')
+        load_pretrained(EfficientViM('m1'), f'timm://{NAME}')
     assert f'timm/{NAME}' in str(error.value)
     assert error.value.__cause__ is not None
 
@@ -762,7 +762,7 @@ def test_timm_scheme_offline_says_the_two_ways_out(tmp_path, monkeypatch):
 def test_timm_scheme_lists_the_names_there_are():
     for name in ('efficientvim_m5.e450_in1k', 'resnet50.a1_in1k', 'efficientvim_m1.e1_in1k'):
         with pytest.raises(CheckpointError, match=f'{name}.*efficientvim_m4.e450_in1k'):
-            load_pretrained_backbone(EfficientViM('m1'), f'timm://{name}')
+            load_pretrained(EfficientViM('m1'), f'timm://{name}')
 
 
 # The tool

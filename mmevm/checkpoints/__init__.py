@@ -7,7 +7,7 @@ tensors or says what is missing (``loading``).
 
 from .converting import ConversionReport, convert_checkpoint
 from .fetching import fetch_checkpoint
-from .loading import load_pretrained_backbone, load_trained_weights
+from .loading import load_pretrained, load_trained_weights, pretrained_cfgs
 from .reading import CheckpointError, read_checkpoint
 
 __all__ = [
@@ -15,7 +15,8 @@ __all__ = [
     'ConversionReport',
     'convert_checkpoint',
     'fetch_checkpoint',
-    'load_pretrained_backbone',
+    'load_pretrained',
     'load_trained_weights',
+    'pretrained_cfgs',
     'read_checkpoint',
 ]

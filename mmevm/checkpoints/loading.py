@@ -1,7 +1,9 @@
 """Weights go into a model, all of them or none: what mmengine only warns of is an error here."""
 
+import re
+
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
+from mmengine.model import PretrainedInit, is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
@@ -10,23 +12,36 @@ from .fetching import fetch_checkpoint
 from .reading import CheckpointError
 
 
-def load_pretrained_backbone(
-    backbone: nn.Module, checkpoint: str, prefix: str | None = None, map_location: str = 'cpu'
-) -> None:
-    """Load a checkpoint into a backbone, every tensor of it.
+def pretrained_cfgs(init_cfg: dict | list[dict] | None) -> list[dict]:
+    """Those of mmengine's initialisation configs that ask for a checkpoint, without their type."""
+    cfgs = init_cfg if isinstance(init_cfg, list) else [init_cfg]
+    types = ('Pretrained', 'mmengine.Pretrained', PretrainedInit)
+    return [{key: cfg[key] for key in cfg if key != 'type'} for cfg in cfgs if cfg and cfg['type'] in types]
 
-    Any file that ``convert_checkpoint`` recognises will do as it is, and any other that holds the backbone's tensors,
-    such as one of an architecture of one's own. What it holds beyond the backbone is not used, and logged.
+
+def load_pretrained(
+    module: nn.Module,
+    checkpoint: str,
+    prefix: str | None = None,
+    map_location: str = 'cpu',
+    class_dependent: str | None = None,
+) -> None:
+    """Load a checkpoint into a backbone or a head, every tensor of it.
+
+    Any file that ``convert_checkpoint`` recognises will do as it is, and any other that holds the module's tensors,
+    such as one of an architecture of one's own. What it holds beyond the module is not used, and logged.
 
     Args:
-        backbone: What receives the weights.
+        module: What receives the weights.
         checkpoint: A local file, a URL, a ``timm://`` name or another scheme known to mmengine.
-        prefix: What the backbone's names begin with in the file; None is 'backbone.', or nothing where they are plain.
+        prefix: What the module's names begin with in the file, which may be plain for a backbone; None is 'backbone'.
         map_location: Device on which the file is read.
+        class_dependent: Pattern of names whose shapes depend on the number of classes: if that is another one in the
+            file, the module keeps what it has, and this is logged.
 
     Raises:
-        CheckpointError: If there is no such file, if it cannot be read, or if a tensor of the backbone is missing in
-            it or has another shape.
+        CheckpointError: If there is no such file, if it cannot be read, or if a tensor of the module is missing in it
+            or has another shape.
     """
     raw, weights, _ = unwrap(fetch_checkpoint(checkpoint, map_location))
     state = {name: raw[old] for old, name in our_names(raw).items()}  # a backbone's plain names now have 'backbone.'
@@ -34,17 +49,27 @@ def load_pretrained_backbone(
     received = {
         name.removeprefix(prefix): flat_norm(name, tensor) for name, tensor in state.items() if name.startswith(prefix)
     }
-    expected = {name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}
-    network = type(backbone).__name__
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    network = type(module).__name__
+    of_classes = [name for name in expected if class_dependent and re.match(class_dependent, name)]
+    other_classes = [name for name in of_classes if name in received and len(received[name]) != expected[name][0]]
+    if other_classes:
+        there, here = len(received[other_classes[0]]), expected[other_classes[0]][0]
+        print_log(
+            f'{checkpoint} knows {there} classes, {network} {here}: its {len(of_classes)} tensors that belong to the '
+            f'classes, {some(of_classes)}, start from random weights.',
+            logger='current',
+        )
+        expected = {name: shape for name, shape in expected.items() if name not in of_classes}
     problems = differences(expected, received)
     if problems:
         matched = sum(name in received and tuple(received[name].shape) == shape for name, shape in expected.items())
         raise CheckpointError(
             f'{checkpoint} has {matched} of the {len(expected)} tensors of {network} under the prefix {prefix!r}: '
             f'{"; ".join(problems)}. {_advice(expected, received, raw)} To train from random weights on purpose, set '
-            'init_cfg=None and norm_eval=False.'
+            'init_cfg=None (and norm_eval=False of a backbone).'
         )
-    backbone.load_state_dict({name: received[name] for name in expected})
+    module.load_state_dict({name: received[name] for name in expected}, strict=False)  # all that is expected is there
 
     chosen = f" (its '{weights}' weights)" if weights else ''
     print_log(
@@ -53,7 +78,7 @@ def load_pretrained_backbone(
     unused = [name for name in state if not (name.startswith(prefix) and name.removeprefix(prefix) in expected)]
     if unused:
         print_log(
-            f'{checkpoint} holds {len(unused)} tensors beyond the backbone, not used: {some(unused)}.',
+            f'{checkpoint} holds {len(unused)} tensors beyond {network}, not used: {some(unused)}.',
             logger='current',
         )
 

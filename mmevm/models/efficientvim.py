@@ -8,20 +8,17 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
+from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
-from mmengine.model import BaseModule, PretrainedInit
+from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from mmevm.checkpoints import load_pretrained_backbone
+from mmevm.checkpoints import load_pretrained, pretrained_cfgs
 from mmevm.registry import MODELS
 
-from .layers import FFN, ChannelLayerNorm, ConvNorm, PatchMerging, Stem
-from .mixers import HSMSSD
-
-# The ways in which an init_cfg can ask for a checkpoint.
-PRETRAINED = ('Pretrained', 'mmengine.Pretrained', PretrainedInit)
+from .layers import FFN, ConvNorm, PatchMerging, Stem
 
 
 class Block(nn.Module):
@@ -34,31 +31,39 @@ class Block(nn.Module):
         channels: C, of input and output.
         state_dim: Number of hidden states of the mixer.
         mlp_ratio: Hidden channels of the FFN, relative to C.
-        ssd_expand: Channels within the hidden-state mixer, relative to C.
         drop_path: Probability with which a sample skips one of the four steps in training.
-        norm_cfg: mmcv's config of all norms but the mixer's LayerNorm.
+        norm_cfg: mmcv's config of all norms but that before the mixer.
+        mixer_cfg: Type of the mixer, and its arguments but for ``channels`` and ``state_dim``.
+        mixer_norm_cfg: mmcv's config of the norm before the mixer.
     """
 
     def __init__(
-        self, channels: int, state_dim: int, mlp_ratio: float, ssd_expand: float, drop_path: float, norm_cfg: dict
+        self,
+        channels: int,
+        state_dim: int,
+        mlp_ratio: float,
+        drop_path: float,
+        norm_cfg: dict,
+        mixer_cfg: dict,
+        mixer_norm_cfg: dict,
     ) -> None:
         super().__init__()
         self.dwconv1 = ConvNorm(channels, channels, 3, groups=channels, norm_cfg=norm_cfg)
-        self.norm = ChannelLayerNorm(channels)
-        self.mixer = HSMSSD(channels, state_dim, ssd_expand)
+        self.norm = build_norm_layer(mixer_norm_cfg, channels)[1]
+        self.mixer = MODELS.build(dict(mixer_cfg, channels=channels, state_dim=state_dim))
         self.dwconv2 = ConvNorm(channels, channels, 3, groups=channels, norm_cfg=norm_cfg)
         self.ffn = FFN(channels, int(mlp_ratio * channels), norm_cfg)
         self.alpha = nn.Parameter(torch.full((4, channels), 1e-4))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Transform a feature map.
 
         Args:
             x: (B, C, H, W).
 
         Returns:
-            The map, (B, C, H, W), and the mixer's hidden states, (B, C, N).
+            The map, (B, C, H, W), and the mixer's hidden states, (B, C, N); None if it has none.
         """
         gates = self.alpha.sigmoid().unflatten(1, (-1, 1, 1))  # (4, C, 1, 1)
         x = self._gate(x, self.dwconv1(x), gates[0])
@@ -91,14 +96,14 @@ class Stage(nn.Module):
         self.downsample = downsample
         self.with_cp = with_cp
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Run the blocks.
 
         Args:
             x: (B, C, H, W).
 
         Returns:
-            The last block's map, (B, C, H, W), and its hidden states, (B, C, N).
+            The last block's map, (B, C, H, W), and its hidden states, (B, C, N); None if its mixer has none.
         """
         for block in self.blocks:
             if self.with_cp and torch.is_grad_enabled():
@@ -143,10 +148,14 @@ class EfficientViM(BaseModule):
             channels, blocks and hidden states of each stage, finest first.
         in_channels: Channels of the image.
         out_indices: Stages whose maps are returned, ascending. Stages after the last of them are not built.
+        out_hidden_states: Whether the hidden states of each stage's last block are returned too, before the maps: what
+            ``mmevm.FusionClsHead`` fuses. Without it none of them outlives its block.
         mlp_ratio: Hidden channels of the FFNs, relative to the stage's channels.
-        ssd_expand: Channels within the hidden-state mixers, relative to the stage's channels.
         drop_path_rate: Stochastic depth of the last block; that of the others rises to it linearly from 0.
-        norm_cfg: mmcv's config of all norms but the mixers' LayerNorms, such as ``dict(type='SyncBN')``.
+        norm_cfg: mmcv's config of all norms but those before the mixers, such as ``dict(type='SyncBN')``.
+        mixer_cfg: Type of the token mixers, and its arguments but for ``channels`` and ``state_dim``; None is
+            ``dict(type='mmevm.HSMSSD')``, the paper's.
+        mixer_norm_cfg: mmcv's config of the norms before the mixers; None is ``dict(type='mmevm.ChannelLayerNorm')``.
         frozen_stages: −1 freezes nothing, 0 the stem, n the stem and the first n stages with their down-sampling: no
             gradient, and BatchNorm in eval mode even after ``train()``.
         norm_eval: Whether BatchNorm stays in eval mode after ``train()``; its weights and biases are trained all the
@@ -156,7 +165,7 @@ class EfficientViM(BaseModule):
             the checkpoint, which may be a ``timm://`` name, a file of the authors', of timm's or of mmevm's own.
 
     Attributes:
-        out_channels: Channels of each returned map.
+        out_channels: Channels of each returned tensor.
         out_strides: Stride of each returned map, in pixels of the image.
 
     Raises:
@@ -173,6 +182,9 @@ class EfficientViM(BaseModule):
         (1, 320, 4, 3)
         >>> model.out_channels, model.out_strides
         ((128, 192, 320), (16, 32, 64))
+        >>> model = EfficientViM('m1', out_indices=(2,), out_hidden_states=True).eval()
+        >>> [tuple(out.shape) for out in model(torch.rand(1, 3, 224, 160))]
+        [(1, 128, 49), (1, 192, 25), (1, 320, 9), (1, 320, 4, 3)]
     """
 
     arch_settings = {
@@ -187,10 +199,12 @@ class EfficientViM(BaseModule):
         arch: str | dict = 'm4',
         in_channels: int = 3,
         out_indices: Sequence[int] = (0, 1, 2),
+        out_hidden_states: bool = False,
         mlp_ratio: float = 4.0,
-        ssd_expand: float = 1.0,
         drop_path_rate: float = 0.0,
         norm_cfg: dict | None = None,
+        mixer_cfg: dict | None = None,
+        mixer_norm_cfg: dict | None = None,
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
@@ -199,22 +213,30 @@ class EfficientViM(BaseModule):
         super().__init__(init_cfg)
         settings = self._parse_arch(arch)
         embed_dims, depths, state_dims = (settings[key] for key in ('embed_dims', 'depths', 'state_dims'))
-        self._check(out_indices, mlp_ratio, ssd_expand, drop_path_rate, frozen_stages, in_channels, len(depths))
-        norm_cfg = norm_cfg or dict(type='BN')
+        self._check(out_indices, mlp_ratio, drop_path_rate, frozen_stages, in_channels, len(depths))
+        block_cfgs = dict(
+            norm_cfg=norm_cfg or dict(type='BN'),
+            mixer_cfg=mixer_cfg or dict(type='mmevm.HSMSSD'),
+            mixer_norm_cfg=mixer_norm_cfg or dict(type='mmevm.ChannelLayerNorm'),
+        )
+        norm_cfg = block_cfgs['norm_cfg']
+        last = out_indices[-1]
 
         self.out_indices = tuple(out_indices)
+        self.out_hidden_states = out_hidden_states
         self.out_channels = tuple(embed_dims[i] for i in self.out_indices)
+        if out_hidden_states:
+            self.out_channels = (*embed_dims[: last + 1], *self.out_channels)
         self.out_strides = tuple(16 * 2**i for i in self.out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
 
         self.patch_embed = Stem(in_channels, embed_dims[0], norm_cfg)
         drop_paths = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
-        last = self.out_indices[-1]
         self.stages = nn.ModuleList(
             Stage(
                 blocks=[
-                    Block(embed_dims[i], state_dims[i], mlp_ratio, ssd_expand, next(drop_paths), norm_cfg)
+                    Block(embed_dims[i], state_dims[i], mlp_ratio, next(drop_paths), **block_cfgs)
                     for _ in range(depths[i])
                 ],
                 downsample=PatchMerging(embed_dims[i], embed_dims[i + 1], norm_cfg) if i < last else None,
@@ -231,18 +253,26 @@ class EfficientViM(BaseModule):
             x: Images, (B, in_channels, H, W).
 
         Returns:
-            A map (B, C, ceil(H/s), ceil(W/s)) for each of ``out_indices``, with C of ``out_channels`` and s of
-            ``out_strides``.
+            With ``out_hidden_states``, first the hidden states (B, C, N) of each stage. Then a map (B, C, ceil(H/s),
+            ceil(W/s)) for each of ``out_indices``. C is of ``out_channels``, s of ``out_strides``.
+
+        Raises:
+            ValueError: If the hidden states are wanted of a mixer that has none.
         """
         x = self.patch_embed(x)
-        outs = []
+        hidden_states, maps = [], []
         for i, stage in enumerate(self.stages):
-            x, _ = stage(x)
+            x, h = stage(x)
+            if self.out_hidden_states:
+                if h is None:
+                    mixer = type(stage.blocks[-1].mixer).__name__
+                    raise ValueError(f'{mixer} has no hidden states: set out_hidden_states=False of the backbone.')
+                hidden_states.append(h)
             if i in self.out_indices:
-                outs.append(x)
+                maps.append(x)
             if stage.downsample is not None:
                 x = stage.downsample(x)
-        return tuple(outs)
+        return (*hidden_states, *maps)
 
     def init_weights(self) -> None:
         """Initialise as ``init_cfg`` says.
@@ -251,14 +281,12 @@ class EfficientViM(BaseModule):
             RuntimeError: If a checkpoint named by ``init_cfg`` does not hold every tensor of the backbone. mmengine's
                 own loading would only warn, and train from random weights.
         """
-        init_cfgs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg]
-        pretrained = [dict(cfg) for cfg in init_cfgs if cfg and cfg['type'] in PRETRAINED]
+        pretrained = pretrained_cfgs(self.init_cfg)
         if not pretrained:
             super().init_weights()
             return
         for cfg in pretrained:
-            cfg.pop('type')
-            load_pretrained_backbone(self, **cfg)
+            load_pretrained(self, **{'prefix': 'backbone', **cfg})
         self._is_init = True
 
     def train(self, mode: bool = True) -> 'EfficientViM':
@@ -299,7 +327,6 @@ class EfficientViM(BaseModule):
     def _check(
         out_indices: Sequence[int],
         mlp_ratio: float,
-        ssd_expand: float,
         drop_path_rate: float,
         frozen_stages: int,
         in_channels: int,
@@ -319,7 +346,7 @@ class EfficientViM(BaseModule):
             )
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate={drop_path_rate}: a probability from 0 to below 1.')
-        if mlp_ratio <= 0 or ssd_expand <= 0:
-            raise ValueError(f'mlp_ratio={mlp_ratio} and ssd_expand={ssd_expand} must be greater than 0.')
+        if mlp_ratio <= 0:
+            raise ValueError(f'mlp_ratio={mlp_ratio} must be greater than 0.')
         if in_channels < 1:
             raise ValueError(f'in_channels={in_channels}: at least 1.')

@@ -9,6 +9,8 @@ from mmcv.cnn import build_conv_layer, build_norm_layer
 from timm.layers import SqueezeExcite
 from torch import Tensor, nn
 
+from mmevm.registry import MODELS
+
 
 class ConvNorm(nn.Module):
     """Convolution without bias, optional norm, optional ReLU.
@@ -82,6 +84,7 @@ class Stem(nn.Module):
         return self.conv(x)
 
 
+@MODELS.register_module()
 class ChannelLayerNorm(nn.Module):
     """LayerNorm over the channels of each pixel of a (B, C, H, W) map.
 

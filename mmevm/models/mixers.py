@@ -1,12 +1,20 @@
-"""The token mixer that the paper is about: hidden state mixer-based state space duality (HSM-SSD)."""
+"""The token mixer that the paper is about: hidden state mixer-based state space duality (HSM-SSD).
+
+A mixer of one's own needs the same two signatures, ``Mixer(channels, state_dim, …)`` and
+``forward(x) -> (y, hidden_states)``, and ``@mmevm.registry.MODELS.register_module()`` before it; then
+``EfficientViM(mixer_cfg=dict(type='mmevm.Mixer', …))`` builds one for each block.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmevm.registry import MODELS
+
 from .layers import ConvNorm
 
 
+@MODELS.register_module()
 class HSMSSD(nn.Module):
     """Mixes tokens through a few hidden states, and channels on these states only (paper, Sec. 3.1–3.2, Algorithm 1).
 
@@ -18,11 +26,16 @@ class HSMSSD(nn.Module):
         channels: D, channels of a token.
         state_dim: N, number of hidden states.
         ssd_expand: Channels of a hidden state between its two projections, relative to ``channels``.
+
+    Raises:
+        ValueError: If ``ssd_expand`` leaves no channel.
     """
 
     def __init__(self, channels: int, state_dim: int, ssd_expand: float = 1.0) -> None:
         super().__init__()
         inner = int(ssd_expand * channels)
+        if inner < 1:
+            raise ValueError(f'ssd_expand={ssd_expand} of {channels} channels leaves none: give a larger number.')
         conv1d = dict(type='Conv1d')
         self.state_dim = state_dim
         self.BCdt_proj = ConvNorm(channels, 3 * state_dim, 1, conv_cfg=conv1d)

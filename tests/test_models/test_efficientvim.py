@@ -21,6 +21,11 @@ def tiny():
     return randomise(EfficientViM(TINY))
 
 
+def make_block(drop_path):
+    mixer_cfg, mixer_norm_cfg = dict(type='mmevm.HSMSSD'), dict(type='mmevm.ChannelLayerNorm')
+    return Block(8, 4, 4.0, drop_path, dict(type='BN'), mixer_cfg, mixer_norm_cfg)
+
+
 def features_and_gradients(model, x):
     model.zero_grad()
     outs = model(x)
@@ -96,8 +101,8 @@ class TestOutput:
         grads = features_and_gradients(part, x)[1]
         assert set(grads) == {name for name, p in part.named_parameters() if p.requires_grad}
 
-    def test_in_channels_mlp_ratio_and_ssd_expand(self):
-        model = EfficientViM(TINY, in_channels=1, mlp_ratio=2.0, ssd_expand=0.5)
+    def test_in_channels_mlp_ratio_and_arguments_of_the_mixer(self):
+        model = EfficientViM(TINY, in_channels=1, mlp_ratio=2.0, mixer_cfg=dict(type='mmevm.HSMSSD', ssd_expand=0.5))
         block = model.stages[0].blocks[0]
         assert block.ffn.fc1.conv.out_channels == 2 * 16
         assert block.mixer.hz_proj.conv.out_channels == 2 * 8
@@ -120,7 +125,7 @@ class TestGate:
     """x ← (1 − g)·x + g·f(x), by its formula."""
 
     def test_closed_gates_are_the_identity_and_open_ones_the_steps_alone(self):
-        block = randomise(Block(8, 4, 4.0, 1.0, 0.0, dict(type='BN'))).double().eval()
+        block = randomise(make_block(drop_path=0.0)).double().eval()
         x = torch.randn(2, 8, 5, 7, dtype=torch.double)
         block.alpha.data.fill_(-60)
         torch.testing.assert_close(block(x)[0], x)
@@ -129,7 +134,7 @@ class TestGate:
         torch.testing.assert_close(block(x)[0], block.ffn(block.dwconv2(mixed)))
 
     def test_a_dropped_path_keeps_the_sample_and_the_others_keep_the_expectation(self):
-        block = randomise(Block(8, 4, 4.0, 1.0, 0.5, dict(type='BN'))).double().train()
+        block = randomise(make_block(drop_path=0.5)).double().train()
         x, fx = torch.randn(2, 64, 8, 3, 3, dtype=torch.double)
         gate = torch.rand(8, 1, 1, dtype=torch.double)
         torch.manual_seed(0)
@@ -250,7 +255,7 @@ class TestArguments:
             (dict(frozen_stages=3, out_indices=(0, 1)), 'builds 2 only'),
             (dict(drop_path_rate=1.0), 'drop_path_rate'),
             (dict(mlp_ratio=0), 'mlp_ratio'),
-            (dict(ssd_expand=-1.0), 'ssd_expand'),
+            (dict(mixer_cfg=dict(type='mmevm.HSMSSD', ssd_expand=-1.0)), 'ssd_expand'),
             (dict(in_channels=0), 'in_channels'),
         ],
     )

@@ -1,11 +1,11 @@
-"""Hooks for mmengine's runner."""
+"""The memory of a training without a GPU."""
 
 import resource
 
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from .registry import HOOKS
+from mmevm.registry import HOOKS
 
 
 @HOOKS.register_module()

@@ -1,0 +1,6 @@
+"""Hooks for mmengine's runner."""
+
+from .peak_memory import PeakMemoryHook
+from .teachers import DistillationHook, MESAHook
+
+__all__ = ['DistillationHook', 'MESAHook', 'PeakMemoryHook']

@@ -1,0 +1,115 @@
+"""Who teaches a ``mmevm.TaughtImageClassifier``: its own average, or a larger network."""
+
+from collections.abc import Callable
+from functools import partial
+
+from mmengine.hooks import EMAHook, Hook
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from mmevm.preflight import ConfigError
+from mmevm.registry import HOOKS
+
+
+@HOOKS.register_module()
+class MESAHook(Hook):
+    """Lets a classifier learn from its own average (MESA: Du et al., Sharpness-Aware Training for Free, 2022).
+
+    The average is that of mmengine's ``EMAHook``, which has to be there too.
+
+    Args:
+        begin: When it begins, as a share of the training: by then the average is worth hearing.
+
+    Raises:
+        ConfigError: If there is no ``EMAHook``, or the model cannot be taught in this way.
+    """
+
+    def __init__(self, begin: float = 0.25) -> None:
+        if not 0 <= begin < 1:
+            raise ValueError(f'begin={begin}: a share of the training, from 0 to below 1.')
+        self.begin = begin
+
+    def before_train(self, runner: Runner) -> None:
+        """Find the average."""
+        student = _student(runner, self)
+        if student.head.distilled:
+            raise ConfigError(
+                'MESAHook is for heads with distilled=False: a distilled head learns from the teacher of '
+                'DistillationHook. Leave one of the two out.'
+            )
+        averages = [hook for hook in runner.hooks if isinstance(hook, EMAHook)]
+        if not averages:
+            raise ConfigError(
+                "MESAHook learns from the model's average, but there is no EMAHook: add dict(type='EMAHook', "
+                'momentum=0.0005, update_buffers=True) to custom_hooks.'
+            )
+        self.teacher = _teacher(averages[0].ema_model.module)
+
+    def before_train_iter(self, runner: Runner, *args, **kwargs) -> None:
+        """Begin when it is time, which on resuming may be at once."""
+        student = _student(runner, self)
+        if student.teacher is None and runner.iter >= self.begin * runner.max_iters:
+            student.teacher = self.teacher
+            print_log(f'MESA begins at iteration {runner.iter} of {runner.max_iters}.', logger='current')
+
+    def after_train(self, runner: Runner) -> None:
+        """Take the teacher away."""
+        _student(runner, self).teacher = None
+
+
+@HOOKS.register_module()
+class DistillationHook(Hook):
+    """Lets a classifier learn from a trained network, which stays as it is (hard distillation, as in DeiT).
+
+    Args:
+        teacher: Config of the teacher, a classifier of mmpretrain or, by its ``TimmClassifier``, of timm. It sees the
+            student's images, normalised as for the student.
+
+    Raises:
+        ConfigError: If the teacher has no weights, or the model cannot be taught in this way.
+    """
+
+    def __init__(self, teacher: dict) -> None:
+        has_weights = any(teacher.get(key) for key in ('pretrained', 'checkpoint_path', 'init_cfg'))
+        if not has_weights:
+            raise ConfigError(
+                f'DistillationHook: the teacher {teacher.get("type")} has random weights. Give it pretrained=True or '
+                "checkpoint_path=… (TimmClassifier), or init_cfg=dict(type='Pretrained', checkpoint=…) (of mmpretrain)."
+            )
+        self.teacher = teacher
+
+    def before_train(self, runner: Runner) -> None:
+        """Build the teacher."""
+        student = _student(runner, self)
+        if not student.head.distilled:
+            raise ConfigError(
+                'DistillationHook is for heads with distilled=True, which have classifiers of their own for the '
+                "teacher's answers: set model.head.distilled=True."
+            )
+        teacher = MODELS.build(self.teacher)
+        if self.teacher.get('init_cfg'):
+            teacher.init_weights()
+        device = next(student.parameters()).device
+        student.teacher = _teacher(teacher.to(device).requires_grad_(False))
+
+    def after_train(self, runner: Runner) -> None:
+        """Take the teacher away."""
+        _student(runner, self).teacher = None
+
+
+def _student(runner: Runner, hook: Hook) -> nn.Module:
+    student = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    if not (hasattr(student, 'teacher') and hasattr(getattr(student, 'head', None), 'distilled')):
+        raise ConfigError(
+            f"{type(hook).__name__} needs model.type='mmevm.TaughtImageClassifier' and "
+            f"model.head.type='mmevm.FusionClsHead', but the model is {type(student).__name__}."
+        )
+    return student
+
+
+def _teacher(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    # A function, not a module: a module would become part of the student, of its checkpoints and of its optimiser.
+    return partial(model.eval(), mode='tensor')

@@ -1,0 +1,187 @@
+"""Classification by multi-stage fusion of hidden states."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import build_norm_layer
+from mmpretrain.models.heads import ClsHead
+from mmpretrain.structures import DataSample
+from torch import Tensor, nn
+
+from mmevm.checkpoints import load_pretrained, pretrained_cfgs
+from mmevm.registry import MODELS
+
+
+@MODELS.register_module()
+class FusionClsHead(ClsHead):
+    """Sums the logits of one classifier for each of the backbone's outputs (paper, Sec. 3.2, Eq. 12–13).
+
+    What crosses the seam is what ``EfficientViM(out_indices=(2,), out_hidden_states=True)`` returns, a tuple of hidden
+    states (B, C, N) of each stage and the last map (B, C, H, W)::
+
+        backbone            norm        mean over     heads
+        h of stages[0] ─ LayerNorm ─ the N states ─ Linear ┐
+        h of stages[1] ─ LayerNorm ─ the N states ─ Linear ┤
+        h of stages[2] ─ LayerNorm ─ the N states ─ Linear ┼ sum, weighted by softmax(weights) ─ logits
+        map of stages[2] LayerNorm ─ the pixels   ─ Linear ┘
+
+    The head does not look at which is which: maps alone, of any number of stages, are fused in the same way.
+
+    Args:
+        num_classes: K.
+        in_channels: C of each of the backbone's outputs, which is its ``out_channels``.
+        distilled: Whether there is a second set of classifiers, which learns from a teacher (see :meth:`loss`).
+        norm_cfg: mmcv's config of the norms; None is ``dict(type='mmevm.ChannelLayerNorm')``.
+        loss: mmpretrain's config of the loss.
+        topk: Accuracies to log in training, if ``cal_acc``.
+        cal_acc: Whether to log accuracies in training.
+        init_cfg: mmengine's initialisation config. With ``type='Pretrained'`` every tensor of the head must be in the
+            checkpoint, as for the backbone; but if it knows another number of classes, the classifiers start from
+            random weights, which is logged.
+
+    Raises:
+        ValueError: If ``in_channels`` or ``num_classes`` has a value that is not allowed.
+
+    Example:
+        >>> import torch
+        >>> from mmevm.models import EfficientViM, FusionClsHead
+        >>> backbone = EfficientViM('m1', out_indices=(2,), out_hidden_states=True).eval()
+        >>> head = FusionClsHead(num_classes=10, in_channels=backbone.out_channels).eval()
+        >>> tuple(head(backbone(torch.rand(2, 3, 64, 64))).shape)
+        (2, 10)
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: Sequence[int],
+        distilled: bool = False,
+        norm_cfg: dict | None = None,
+        loss: dict | None = None,
+        topk: int | tuple[int, ...] = (1,),
+        cal_acc: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        if isinstance(in_channels, int) or not in_channels:
+            raise ValueError(f'in_channels={in_channels}: give a list, the channels of each output of the backbone.')
+        if num_classes < 1:
+            raise ValueError(f'num_classes={num_classes}: at least 1.')
+        super().__init__(
+            loss=loss or dict(type='CrossEntropyLoss', loss_weight=1.0),
+            topk=topk,
+            cal_acc=cal_acc,
+            init_cfg=init_cfg or dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0),
+        )
+        norm_cfg = norm_cfg or dict(type='mmevm.ChannelLayerNorm')
+        self.in_channels = tuple(in_channels)
+        self.num_classes = num_classes
+        self.distilled = distilled
+        self.norm = nn.ModuleList(build_norm_layer(norm_cfg, channels)[1] for channels in in_channels)
+        self.weights = nn.Parameter(torch.ones(len(in_channels)))
+        self.heads = nn.ModuleList(nn.Linear(channels, num_classes) for channels in in_channels)
+        if distilled:
+            self.weights_dist = nn.Parameter(torch.ones(len(in_channels)))
+            self.heads_dist = nn.ModuleList(nn.Linear(channels, num_classes) for channels in in_channels)
+
+    def forward(self, feats: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, Tensor]:
+        """Classify.
+
+        Args:
+            feats: The backbone's outputs, (B, C, …) each.
+
+        Returns:
+            Logits, (B, K). A distilled head gives, in training, those of the labels' classifiers and those of the
+            teacher's, else their mean.
+        """
+        logits = self._logits(self.pre_logits(feats))
+        if not self.distilled:
+            return logits[0]
+        return logits if self.training else (logits[0] + logits[1]) / 2
+
+    def pre_logits(self, feats: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Normalise and average the backbone's outputs.
+
+        Args:
+            feats: (B, C, …) each.
+
+        Returns:
+            (B, C) for each of them.
+
+        Raises:
+            ValueError: If their channels are not ``in_channels``.
+        """
+        channels = tuple(x.shape[1] for x in feats)
+        if channels != self.in_channels:
+            raise ValueError(
+                f'The backbone gives outputs of {channels} channels, but the head has in_channels={self.in_channels}: '
+                'set that to what the backbone gives; hidden states come with its out_hidden_states=True.'
+            )
+        # A 2-D norm takes states as it takes pixels: (B, C, N) as (B, C, N, 1).
+        tokens = [norm(x.flatten(2).unsqueeze(-1)) for norm, x in zip(self.norm, feats, strict=True)]
+        return tuple(x.mean((2, 3)) for x in tokens)
+
+    def loss(
+        self,
+        feats: tuple[Tensor, ...],
+        data_samples: list[DataSample],
+        teacher_logits: Tensor | None = None,
+        **kwargs,
+    ) -> dict[str, Tensor]:
+        """Compare with the labels and, where there is one, with a teacher's answer.
+
+        Without a teacher, the loss is that of what inference would give. With one, a distilled head learns by hard
+        distillation, half from the labels and half from the teacher's first choice (DeiT, Sec. 4); another head learns
+        by MESA, fully from the labels and fully from the teacher's probabilities.
+
+        Args:
+            feats: The backbone's outputs, (B, C, …) each.
+            data_samples: The labels.
+            teacher_logits: (B, K), of the same images.
+            **kwargs: Further arguments of the loss.
+
+        Returns:
+            ``loss``, of the labels, and with a teacher ``loss_distill`` or ``loss_mesa``.
+
+        Raises:
+            ValueError: If the teacher knows another number of classes.
+        """
+        logits = self._logits(self.pre_logits(feats))
+        if teacher_logits is None:
+            return self._get_loss(sum(logits) / len(logits), data_samples, **kwargs)
+        if teacher_logits.shape != logits[0].shape:
+            raise ValueError(
+                f'The teacher knows {teacher_logits.shape[1]} classes, but the head has num_classes={self.num_classes}.'
+            )
+        losses = self._get_loss(logits[0], data_samples, **kwargs)
+        if self.distilled:
+            losses['loss'] = losses['loss'] / 2
+            losses['loss_distill'] = F.cross_entropy(logits[1], teacher_logits.argmax(1)) / 2
+        else:
+            losses['loss_mesa'] = F.cross_entropy(logits[0], teacher_logits.softmax(1))
+        return losses
+
+    def predict(
+        self, feats: tuple[Tensor, ...], data_samples: list[DataSample | None] | None = None
+    ) -> list[DataSample]:
+        """Classify without a teacher, in any mode."""
+        logits = self._logits(self.pre_logits(feats))
+        return self._get_predictions(sum(logits) / len(logits), data_samples)
+
+    def init_weights(self) -> None:
+        """Initialise as ``init_cfg`` says."""
+        super().init_weights()
+        for cfg in pretrained_cfgs(self.init_cfg):
+            load_pretrained(self, **{'prefix': 'head', **cfg}, class_dependent=r'heads(_dist)?\.')
+
+    def _logits(self, pooled: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """(B, K) of the classifiers that learn from labels and, if distilled, of those that learn from a teacher."""
+        logits = (_fuse(pooled, self.heads, self.weights),)
+        if self.distilled:
+            logits += (_fuse(pooled, self.heads_dist, self.weights_dist),)
+        return logits
+
+
+def _fuse(pooled: tuple[Tensor, ...], heads: nn.ModuleList, weights: Tensor) -> Tensor:
+    logits = torch.stack([head(x) for head, x in zip(heads, pooled, strict=True)])  # (branches, B, K)
+    return torch.einsum('n,nbk->bk', weights.softmax(0), logits)  # Eq. 13
