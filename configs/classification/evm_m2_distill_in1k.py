@@ -1,0 +1,10 @@
+# EfficientViM-M2 on ImageNet-1k, distilled from RegNetY-160 for 300 epochs (paper, Sec. 4.2 and Table 6).
+_base_ = [
+    './_base_/evm_m2.py',
+    './_base_/imagenet_224.py',
+    './_base_/schedule_300e.py',
+    './_base_/taught_by_regnety.py',
+    'mmpretrain::_base_/default_runtime.py',
+]
+
+model = dict(head=dict(distilled=True))
