@@ -2,6 +2,7 @@
 
 import json
 import mmap
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,27 @@ def check_config(cfg: Config, splits: Sequence[str]) -> None:
     Raises:
         ConfigError: If a file or folder is missing, or if classes do not fit.
     """
+    scope = cfg.get('default_scope')
+    class_folders = {}
     for split in splits:
         loader = cfg.get(f'{split}_dataloader')
         if loader is None:
             continue
         for key, dataset in _datasets(loader['dataset'], f'{split}_dataloader.dataset'):
             _check_files(key, dataset)
-            classes = _classes(dataset, cfg.get('default_scope'))
+            classes = _classes(dataset, scope)
+            if scope == 'mmpretrain' and (folders := _class_folders(key, dataset, scope, training=split == 'train')):
+                class_folders[key] = folders
+                if len(classes or folders) != len(folders):
+                    raise ConfigError(
+                        f'{key} has {len(classes)} classes ({_some(classes)}), but {len(folders)} folders of them '
+                        f'({_some(folders)}): set {key}.metainfo.classes, or take type=CustomDataset, which names '
+                        'its classes after the folders.'
+                    )
+                classes = classes or folders
             if classes is not None:
                 _check_annotated_classes(key, dataset, classes)
-                _check_num_classes(key, classes, cfg['model'])
+                _check_num_classes(key, classes, cfg)
         evaluators = cfg.get(f'{split}_evaluator') or []
         for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
             if evaluator.get('ann_file') and _is_missing(evaluator['ann_file'], evaluator):
@@ -45,6 +57,15 @@ def check_config(cfg: Config, splits: Sequence[str]) -> None:
                     f'{split}_evaluator.ann_file: there is no {evaluator["ann_file"]}. It has to name the '
                     f'annotations of {split}_dataloader; --data-root DIR changes both.'
                 )
+    (first, expected), *others = class_folders.items() or [(None, None)]
+    for key, folders in others:
+        if folders != expected:
+            differing = sorted(set(folders) ^ set(expected))
+            raise ConfigError(
+                f'{first} and {key} have different folders of classes ({_some(differing)} are in one of them only), '
+                'so their labels, the numbers of the sorted folders, would mean different things: make them the same; '
+                'a folder of evaluation may be empty.'
+            )
 
 
 def _datasets(dataset: dict, key: str) -> Iterator[tuple[str, dict]]:
@@ -100,6 +121,37 @@ def _classes(dataset: dict, scope: str | None) -> tuple[str, ...] | None:
     return None if classes is None else tuple(classes)
 
 
+def _class_folders(key: str, dataset: dict, scope: str, training: bool) -> tuple[str, ...] | None:
+    """The folders after which mmpretrain numbers its classes; None if they come from a list of files, or elsewhere."""
+    with DATASETS.switch_scope_and_registry(scope) as registry:
+        kind = dataset['type'] if isinstance(dataset['type'], type) else registry.get(dataset['type'])
+        by_folders = registry.get('CustomDataset')
+    if not (isinstance(kind, type) and issubclass(kind, by_folders)) or not dataset.get('with_label', True):
+        return None
+    split = dataset.get('split') or ''
+    if split == 'test' or dataset.get('ann_file') or (split and Path(_join(dataset, f'meta/{split}.txt')).exists()):
+        return None
+    prefix = dataset.get('data_prefix') or split
+    root = _join(dataset, prefix.get('img_path', '') if isinstance(prefix, dict) else prefix)
+    if _is_remote(root, dataset):
+        return None
+    if not Path(root).is_dir():
+        raise ConfigError(
+            f'{key}: there is no folder {root}. Put the images there, in one folder for each class, or name their '
+            'place with --data-root DIR or data_root in the config.'
+        )
+    folders = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir()))
+    if not folders:
+        raise ConfigError(f'{key}: {root} has no folders, but needs one for each class.')
+    empty = [name for name in folders if not any(files for _, _, files in os.walk(Path(root, name)))]
+    if empty and training:
+        raise ConfigError(
+            f'{key}: {len(empty)} of the {len(folders)} folders of classes in {root} are empty, {_some(empty)}: '
+            'fill them, or remove them and set num_classes.'
+        )
+    return folders
+
+
 def _check_annotated_classes(key: str, dataset: dict, classes: tuple[str, ...]) -> None:
     path = _join(dataset, dataset.get('ann_file') or '')
     if not path.endswith('.json') or _is_remote(path, dataset):
@@ -137,8 +189,10 @@ def _category_names(path: str) -> list[str] | None:
                 return [category['name'] for category in categories]
 
 
-def _check_num_classes(key: str, classes: tuple[str, ...], model: dict) -> None:
-    for name, head in _heads(model, 'model'):
+def _check_num_classes(key: str, classes: tuple[str, ...], cfg: Config) -> None:
+    preprocessor = cfg.get('data_preprocessor') or {}  # mixup makes vectors of num_classes
+    counted = [('data_preprocessor', preprocessor)] if 'num_classes' in preprocessor else []
+    for name, head in [*_heads(cfg['model'], 'model'), *counted]:
         if head['num_classes'] != len(classes):
             raise ConfigError(
                 f'{name}.num_classes={head["num_classes"]}, but {key} has {len(classes)} classes ({_some(classes)}): '

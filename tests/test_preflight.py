@@ -1,5 +1,6 @@
 """A config is refused for what would go wrong later, by a sentence that names the key, and for nothing else."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -252,15 +253,79 @@ def test_categories_are_found_wherever_they_are(cfg, root, text):
     assert "1 of its 2 classes, 'breed 1000'" in refusal(cfg)
 
 
-def test_classifiers(root):
-    dataset = dict(type='CustomDataset', data_root=str(root), data_prefix='images')
-    cfg = Config(dict(default_scope='mmpretrain', model=dict(head=dict(num_classes=10)), train_dataloader={}))
-    cfg.train_dataloader.dataset = dataset
-    check_config(cfg, ['train'])  # its classes are the names of folders, which are not known yet
-    cfg.train_dataloader.dataset = dataset | dict(data_prefix='none')
-    assert refusal(cfg, 'train').startswith(f'{DATASET}.data_prefix: there is no {root}/none')
-    cfg.train_dataloader.dataset = dataset | dict(type='ImageNet')
-    assert refusal(cfg, 'train').startswith(f'model.head.num_classes=10, but {DATASET} has 1000 classes')
+class TestFoldersOfClasses:
+    @pytest.fixture
+    def cfg(self, tmp_path):
+        """A classifier of two classes with which nothing is wrong."""
+        for split, name in itertools.product(('train', 'val'), ('cat', 'dog')):
+            (tmp_path / split / name / 'deeper').mkdir(parents=True)
+            (tmp_path / split / name / 'deeper/0.png').touch()
+
+        def loader(split):
+            return dict(dataset=dict(type='CustomDataset', data_root=f'{tmp_path}/', data_prefix=split))
+
+        cfg = Config(
+            dict(
+                default_scope='mmpretrain',
+                model=dict(head=dict(num_classes=2)),
+                data_preprocessor=dict(num_classes=2),
+                train_dataloader=loader('train'),
+                val_dataloader=loader('val'),
+            )
+        )
+        check_config(cfg, ['train', 'val', 'test'])
+        return cfg
+
+    @pytest.mark.parametrize('key', ['model.head', 'data_preprocessor'])
+    def test_another_number_of_classes(self, cfg, key):
+        cfg.merge_from_dict({f'{key}.num_classes': 3})
+        message = f"{key}.num_classes=3, but {DATASET} has 2 classes ('cat', 'dog'): set {key}.num_classes=2 or"
+        assert refusal(cfg, 'train').startswith(message)
+
+    def test_an_empty_folder_is_refused_for_training_only(self, cfg, tmp_path):
+        for split in ('train', 'val'):
+            (tmp_path / split / 'dog/deeper/0.png').unlink()
+        check_config(cfg, ['val'])
+        assert '1 of the 2 folders of classes in' in refusal(cfg, 'train')
+        assert "are empty, 'dog'" in refusal(cfg, 'train')
+
+    def test_folders_that_would_number_the_classes_differently(self, cfg, tmp_path):
+        (tmp_path / 'val/bird').mkdir()
+        cfg.merge_from_dict({'model.head.num_classes': 3, 'data_preprocessor.num_classes': 3})
+        check_config(cfg, ['val'])
+        (tmp_path / 'train/zebra').mkdir()
+        (tmp_path / 'train/zebra/0.png').touch()
+        assert "different folders of classes ('bird', 'zebra' are in one of them only)" in refusal(cfg, 'train', 'val')
+
+    def test_names_that_are_not_as_many_as_the_folders(self, cfg):
+        cfg.train_dataloader.dataset.metainfo = dict(classes=['a', 'b', 'c'])
+        assert f"{DATASET} has 3 classes ('a', 'b', 'c'), but 2 folders of them ('cat', 'dog')" in refusal(cfg, 'train')
+
+    def test_imagenet_in_folders_and_by_lists(self, cfg, tmp_path):
+        cfg.train_dataloader.dataset = dict(type='ImageNet', data_root=str(tmp_path), split='train')
+        assert "has 1000 classes ('tench" in refusal(cfg, 'train')
+        (tmp_path / 'meta').mkdir()
+        (tmp_path / 'meta/train.txt').touch()
+        assert refusal(cfg, 'train').startswith(f'model.head.num_classes=2, but {DATASET} has 1000 classes')
+        cfg.train_dataloader.dataset.split = 'test'  # has no labels
+        assert refusal(cfg, 'train').startswith(f'model.head.num_classes=2, but {DATASET} has 1000 classes')
+
+    def test_no_folder_at_all(self, cfg, tmp_path):
+        cfg.val_dataloader.dataset.data_prefix = 'train/cat/deeper'
+        assert refusal(cfg, 'val').endswith('train/cat/deeper has no folders, but needs one for each class.')
+        cfg.val_dataloader.dataset.data_prefix = 'nowhere'
+        message = f'val_dataloader.dataset.data_prefix: there is no {tmp_path}/nowhere'
+        assert refusal(cfg, 'val').startswith(message)
+        cfg.val_dataloader.dataset = dict(type='ImageNet', data_root='/nowhere', split='val')
+        assert refusal(cfg, 'val').startswith('val_dataloader.dataset: there is no folder /nowhere/val')
+
+    def test_a_list_of_files_or_a_remote_folder_is_left_to_mmpretrain(self, cfg, tmp_path):
+        (tmp_path / 'train.txt').write_text('cat/deeper/0.png 0')
+        cfg.train_dataloader.dataset.update(ann_file='train.txt')
+        cfg.model.head.num_classes = 7
+        check_config(cfg, ['train'])
+        cfg.train_dataloader.dataset = dict(type='CustomDataset', data_root='s3://bucket', data_prefix='train')
+        check_config(cfg, ['train'])
 
 
 @pytest.mark.parametrize('path', sorted(CONFIGS.glob('*_evm_*.py')), ids=lambda path: path.stem)

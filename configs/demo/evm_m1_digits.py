@@ -1,0 +1,54 @@
+# EfficientViM-M1 from random weights on the digits of tools/make_digits.py, with all parts of the ImageNet recipe, small
+# enough for two CPU cores. `make demo-classification` runs it. It also is an example of a config for data of your own.
+_base_ = '../classification/evm_m1_in1k.py'
+
+data_root = 'work_dirs/demo-classification/digits/'
+num_classes = 10
+
+model = dict(
+    head=dict(num_classes=num_classes, topk=(1,)),
+    # Most of the images stay single: a short training has no time for mixtures alone.
+    train_cfg=dict(probs=[0.25, 0.25]),
+)
+data_preprocessor = dict(num_classes=num_classes)
+
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='RandomResizedCrop', scale=64, crop_ratio_range=(0.6, 1.0), interpolation='bicubic'),
+    dict(type='Rotate', angle=10, prob=0.5),
+    dict(type='RandomErasing', erase_prob=0.25, mode='rand'),
+    dict(type='PackInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=64, interpolation='bicubic'),
+    dict(type='PackInputs'),
+]
+train_dataloader = dict(
+    batch_size=64,
+    num_workers=0,
+    persistent_workers=False,
+    dataset=dict(
+        _delete_=True, type='CustomDataset', data_root=data_root, data_prefix='train', pipeline=train_pipeline
+    ),
+)
+val_dataloader = dict(
+    num_workers=0,
+    persistent_workers=False,
+    dataset=dict(_delete_=True, type='CustomDataset', data_root=data_root, data_prefix='val', pipeline=test_pipeline),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(topk=(1,))
+test_evaluator = val_evaluator
+
+max_epochs = 30
+train_cfg = dict(max_epochs=max_epochs, val_interval=5)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.001, by_epoch=True, begin=0, end=3, convert_to_iter_based=True),
+    dict(type='CosineAnnealingLR', eta_min=2e-5, by_epoch=True, begin=3, end=max_epochs, convert_to_iter_based=True),
+]
+custom_hooks = [
+    dict(type='EMAHook', momentum=0.02, update_buffers=True),  # 0.0005 would average over more than this training
+    dict(type='mmevm.MESAHook', begin=0.25),
+]
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=5, max_keep_ckpts=1))
