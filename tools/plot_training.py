@@ -1,4 +1,4 @@
-"""Plot the losses and the AP of a training: ``python tools/plot_training.py work_dirs/NAME plot.png``."""
+"""Plot the losses and the metrics of a training: ``python tools/plot_training.py work_dirs/NAME plot.png``."""
 
 import argparse
 import json
@@ -6,7 +6,15 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-METRICS = ('coco/bbox_mAP_50', 'coco/segm_mAP_50', 'coco/bbox_mAP', 'coco/segm_mAP')
+# What is plotted, and what it is divided by to lie between 0 and 1.
+METRICS = {
+    'coco/bbox_mAP_50': 1,
+    'coco/segm_mAP_50': 1,
+    'coco/bbox_mAP': 1,
+    'coco/segm_mAP': 1,
+    'accuracy/top1': 100,
+    'accuracy/top5': 100,
+}
 
 
 def read_scalars(work_dir: Path) -> tuple[list[dict], list[dict]]:
@@ -34,15 +42,15 @@ def main() -> None:
 
     train, val = read_scalars(args.work_dir)
     figure, (losses, metrics) = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
-    for name in [key for key in train[0] if 'loss' in key]:
-        steps = [record['step'] for record in train]
-        losses.plot(steps, [record[name] for record in train], label=name, linewidth=2 if name == 'loss' else 1)
+    for name in dict.fromkeys(key for record in train for key in record if 'loss' in key):
+        points = [(record['step'], record[name]) for record in train if name in record]
+        losses.plot(*zip(*points, strict=True), label=name, linewidth=2 if name == 'loss' else 1)
     losses.set(xlabel='iteration', ylabel='loss', ylim=(0, None), title='training')
-    for name in METRICS:
-        points = [(record['step'], record[name]) for record in val if name in record]
+    for name, unit in METRICS.items():
+        points = [(record['step'], record[name] / unit) for record in val if name in record]
         if points:
             metrics.plot(*zip(*points, strict=True), marker='o', label=name.removeprefix('coco/'))
-    metrics.set(xlabel='iteration', ylabel='AP', xlim=losses.get_xlim(), ylim=(0, 1), title='evaluation')
+    metrics.set(xlabel='iteration', ylabel='metric', xlim=losses.get_xlim(), ylim=(0, 1), title='evaluation')
     for axes in (losses, metrics):
         axes.grid(alpha=0.3)
         axes.legend()

@@ -54,8 +54,10 @@ def main() -> None:
         cfg.load_from = None if args.resume == 'auto' else args.resume
         if (cfg.load_from or find_latest_checkpoint(cfg.work_dir)) is None:
             print_log(f'There is nothing in {cfg.work_dir} to resume from: the training starts anew.', level=WARNING)
-        elif 'backbone' in cfg.model:
-            cfg.model.backbone.init_cfg = None  # pretrained weights would be fetched, and overwritten
+        else:
+            for part in (cfg.model, cfg.model.get('backbone'), cfg.model.get('head')):
+                if part and part.get('init_cfg'):
+                    part.init_cfg = None  # pretrained weights would be fetched, and overwritten
     if not torch.cuda.is_available():
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='mmevm.PeakMemoryHook')]
     check_config(cfg, ['train', 'val'])

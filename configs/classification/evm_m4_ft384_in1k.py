@@ -7,5 +7,4 @@ _base_ = [
     'mmpretrain::_base_/default_runtime.py',
 ]
 
-init_cfg = dict(type='Pretrained', checkpoint='timm://efficientvim_m4.e300_in1k')
-model = dict(backbone=dict(init_cfg=init_cfg), head=dict(init_cfg=init_cfg))
+model = dict(init_cfg=dict(type='Pretrained', checkpoint='timm://efficientvim_m4.e300_in1k'))

@@ -7,5 +7,4 @@ _base_ = [
     'mmpretrain::_base_/default_runtime.py',
 ]
 
-init_cfg = dict(type='Pretrained', checkpoint='work_dirs/evm_m4_ft384_in1k/epoch_30.pth')
-model = dict(backbone=dict(init_cfg=init_cfg), head=dict(init_cfg=init_cfg))
+model = dict(init_cfg=dict(type='Pretrained', checkpoint='work_dirs/evm_m4_ft384_in1k/epoch_30.pth'))

@@ -41,14 +41,16 @@ test_dataloader = val_dataloader
 val_evaluator = dict(topk=(1,))
 test_evaluator = val_evaluator
 
-max_epochs = 30
-train_cfg = dict(max_epochs=max_epochs, val_interval=5)
+max_epochs = 15
+train_cfg = dict(max_epochs=max_epochs, val_interval=3)
+optim_wrapper = dict(optimizer=dict(lr=1e-3))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=True, begin=0, end=3, convert_to_iter_based=True),
     dict(type='CosineAnnealingLR', eta_min=2e-5, by_epoch=True, begin=3, end=max_epochs, convert_to_iter_based=True),
 ]
 custom_hooks = [
-    dict(type='EMAHook', momentum=0.02, update_buffers=True),  # 0.0005 would average over more than this training
+    # 0.0005 would average over more than the whole training.
+    dict(type='EMAHook', momentum=0.1, update_buffers=True),
     dict(type='mmevm.MESAHook', begin=0.25),
 ]
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=5, max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=3, max_keep_ckpts=1))

@@ -2,7 +2,7 @@
 # two CPU cores. `make demo` runs it. It also is an example of a config for data of your own.
 _base_ = '../maskrcnn_evm_m1.py'
 
-data_root = 'work_dirs/demo/shapes/'
+data_root = 'work_dirs/demo-detection/shapes/'
 metainfo = dict(classes=('shape',), palette=[(220, 20, 60)])
 
 # The pyramid and heads of the COCO config have 256 and 1024 channels.

@@ -10,6 +10,8 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from mmevm.checkpoints import CheckpointError, fetch_checkpoint, pretrained_cfgs
+from mmevm.checkpoints.converting import some, unwrap
 from mmevm.preflight import ConfigError
 from mmevm.registry import HOOKS
 
@@ -70,11 +72,12 @@ class DistillationHook(Hook):
 
     Raises:
         ConfigError: If the teacher has no weights, or the model cannot be taught in this way.
+        CheckpointError: If the teacher's checkpoint does not hold every tensor of it.
     """
 
     def __init__(self, teacher: dict) -> None:
-        has_weights = any(teacher.get(key) for key in ('pretrained', 'checkpoint_path', 'init_cfg'))
-        if not has_weights:
+        weights = [teacher.get('pretrained'), teacher.get('checkpoint_path'), pretrained_cfgs(teacher.get('init_cfg'))]
+        if not any(weights):
             raise ConfigError(
                 f'DistillationHook: the teacher {teacher.get("type")} has random weights. Give it pretrained=True or '
                 "checkpoint_path=… (TimmClassifier), or init_cfg=dict(type='Pretrained', checkpoint=…) (of mmpretrain)."
@@ -82,7 +85,7 @@ class DistillationHook(Hook):
         self.teacher = teacher
 
     def before_train(self, runner: Runner) -> None:
-        """Build the teacher."""
+        """Build the teacher, and load every tensor of it."""
         student = _student(runner, self)
         if not student.head.distilled:
             raise ConfigError(
@@ -90,8 +93,8 @@ class DistillationHook(Hook):
                 "teacher's answers: set model.head.distilled=True."
             )
         teacher = MODELS.build(self.teacher)
-        if self.teacher.get('init_cfg'):
-            teacher.init_weights()
+        for cfg in pretrained_cfgs(teacher.init_cfg):
+            _load(teacher, **cfg)
         device = next(student.parameters()).device
         student.teacher = _teacher(teacher.to(device).requires_grad_(False))
 
@@ -108,6 +111,19 @@ def _student(runner: Runner, hook: Hook) -> nn.Module:
             f"model.head.type='mmevm.FusionClsHead', but the model is {type(student).__name__}."
         )
     return student
+
+
+def _load(teacher: nn.Module, checkpoint: str, prefix: str | None = None, map_location: str = 'cpu') -> None:
+    # mmengine's loading would only warn of what is missing, and its init_weights gives a timm model random weights.
+    raw, _, _ = unwrap(fetch_checkpoint(checkpoint, map_location))
+    prefix = f'{prefix.rstrip(".")}.' if prefix else ''
+    state = {name.removeprefix(prefix): tensor for name, tensor in raw.items() if name.startswith(prefix)}
+    missing = teacher.load_state_dict(state, strict=False).missing_keys
+    if missing:
+        raise CheckpointError(
+            f'DistillationHook: {checkpoint} lacks {len(missing)} tensors of the teacher ({some(missing)}); it has '
+            f'{some(raw)}. Give a file of this very network, or init_cfg.prefix if its names begin with one.'
+        )
 
 
 def _teacher(model: nn.Module) -> Callable[[Tensor], Tensor]:

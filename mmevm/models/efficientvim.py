@@ -5,7 +5,7 @@ their numbers and weights came.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from mmcv.cnn import build_norm_layer
@@ -111,23 +111,29 @@ class Stage(nn.Module):
                     block,
                     x,
                     use_reentrant=False,
-                    context_fn=lambda block=block: (contextlib.nullcontext(), _running_stats_kept(block)),
+                    context_fn=lambda block=block: (contextlib.nullcontext(), _RunningStatsKept(block)),
                 )
             else:
                 x, h = block(x)
         return x, h
 
 
-@contextlib.contextmanager
-def _running_stats_kept(module: nn.Module) -> Iterator[None]:
-    """Let BatchNorm move copies of its running statistics: a recomputed forward must not move them a second time."""
-    kept = [(m, m._buffers) for m in module.modules() if isinstance(m, _BatchNorm)]
-    for m, buffers in kept:
-        m._buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in buffers.items()}
-    try:
-        yield
-    finally:
-        for m, buffers in kept:
+class _RunningStatsKept(contextlib.AbstractContextManager):
+    """Lets BatchNorm move copies of its running statistics: a recomputed forward must not move them a second time.
+
+    It can be entered again, as each backward pass through a retained graph recomputes.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+
+    def __enter__(self) -> None:
+        self.kept = [m._buffers for m in self.norms]
+        for m in self.norms:
+            m._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in m._buffers.items()}
+
+    def __exit__(self, *error) -> None:
+        for m, buffers in zip(self.norms, self.kept, strict=True):
             m._buffers = buffers
 
 

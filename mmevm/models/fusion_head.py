@@ -5,12 +5,15 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
+from mmengine.model import initialize
 from mmpretrain.models.heads import ClsHead
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 from mmevm.checkpoints import load_pretrained, pretrained_cfgs
 from mmevm.registry import MODELS
+
+_INIT_CFG = dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0)
 
 
 @MODELS.register_module()
@@ -68,10 +71,10 @@ class FusionClsHead(ClsHead):
         if num_classes < 1:
             raise ValueError(f'num_classes={num_classes}: at least 1.')
         super().__init__(
-            loss=loss or dict(type='CrossEntropyLoss', loss_weight=1.0),
+            loss=loss or dict(type='mmpretrain.CrossEntropyLoss', loss_weight=1.0),
             topk=topk,
             cal_acc=cal_acc,
-            init_cfg=init_cfg or dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0),
+            init_cfg=init_cfg or _INIT_CFG,
         )
         norm_cfg = norm_cfg or dict(type='mmevm.ChannelLayerNorm')
         self.in_channels = tuple(in_channels)
@@ -169,10 +172,19 @@ class FusionClsHead(ClsHead):
         return self._get_predictions(sum(logits) / len(logits), data_samples)
 
     def init_weights(self) -> None:
-        """Initialise as ``init_cfg`` says."""
-        super().init_weights()
-        for cfg in pretrained_cfgs(self.init_cfg):
+        """Initialise as ``init_cfg`` says.
+
+        Raises:
+            CheckpointError: If a checkpoint named by ``init_cfg`` does not hold every tensor of the head.
+        """
+        pretrained = pretrained_cfgs(self.init_cfg)
+        if not pretrained:
+            super().init_weights()
+            return
+        initialize(self, _INIT_CFG)  # for classifiers of other classes than the checkpoint's
+        for cfg in pretrained:
             load_pretrained(self, **{'prefix': 'head', **cfg}, class_dependent=r'heads(_dist)?\.')
+        self._is_init = True
 
     def _logits(self, pooled: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """(B, K) of the classifiers that learn from labels and, if distilled, of those that learn from a teacher."""

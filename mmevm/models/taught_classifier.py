@@ -1,12 +1,14 @@
 """An image classifier that can learn from a teacher besides the labels."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from mmpretrain.models.classifiers import ImageClassifier
 from mmpretrain.structures import DataSample
 from torch import Tensor
 
+from mmevm.checkpoints import pretrained_cfgs
 from mmevm.registry import MODELS
 
 
@@ -18,11 +20,28 @@ class TaughtImageClassifier(ImageClassifier):
     training only and set by a hook, ``mmevm.MESAHook`` or ``mmevm.DistillationHook``: checkpoints, copies and inference
     know nothing of it, and are those of an ``ImageClassifier``.
 
+    An ``init_cfg`` of ``type='Pretrained'`` is that of backbone and head: each receives every tensor, or it is an error.
+
     Attributes:
-        teacher: Gives logits (B, K) for images (B, 3, H, W); None if there is no teacher.
+        teacher: Gives logits (B, K) for images (B, 3, H, W); None if there is no teacher. A function, as a module would
+            become part of the network.
     """
 
     teacher: Callable[[Tensor], Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != 'teacher'}  # copies have none
+
+    def init_weights(self) -> None:
+        """Initialise as ``init_cfg`` says.
+
+        Raises:
+            CheckpointError: If a checkpoint does not hold every tensor. mmengine's own loading would only warn.
+        """
+        if pretrained_cfgs(self.init_cfg):
+            self.backbone.init_cfg = self.head.init_cfg = self.init_cfg
+            self.init_cfg = None
+        super().init_weights()
 
     def loss(self, inputs: Tensor, data_samples: list[DataSample]) -> dict[str, Tensor]:
         """Calculate the head's loss.

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmevm.models import EfficientViM
 from mmevm.models.efficientvim import Block
+from mmevm.registry import MODELS as MMEVM_MODELS
 
 ARCHS = ['m1', 'm2', 'm3', 'm4']
 TINY = dict(embed_dims=(16, 24, 32), depths=(1, 2, 1), state_dims=(9, 4, 4))
@@ -119,6 +120,88 @@ class TestOutput:
         x = torch.randn(2, 3, 64, 48)
         expected = tiny(x)
         torch.testing.assert_close(tiny(x.to(memory_format=torch.channels_last)), expected, rtol=1e-4, atol=1e-5)
+
+
+class TestHiddenStates:
+    @pytest.mark.parametrize('out_indices', [(2,), (0, 1, 2), (0, 1), (0,)])
+    def test_are_those_of_the_last_mixer_of_each_stage_and_stand_before_the_maps(self, out_indices):
+        torch.manual_seed(0)
+        model = randomise(EfficientViM(TINY, out_indices=out_indices, out_hidden_states=True)).eval()
+        plain = EfficientViM(TINY, out_indices=out_indices).eval()
+        plain.load_state_dict(model.state_dict())
+        seen = []
+        for stage in model.stages:
+            stage.blocks[-1].mixer.register_forward_hook(lambda module, args, out: seen.append(out[1]))
+        x = torch.randn(3, 3, 33, 64)
+        outs, maps = model(x), plain(x)
+        stages = max(out_indices) + 1
+        assert len(seen) == stages
+        assert [out.shape for out in outs[:stages]] == [(3, 16, 9), (3, 24, 4), (3, 32, 4)][:stages]
+        torch.testing.assert_close(list(outs), [*seen, *maps], rtol=0, atol=0)
+        assert len(maps) == len(out_indices) == len(model.out_strides)
+        assert model.out_channels == tuple(out.shape[1] for out in outs)
+        assert plain.out_channels == tuple(out.shape[1] for out in maps)
+
+    @pytest.mark.parametrize('with_cp', [False, True])
+    def test_carry_gradients(self, with_cp):
+        model = EfficientViM(TINY, out_indices=(2,), out_hidden_states=True, with_cp=with_cp).train()
+        hidden = model(torch.randn(2, 3, 64, 64))[:3]
+        for i, states in enumerate(hidden):
+            model.zero_grad()
+            states.square().mean().backward(retain_graph=True)
+            got = {
+                name.split('.')[1] for name, p in model.named_parameters() if 'stages' in name and p.grad is not None
+            }
+            assert got == {str(stage) for stage in range(i + 1)}
+
+
+@MMEVM_MODELS.register_module()
+class MeanMixer(nn.Module):
+    """A mixer of one's own, without hidden states."""
+
+    def __init__(self, channels, state_dim, scale=1.0):
+        super().__init__()
+        self.channels, self.state_dim, self.scale = channels, state_dim, scale
+
+    def forward(self, x):
+        return self.scale * x.mean((2, 3), keepdim=True).expand_as(x), None
+
+
+class TestMixersOfOnesOwn:
+    def test_are_built_for_each_block_and_used(self):
+        model = EfficientViM(TINY, mixer_cfg=dict(type='mmevm.MeanMixer', scale=2.0)).eval()
+        for i, stage in enumerate(model.stages):
+            for block in stage.blocks:
+                assert type(block.mixer) is MeanMixer
+                assert (block.mixer.channels, block.mixer.state_dim) == (TINY['embed_dims'][i], TINY['state_dims'][i])
+        block = randomise(model.stages[0].blocks[0])
+        block.alpha.data[[0, 2, 3]] = -60  # the mixer's gate alone is open
+        block.alpha.data[1] = 60
+        x = torch.randn(2, 16, 4, 5)
+        torch.testing.assert_close(block(x)[0], 2 * block.norm(x).mean((2, 3), keepdim=True).expand_as(x))
+
+    @pytest.mark.parametrize('with_cp', [False, True])
+    def test_need_no_hidden_states_where_none_are_wanted(self, with_cp):
+        cfg = dict(mixer_cfg=dict(type='mmevm.MeanMixer'), with_cp=with_cp)
+        assert features_and_gradients(EfficientViM(TINY, **cfg), torch.randn(2, 3, 64, 64))[1]
+        with pytest.raises(ValueError, match='MeanMixer has no hidden states: set out_hidden_states=False'):
+            EfficientViM(TINY, out_hidden_states=True, **cfg)(torch.randn(2, 3, 64, 64))
+
+    def test_norm_before_the_mixer(self):
+        model = EfficientViM(TINY, norm_cfg=dict(type='SyncBN'), mixer_norm_cfg=dict(type='BN', eps=1e-3))
+        for stage in model.stages:
+            for block in stage.blocks:
+                assert type(block.norm) is nn.BatchNorm2d
+                assert block.norm.eps == 1e-3
+                assert isinstance(block.dwconv1.norm, nn.SyncBatchNorm)
+        model = EfficientViM(TINY, mixer_norm_cfg=dict(type='BN')).train()
+        grads = features_and_gradients(model, torch.randn(2, 3, 64, 64))[1]
+        assert grads['stages.2.blocks.0.norm.weight'].any()
+        assert model.stages[2].blocks[0].norm.num_batches_tracked == 1
+
+    def test_a_misspelt_argument_is_not_swallowed(self):
+        with pytest.raises(TypeError, match='scal'):
+            EfficientViM(TINY, mixer_cfg=dict(type='mmevm.MeanMixer', scal=2.0))
 
 
 class TestGate:
