@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python with venv, make and git, and nothing else. A second call reuses the environment.
+# `make demo`, `make demo-classification` and `make test` need Python with venv, make and git, and nothing else. A second call reuses the environment.
 #   PYTHON=python3.12           the Python to make it with
 #   FAMILY=onedl                whose OpenMMLab packages: onedl or openmmlab
 #   VENV=.venv                  where it is; .venv-openmmlab for the other family
@@ -19,7 +19,7 @@ endif
 endif
 endif
 
-.PHONY: env demo test lint
+.PHONY: env demo demo-classification test lint
 
 env: $(INSTALLED)
 
@@ -30,7 +30,10 @@ $(INSTALLED): setup.py requirements/torch.txt requirements/constraints.txt
 	echo '$(TORCH)' > $@
 
 demo: env
-	$(VENV)/bin/python tools/demo.py
+	$(VENV)/bin/python tools/demo.py detection
+
+demo-classification: env
+	$(VENV)/bin/python tools/demo.py classification
 
 # Two processes of one thread each: a file's tests stay together, because they share what they have trained.
 test: env

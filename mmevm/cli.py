@@ -9,6 +9,7 @@ from pathlib import Path
 import torch.distributed
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
+from mmengine.hub import get_config
 from mmengine.runner import Runner
 
 from .checkpoints import CheckpointError
@@ -46,6 +47,21 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
+def read_config(path: str) -> Config:
+    """Read a config file, or one within a package such as ``mmdet::retinanet/….py``.
+
+    Raises:
+        ConfigError: If there is no such file or package, or if the file is not one of a config.
+    """
+    try:
+        return get_config(path) if '::' in path else Config.fromfile(path)
+    except (AssertionError, ImportError, OSError, ValueError) as error:  # mmengine asserts that it knows a package
+        raise ConfigError(
+            f'{path} cannot be read ({error}): give the path of a config file or, of an installed package, something '
+            'like mmdet::retinanet/retinanet_r50_fpn_1x_coco.py.'
+        ) from error
+
+
 def load_config(args: argparse.Namespace) -> Config:
     """Read ``args.config`` and apply the common arguments to it.
 
@@ -53,7 +69,7 @@ def load_config(args: argparse.Namespace) -> Config:
         args: What a parser with :func:`add_common_arguments` and an argument ``config`` has parsed.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config)
     if args.data_root:
         cfg = replace_data_root(cfg, args.data_root)
     cfg.launcher = args.launcher

@@ -8,7 +8,7 @@ import pytest
 from mmengine.config import Config
 
 from mmevm.checkpoints import CheckpointError
-from mmevm.cli import add_common_arguments, load_config, replace_data_root, run
+from mmevm.cli import add_common_arguments, load_config, read_config, replace_data_root, run
 from mmevm.preflight import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
@@ -157,3 +157,11 @@ def test_run_runs():
     called = []
     run(lambda: called.append(True))
     assert called == [True]
+
+
+@pytest.mark.parametrize('path', ['nowhere.py', 'mmdet::nowhere.py', 'nothing::of_the_kind.py', 'data.csv'])
+def test_a_config_that_cannot_be_read_is_named(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'data.csv').touch()
+    with pytest.raises(ConfigError, match=f'^{path} cannot be read .* give the path of a config file'):
+        read_config(path)

@@ -1,9 +1,10 @@
 from importlib.util import find_spec
 
+from .ablation_mixers import NCSSD, MultiHeadHSMSSD, SelfAttention
 from .efficientvim import EfficientViM
 from .mixers import HSMSSD
 
-__all__ = ['HSMSSD', 'EfficientViM']
+__all__ = ['HSMSSD', 'NCSSD', 'EfficientViM', 'MultiHeadHSMSSD', 'SelfAttention']
 
 if find_spec('mmdet') is not None:  # classification alone needs no MMDetection
     from .upsample_fpn import UpsampleFPN

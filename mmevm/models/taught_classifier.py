@@ -20,7 +20,8 @@ class TaughtImageClassifier(ImageClassifier):
     training only and set by a hook, ``mmevm.MESAHook`` or ``mmevm.DistillationHook``: checkpoints, copies and inference
     know nothing of it, and are those of an ``ImageClassifier``.
 
-    An ``init_cfg`` of ``type='Pretrained'`` is that of backbone and head: each receives every tensor, or it is an error.
+    An ``init_cfg`` of ``type='Pretrained'`` is that of backbone and head: each receives every tensor, or that is an
+    error.
 
     Attributes:
         teacher: Gives logits (B, K) for images (B, 3, H, W); None if there is no teacher. A function, as a module would
