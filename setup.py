@@ -1,10 +1,30 @@
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 version = {}
 exec((here / 'mmevm' / 'version.py').read_text(), version)
+
+
+class BuildWithConfigs(build_py):
+    """Put the configs and tools into the package too, as mmevm/.mim, where OpenMMLab's packages have theirs.
+
+    An editable install has them beside the package.
+    """
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return
+        mim = Path(self.build_lib, 'mmevm', '.mim')
+        shutil.rmtree(mim, ignore_errors=True)  # of a build before, with what has been renamed since
+        for folder in ('configs', 'tools'):
+            shutil.copytree(here / folder, mim / folder, ignore=shutil.ignore_patterns('__pycache__'))
+        shutil.copy(here / 'model-index.yml', mim)
+
 
 setup(
     name='mmevm',
@@ -15,6 +35,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.10',
     packages=find_packages(include=['mmevm', 'mmevm.*']),
+    cmdclass={'build_py': BuildWithConfigs},
     install_requires=[
         'torch>=2.1',
         'torchvision>=0.16',
@@ -39,7 +60,17 @@ setup(
             'mmpretrain>=1.2.0',
             'setuptools<81',  # mmengine 0.10 imports pkg_resources
         ],
-        'dev': ['matplotlib', 'pytest', 'pytest-timeout', 'pytest-xdist', 'ruff', 'tensorboard', 'tqdm'],
+        'dev': [
+            'matplotlib',
+            'pytest',
+            'pytest-timeout',
+            'pytest-xdist',
+            'ruff',
+            'scikit-learn',
+            'setuptools>=64',
+            'tensorboard',
+            'tqdm',
+        ],
     },
     classifiers=[
         'Development Status :: 4 - Beta',

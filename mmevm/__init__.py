@@ -1,13 +1,15 @@
 """EfficientViM as a backbone for the OpenMMLab libraries.
 
 Nothing needs to be imported from here by hand: configs name ``mmevm.EfficientViM``, and mmengine imports the package.
+``import mmevm`` also makes mmpretrain list the classifiers: ``mmpretrain.list_models('efficientvim*')``.
 """
 
+from . import mmcv_ops, model_index
 from .families import check_families
-from .mmcv_ops import register
 from .version import __version__
 
 check_families()
-register()
+mmcv_ops.register()
+model_index.register()
 
 __all__ = ['__version__']

@@ -40,6 +40,7 @@ def check_config(cfg: Config, splits: Sequence[str]) -> None:
             classes = _classes(dataset, scope)
             if scope == 'mmpretrain' and (folders := _class_folders(key, dataset, scope, training=split == 'train')):
                 class_folders[key] = folders
+                _check_same_folders(class_folders)
                 if len(classes or folders) != len(folders):
                     raise ConfigError(
                         f'{key} has {len(classes)} classes ({_some(classes)}), but {len(folders)} folders of them '
@@ -57,15 +58,6 @@ def check_config(cfg: Config, splits: Sequence[str]) -> None:
                     f'{split}_evaluator.ann_file: there is no {evaluator["ann_file"]}. It has to name the '
                     f'annotations of {split}_dataloader; --data-root DIR changes both.'
                 )
-    (first, expected), *others = class_folders.items() or [(None, None)]
-    for key, folders in others:
-        if folders != expected:
-            differing = sorted(set(folders) ^ set(expected))
-            raise ConfigError(
-                f'{first} and {key} have different folders of classes ({_some(differing)} are in one of them only), '
-                'so their labels, the numbers of the sorted folders, would mean different things: make them the same; '
-                'a folder of evaluation may be empty.'
-            )
 
 
 def _datasets(dataset: dict, key: str) -> Iterator[tuple[str, dict]]:
@@ -150,6 +142,18 @@ def _class_folders(key: str, dataset: dict, scope: str, training: bool) -> tuple
             'fill them, or remove them and set num_classes.'
         )
     return folders
+
+
+def _check_same_folders(class_folders: dict[str, tuple[str, ...]]) -> None:
+    (first, expected), *others = class_folders.items()
+    for key, folders in others:
+        differing = sorted(set(folders) ^ set(expected))
+        if differing:
+            raise ConfigError(
+                f'{first} and {key} have different folders of classes ({_some(differing)} are in one of them only), '
+                'so their labels, the numbers of the sorted folders, would mean different things: make them the same; '
+                'a folder of evaluation may be empty.'
+            )
 
 
 def _check_annotated_classes(key: str, dataset: dict, classes: tuple[str, ...]) -> None:

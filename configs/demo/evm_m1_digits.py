@@ -1,5 +1,6 @@
-# EfficientViM-M1 from random weights on the digits of tools/make_digits.py, with all parts of the ImageNet recipe, small
-# enough for two CPU cores. `make demo-classification` runs it. It also is an example of a config for data of your own.
+# EfficientViM-M1 from random weights on the digits of tools/make_digits.py, with MESA, EMA and mixup as on ImageNet,
+# small enough for two CPU cores. `make demo-classification` runs it, and it is an example of a config for data of your
+# own.
 _base_ = '../classification/evm_m1_in1k.py'
 
 data_root = 'work_dirs/demo-classification/digits/'

@@ -2,6 +2,7 @@
 
 import re
 
+from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import PretrainedInit, is_model_wrapper
 from mmengine.runner import Runner
@@ -99,8 +100,8 @@ def load_trained_weights(runner: Runner, checkpoint: str) -> None:
     """Load what a training has left into the model of a runner, every tensor of it.
 
     Args:
-        runner: Whose model receives the weights; its hooks are told, as EMAHook wants to put the averaged weights in
-            place.
+        runner: Whose model receives the weights. Its hooks are told once it starts: EMAHook tells the averaged weights
+            from the others then.
         checkpoint: A local file, a URL or another scheme known to mmengine.
 
     Raises:
@@ -108,9 +109,6 @@ def load_trained_weights(runner: Runner, checkpoint: str) -> None:
     """
     content = fetch_checkpoint(checkpoint)
     state, _, _ = unwrap(content)
-    if 'state_dict' in content:
-        runner.call_hook('after_load_checkpoint', checkpoint=content)
-        state, _, _ = unwrap(content)
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = differences(expected, state)
@@ -126,3 +124,18 @@ def load_trained_weights(runner: Runner, checkpoint: str) -> None:
     print_log(
         f'{len(expected)} of {len(expected)} tensors of {type(model).__name__} loaded from {checkpoint}.', 'current'
     )
+    if 'state_dict' in content:
+        runner.register_hook(_LoadedHook(content), priority='LOWEST')
+
+
+class _LoadedHook(Hook):
+    """Tells the other hooks, once they are ready, of a checkpoint that was loaded before the run."""
+
+    def __init__(self, content: dict) -> None:
+        self.content = content
+
+    def before_run(self, runner: Runner) -> None:
+        """Let them change what is loaded."""
+        runner.call_hook('after_load_checkpoint', checkpoint=self.content)
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model.load_state_dict(unwrap(self.content)[0])

@@ -106,7 +106,7 @@ class FusionClsHead(ClsHead):
         """Normalise and average the backbone's outputs.
 
         Args:
-            feats: (B, C, …) each.
+            feats: (B, C, H, W) or (B, C, N) each.
 
         Returns:
             (B, C) for each of them.
@@ -120,9 +120,9 @@ class FusionClsHead(ClsHead):
                 f'The backbone gives outputs of {channels} channels, but the head has in_channels={self.in_channels}: '
                 'set that to what the backbone gives; hidden states come with its out_hidden_states=True.'
             )
-        # A 2-D norm takes states as it takes pixels: (B, C, N) as (B, C, N, 1).
-        tokens = [norm(x.flatten(2).unsqueeze(-1)) for norm, x in zip(self.norm, feats, strict=True)]
-        return tuple(x.mean((2, 3)) for x in tokens)
+        # The norms are of maps, and take states as such: (B, C, N) as (B, C, N, 1).
+        maps = [x if x.ndim == 4 else x.unsqueeze(-1) for x in feats]
+        return tuple(norm(x).mean((2, 3)) for norm, x in zip(self.norm, maps, strict=True))
 
     def loss(
         self,

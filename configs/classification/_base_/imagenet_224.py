@@ -1,4 +1,4 @@
 # ImageNet-1k at 224² with RandAugment and random erasing, batch 8 GPUs × 256.
 _base_ = 'mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py'
 
-train_dataloader = dict(batch_size=256, num_workers=8, drop_last=True)
+train_dataloader = dict(batch_size=256, num_workers=8)

@@ -1,4 +1,4 @@
-# Fine-tuning at 384²: batch 8 GPUs × 128, the augmentation of the training before; whole images in evaluation, not crops.
+# Fine-tuning at 384²: batch 8 GPUs × 128, augmented as in the training before; evaluation sees whole images, not crops.
 _base_ = './imagenet_224.py'
 
 train_pipeline = _base_.train_pipeline

@@ -1,5 +1,5 @@
-# The authors' recipe (paper, Supplement A): AdamW at batch 2048, 20 epochs of warm-up, a cosine from 2e-3 to 2e-5, and 10
-# epochs of cool-down, which count among the 300.
+# The authors' recipe (paper, Supplement A): AdamW at batch 2048, 20 epochs of warm-up, a cosine from 2e-3 to 2e-5, and
+# 10 epochs of cool-down, which count among the 300.
 train_cfg = dict(by_epoch=True, max_epochs=300, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
