@@ -14,7 +14,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--out', help='write all predictions to this pickle file')
     parser.add_argument(
-        '--show-dir', type=Path, help='write pictures here: ground truth on the left, predictions on the right'
+        '--show-dir',
+        type=Path,
+        help='write pictures with predictions here (of detections: on the right, with the ground truth on the left)',
     )
     parser.add_argument(
         '--format-only',
@@ -47,7 +49,7 @@ def main() -> None:
     if args.show_dir:
         folder = str(args.show_dir.absolute())
         cfg.default_hooks.visualization.update(
-            dict(draw=True, test_out_dir=folder) if detection else dict(enable=True, out_dir=folder)
+            dict(draw=True, test_out_dir=folder) if detection else dict(enable=True, interval=1, out_dir=folder)
         )
     check_config(cfg, ['test'])
     cfg.load_from, cfg.resume = None, False  # the checkpoint of the command line, and all of it

@@ -54,4 +54,8 @@ custom_hooks = [
     dict(type='EMAHook', momentum=0.1, update_buffers=True),
     dict(type='mmevm.MESAHook', begin=0.25),
 ]
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=3, max_keep_ckpts=1))
+default_hooks = dict(
+    logger=dict(interval=10),
+    checkpoint=dict(interval=3, max_keep_ckpts=1),
+    visualization=dict(rescale_factor=4),  # pictures of 256² pixels
+)

@@ -144,7 +144,8 @@ class FusionClsHead(ClsHead):
             **kwargs: Further arguments of the loss.
 
         Returns:
-            ``loss``, of the labels, and with a teacher ``loss_distill`` or ``loss_mesa``.
+            ``loss``, of the labels; with a teacher, ``loss_cls`` of the labels and ``loss_distill`` or ``loss_mesa``,
+            of which mmengine logs the sum as ``loss``.
 
         Raises:
             ValueError: If the teacher knows another number of classes.
@@ -157,8 +158,9 @@ class FusionClsHead(ClsHead):
                 f'The teacher knows {teacher_logits.shape[1]} classes, but the head has num_classes={self.num_classes}.'
             )
         losses = self._get_loss(logits[0], data_samples, **kwargs)
+        losses['loss_cls'] = losses.pop('loss')
         if self.distilled:
-            losses['loss'] = losses['loss'] / 2
+            losses['loss_cls'] = losses['loss_cls'] / 2
             losses['loss_distill'] = F.cross_entropy(logits[1], teacher_logits.argmax(1)) / 2
         else:
             losses['loss_mesa'] = F.cross_entropy(logits[0], teacher_logits.softmax(1))

@@ -73,7 +73,7 @@ class TestAgainstTimm:
             logits, of_teacher = reference(x)
             losses = [F.cross_entropy(logits, labels) / 2, F.cross_entropy(of_teacher, teacher_logits.argmax(1)) / 2]
             ours = model.head.loss(model.extract_feat(x), labelled(labels), teacher_logits=teacher_logits)
-            assert set(ours) == {'loss', 'loss_distill'}
+            assert set(ours) == {'loss_cls', 'loss_distill'}
         else:
             losses = [F.cross_entropy(reference(x), labels)]
             ours = model.loss(x, labelled(labels))
@@ -185,8 +185,8 @@ class TestLoss:
         if mixed:
             samples = [DataSample().set_gt_score(score) for score in torch.rand(3, 5).double().softmax(1)]
         losses = head.loss(feats, samples, teacher_logits=teacher_logits)
-        assert set(losses) == {'loss', 'loss_mesa'}
-        torch.testing.assert_close(losses['loss'], head.loss(feats, samples)['loss'])
+        assert set(losses) == {'loss_cls', 'loss_mesa'}
+        torch.testing.assert_close(losses['loss_cls'], head.loss(feats, samples)['loss'])
         expected = -(teacher_logits.softmax(1) * head(feats).log_softmax(1)).sum(1).mean()
         torch.testing.assert_close(losses['loss_mesa'], expected)
 
@@ -195,8 +195,8 @@ class TestLoss:
         logits, of_teacher = head(feats)
         teacher_logits = torch.randn(3, 5, dtype=torch.double)
         losses = head.loss(feats, labelled([1, 2, 3]), teacher_logits=teacher_logits)
-        assert set(losses) == {'loss', 'loss_distill'}
-        torch.testing.assert_close(losses['loss'], -logits.log_softmax(1)[range(3), [1, 2, 3]].mean() / 2)
+        assert set(losses) == {'loss_cls', 'loss_distill'}
+        torch.testing.assert_close(losses['loss_cls'], -logits.log_softmax(1)[range(3), [1, 2, 3]].mean() / 2)
         choices = [max(range(5), key=row.__getitem__) for row in teacher_logits.tolist()]
         torch.testing.assert_close(losses['loss_distill'], -of_teacher.log_softmax(1)[range(3), choices].mean() / 2)
 

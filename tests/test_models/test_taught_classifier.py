@@ -82,7 +82,7 @@ def test_the_head_hears_the_teacher_in_the_loss_only(batch, distilled, name):
     model.teacher = lambda inputs: teacher(inputs)
     losses = model(*batch, mode='loss')
     expected = model.head.loss(model.extract_feat(batch[0]), batch[1], teacher_logits=teacher(batch[0]))
-    assert set(losses) == {'loss', name}
+    assert set(losses) == {'loss_cls', name}
     torch.testing.assert_close(losses, expected)
     teacher.seen.clear()
     model.eval()
@@ -128,4 +128,4 @@ def test_a_copy_has_no_teacher(batch, duplicate):
     assert model.teacher is not None
     torch.testing.assert_close(copied(batch[0]), model(batch[0]))
     assert set(copied.loss(*batch)) == {'loss'}
-    assert set(model.loss(*batch)) == {'loss', 'loss_mesa'}
+    assert set(model.loss(*batch)) == {'loss_cls', 'loss_mesa'}
