@@ -84,5 +84,8 @@ def _fill(module: ModuleType) -> None:
             f"{path} is missing, so mmpretrain lists none of mmevm's classifiers: install mmevm again.", stacklevel=2
         )
         return
-    hub.register_model_index(path, config_prefix=path.parent)
     hub.knows_mmevm = True
+    try:
+        hub.register_model_index(path, config_prefix=path.parent)
+    except ValueError as error:  # of a name that another plugin has taken; it shall not keep mmpretrain from loading
+        warnings.warn(f"mmpretrain does not list all of mmevm's classifiers: {error}", stacklevel=2)

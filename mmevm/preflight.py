@@ -41,18 +41,14 @@ def check_config(cfg: Config, splits: Sequence[str]) -> None:
             if scope == 'mmpretrain' and (folders := _class_folders(key, dataset, scope, training=split == 'train')):
                 class_folders[key] = folders
                 _check_same_folders(class_folders)
-                if len(classes or folders) != len(folders):
-                    raise ConfigError(
-                        f'{key} has {len(classes)} classes ({_some(classes)}), but {len(folders)} folders of them '
-                        f'({_some(folders)}): set {key}.metainfo.classes, or take type=CustomDataset, which names '
-                        'its classes after the folders.'
-                    )
+                _check_names_of_folders(key, classes or folders, folders)
                 classes = classes or folders
             if classes is not None:
                 _check_annotated_classes(key, dataset, classes)
                 _check_num_classes(key, classes, cfg)
         evaluators = cfg.get(f'{split}_evaluator') or []
         for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
+            _check_topk(f'{split}_evaluator', evaluator, cfg['model'])
             if evaluator.get('ann_file') and _is_missing(evaluator['ann_file'], evaluator):
                 raise ConfigError(
                     f'{split}_evaluator.ann_file: there is no {evaluator["ann_file"]}. It has to name the '
@@ -121,6 +117,11 @@ def _class_folders(key: str, dataset: dict, scope: str, training: bool) -> tuple
     if not (isinstance(kind, type) and issubclass(kind, by_folders)) or not dataset.get('with_label', True):
         return None
     split = dataset.get('split') or ''
+    if kind is by_folders and split:
+        raise ConfigError(
+            f"{key}: a CustomDataset has no split={split!r}, which comes from the config's _base_: give the dataset "
+            f'_delete_=True, and data_prefix={split!r}.'
+        )
     if split == 'test' or dataset.get('ann_file') or (split and Path(_join(dataset, f'meta/{split}.txt')).exists()):
         return None
     prefix = dataset.get('data_prefix') or split
@@ -135,13 +136,35 @@ def _class_folders(key: str, dataset: dict, scope: str, training: bool) -> tuple
     folders = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir()))
     if not folders:
         raise ConfigError(f'{key}: {root} has no folders, but needs one for each class.')
-    empty = [name for name in folders if not any(files for _, _, files in os.walk(Path(root, name)))]
+    suffixes = tuple(dataset.get('extensions') or ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif'))
+    empty = [name for name in folders if not _has_image(Path(root, name), suffixes)]
     if empty and training:
         raise ConfigError(
-            f'{key}: {len(empty)} of the {len(folders)} folders of classes in {root} are empty, {_some(empty)}: '
-            'fill them, or remove them and set num_classes.'
+            f'{key}: {len(empty)} of the {len(folders)} folders of classes in {root} have no image, {_some(empty)}: '
+            f'fill them (with files of {", ".join(suffixes)}), or remove them and set num_classes.'
         )
     return folders
+
+
+def _has_image(folder: Path, suffixes: tuple[str, ...]) -> bool:
+    return any(
+        entry.name.lower().endswith(suffixes) if entry.is_file() else _has_image(Path(entry), suffixes)
+        for entry in os.scandir(folder)
+    )
+
+
+def _check_names_of_folders(key: str, classes: tuple[str, ...], folders: tuple[str, ...]) -> None:
+    if len(classes) != len(folders):
+        raise ConfigError(
+            f'{key} has {len(classes)} classes ({_some(classes)}), but {len(folders)} folders of them '
+            f'({_some(folders)}): give it metainfo=dict(classes=…), or replace it by dict(_delete_=True, '
+            "type='CustomDataset', data_root=…, data_prefix=…, pipeline=…), which names its classes after the folders."
+        )
+    if classes != folders and sorted(classes) == list(folders):
+        raise ConfigError(
+            f'{key}: a label is the number of the sorted folders ({_some(folders)}), but metainfo.classes has another '
+            f'order ({_some(classes)}): give it that of the folders, or leave it out.'
+        )
 
 
 def _check_same_folders(class_folders: dict[str, tuple[str, ...]]) -> None:
@@ -201,6 +224,17 @@ def _check_num_classes(key: str, classes: tuple[str, ...], cfg: Config) -> None:
             raise ConfigError(
                 f'{name}.num_classes={head["num_classes"]}, but {key} has {len(classes)} classes ({_some(classes)}): '
                 f'set {name}.num_classes={len(classes)} or correct {key}.metainfo.classes.'
+            )
+
+
+def _check_topk(key: str, evaluator: dict, model: dict) -> None:
+    topk = evaluator.get('topk') or ()
+    most = max(topk, default=0) if isinstance(topk, (list, tuple)) else topk
+    for name, head in _heads(model, 'model'):
+        if most > head['num_classes']:
+            raise ConfigError(
+                f'{key}.topk={topk}, but {name}.num_classes={head["num_classes"]}: set {key}.topk=(1,), in '
+                'val_evaluator and in test_evaluator.'
             )
 
 

@@ -1,5 +1,6 @@
 """The configs of Table C against the paper's figures, and docs/ablations.md against both."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -30,12 +31,19 @@ TABLE_C = {
 LEAVES = {letter: row[0] for letter, row in TABLE_C.items() if row[0].startswith('ablations/')}
 
 
+@functools.cache
 def read(letter):
     return Config.fromfile(CONFIGS / f'{TABLE_C[letter][0]}.py')
 
 
-def build(letter):
+@pytest.fixture(scope='module')
+def model(letter):
+    """Pytest runs together the tests that share one, so there is one at a time in memory."""
     return build_without_weights(read(letter)).eval()
+
+
+def with_letters(*arguments):
+    return pytest.mark.parametrize(*arguments, scope='module')
 
 
 def rows_of_the_docs():
@@ -44,20 +52,20 @@ def rows_of_the_docs():
     return {cells[0][0]: cells for cells in rows if len(cells) > 1}
 
 
-@pytest.mark.parametrize('letter', TABLE_C)
-def test_parameters_and_flops_are_near_the_paper_s_and_stated_in_the_docs(letter):
+@with_letters('letter', TABLE_C)
+def test_parameters_and_flops_are_near_the_paper_s_and_stated_in_the_docs(letter, model):
     name, paper_params, paper_flops, top1, throughput = TABLE_C[letter]
-    cfg = read(letter)
-    size, _ = default_input_size(cfg)
+    size, _ = default_input_size(read(letter))
     assert size == (224, 224)
-    complexity = measure_complexity(build_without_weights(cfg), (1, 3, *size))
+    complexity = measure_complexity(model, (1, 3, *size))
     assert not complexity.unknown
     params, flops = complexity.params / 1e6, complexity.flops / 1e6
-    assert params == pytest.approx(paper_params, rel=0.03)
-    assert flops == pytest.approx(paper_flops, rel=0.03)
+    assert params == pytest.approx(paper_params, abs=0.05)  # rounded to 0.1 M
 
     # LayerNorm is what the paper's count lacks; but for (C), the rest is the paper's to the last digit.
-    if letter != 'C':
+    if letter == 'C':
+        assert flops == pytest.approx(paper_flops, rel=0.03)
+    else:
         assert round(flops - complexity.by_operator.get('layer_norm', 0) / 1e6) == paper_flops
 
     _, link, *cells = rows_of_the_docs()[letter]
@@ -91,26 +99,24 @@ def test_a_config_opens_with_its_letter_and_differs_from_the_base_in_the_model_a
     assert model == base_model
 
 
-@pytest.mark.parametrize(
+@with_letters(
     ('letter', 'mixer_type'),
     [('A', HSMSSD), ('C', NCSSD), ('D', SelfAttention), ('E', MultiHeadHSMSSD), ('F', MultiHeadHSMSSD), ('J', HSMSSD)],
 )
-def test_mixers(letter, mixer_type):
-    mixers = [block.mixer for stage in build(letter).backbone.stages for block in stage.blocks]
+def test_mixers(model, mixer_type):
+    mixers = [block.mixer for stage in model.backbone.stages for block in stage.blocks]
     assert [type(mixer) for mixer in mixers] == 6 * [mixer_type]
 
 
-@pytest.mark.parametrize(
-    ('letter', 'expected'), [('A', (49, 25, 9)), ('E', (128 // 32, 256 // 32, 512 // 32)), ('F', (1, 1, 1))]
-)
-def test_importances_per_token(letter, expected):
-    mixers = [stage.blocks[0].mixer for stage in build(letter).backbone.stages]
+@with_letters(('letter', 'expected'), [('A', (49, 25, 9)), ('E', (128 // 32, 256 // 32, 512 // 32)), ('F', (1, 1, 1))])
+def test_importances_per_token(model, expected):
+    mixers = [stage.blocks[0].mixer for stage in model.backbone.stages]
     states = (49, 25, 9)
     importances = [mixer.dw.conv.out_channels - 2 * n for mixer, n in zip(mixers, states, strict=True)]
     assert tuple(importances) == expected
 
 
-@pytest.mark.parametrize(
+@with_letters(
     ('letter', 'expected'),
     [
         *((letter, [(128, 49), (256, 25), (512, 9), (512, 1, 2)]) for letter in 'AEFL'),
@@ -121,15 +127,14 @@ def test_importances_per_token(letter, expected):
     ],
 )
 @torch.no_grad()
-def test_what_is_fused(letter, expected):
-    model = build(letter)
+def test_what_is_fused(model, expected):
     outs = model.extract_feat(torch.randn(1, 3, 64, 96))
     assert [tuple(out.shape[1:]) for out in outs] == expected
     assert model.head(outs).shape == (1, 1000)
 
 
-@pytest.mark.parametrize(('letter', 'layer_norms'), [('A', 6 + 4), ('L', 0)])
-def test_norms(letter, layer_norms):
-    modules = list(build(letter).modules())
+@with_letters(('letter', 'layer_norms'), [('A', 6 + 4), ('L', 0)])
+def test_norms(model, layer_norms):
+    modules = list(model.modules())
     assert sum(isinstance(module, (ChannelLayerNorm, nn.LayerNorm, nn.GroupNorm)) for module in modules) == layer_norms
     assert sum(isinstance(module, nn.BatchNorm2d) for module in modules) == 4 + 6 * 4 + 2 * 5 + 10 - layer_norms

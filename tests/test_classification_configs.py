@@ -1,5 +1,7 @@
 """Every ImageNet config, held against a table of the authors' recipe."""
 
+import functools
+import json
 from pathlib import Path
 
 import pytest
@@ -24,11 +26,17 @@ RECIPES = {
 }
 
 
-@pytest.fixture(scope='module', params=RECIPES)
+@functools.lru_cache(maxsize=1)
+def build(model: str):
+    """From JSON, so that equal configs share one model."""
+    return MODELS.build(json.loads(model))
+
+
+@pytest.fixture(scope='module', params=sorted(RECIPES, key=lambda name: (RECIPES[name][5], RECIPES[name][0])))
 def recipe(request):
     cfg = Config.fromfile(CONFIGS / f'{request.param}.py')
     init_default_scope(cfg.default_scope)
-    model = MODELS.build(dict(cfg.model, data_preprocessor=cfg.data_preprocessor))
+    model = build(json.dumps(dict(cfg.model.to_dict(), data_preprocessor=cfg.data_preprocessor.to_dict())))
     return cfg, model, *RECIPES[request.param]
 
 

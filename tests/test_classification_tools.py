@@ -92,23 +92,44 @@ def test_a_classifier_starts_a_detector(trained, tmp_path):
             torch.testing.assert_close(detector[name], classifier[name], msg=name)
 
 
-def test_fine_tuning_at_a_higher_resolution(digits, trained, tmp_path):
-    """As evm_m4_ft384_in1k.py, 96² in place of 384²."""
-    config = derived(
-        tmp_path / 'high.py',
-        f"""
-model = dict(init_cfg=dict(type='Pretrained', checkpoint='{trained / 'epoch_2.pth'}'))
+def test_fine_tuning_on_other_classes_at_a_higher_resolution(digits, trained, tmp_path):
+    for split in ('train', 'val'):
+        (tmp_path / 'own' / split).mkdir(parents=True)
+        for name in '0123456':
+            (tmp_path / 'own' / split / name).symlink_to(digits / split / name)
+    config = tmp_path / 'fine_tuning.py'
+    config.write_text(f"""
+_base_ = '{ROOT / 'configs/demo/evm_m1_finetune.py'}'
+model = dict(init_cfg=dict(checkpoint='{trained / 'epoch_2.pth'}'), head=dict(num_classes=7))
+data_preprocessor = dict(num_classes=7)
 train_pipeline = _base_.train_pipeline
 train_pipeline[1].update(scale=96)
-train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
-""",
-    )
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline), num_workers=1)
+val_dataloader = dict(num_workers=1)
+test_dataloader = val_dataloader
+""")
     options = ['train_cfg.max_epochs=1', 'train_cfg.val_interval=1']
-    printed = train(config, '--work-dir', 'here', '--data-root', digits, cwd=tmp_path, options=options)
+    printed = train(config, '--work-dir', 'here', '--data-root', 'own', cwd=tmp_path, options=options)
     assert 'tensors of EfficientViM loaded from' in printed
-    assert 'tensors of FusionClsHead loaded from' in printed
-    assert 'random weights' not in printed
-    assert len(scalars(tmp_path / 'here')[0]) == 5
+    assert 'knows 10 classes, FusionClsHead 7: its 8 tensors that belong to the classes' in printed
+    steps, (evaluation,) = scalars(tmp_path / 'here')
+    assert len(steps) == 4
+    assert 'accuracy/top1' in evaluation
+
+
+def test_two_processes_learn_and_evaluate(digits, tmp_path):
+    start = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2]
+    flags = ['--launcher', 'pytorch', '--data-root', digits, '--work-dir', 'work', '--auto-scale-lr']
+    options = ['train_dataloader.batch_size=4', 'train_cfg.max_epochs=1', 'train_cfg.val_interval=1']
+    options += ['default_hooks.logger.interval=1', 'param_scheduler=[]']
+    succeed(*start, ROOT / 'tools/train.py', CONFIG, *flags, '--cfg-options', *options, cwd=tmp_path)
+    steps, (evaluation,) = scalars(tmp_path / 'work')
+    assert len(steps) == 5
+    assert steps[0]['lr'] == pytest.approx(1e-3 * 2 * 4 / 2048)
+    assert 'loss_mesa' in steps[-1]
+    assert evaluation['accuracy/top1'] * 41 / 100 == pytest.approx(
+        round(evaluation['accuracy/top1'] * 41 / 100), abs=1e-3
+    )
 
 
 def test_distillation_from_a_network_of_timm_s(digits, tmp_path):

@@ -165,3 +165,21 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path, monkeypatch, path):
     (tmp_path / 'data.csv').touch()
     with pytest.raises(ConfigError, match=f'^{path} cannot be read .* give the path of a config file'):
         read_config(path)
+
+
+def test_loaders_of_a_classifier_are_as_with_mmpretrain_s_own_tools(load):
+    text = """
+default_scope = 'mmpretrain'
+train_dataloader = dict(num_workers=4)
+val_dataloader = dict(num_workers=0)
+test_dataloader = dict(num_workers=4, persistent_workers=False, collate_fn=dict(type='pseudo_collate'))
+"""
+    cfg = load(text=text)
+    assert cfg.train_dataloader.collate_fn == cfg.val_dataloader.collate_fn == dict(type='default_collate')
+    assert cfg.test_dataloader.collate_fn == dict(type='pseudo_collate')
+    workers = [cfg[f'{split}_dataloader'].persistent_workers for split in ('train', 'val', 'test')]
+    assert workers == [True, False, False]
+    assert (
+        load('--cfg-options', 'train_dataloader.num_workers=0', text=text).train_dataloader.persistent_workers is False
+    )
+    assert 'collate_fn' not in load().train_dataloader

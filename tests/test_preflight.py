@@ -286,8 +286,34 @@ class TestFoldersOfClasses:
         for split in ('train', 'val'):
             (tmp_path / split / 'dog/deeper/0.png').unlink()
         check_config(cfg, ['val'])
+        (tmp_path / 'train/dog/deeper/0.webp').touch()
         assert '1 of the 2 folders of classes in' in refusal(cfg, 'train')
-        assert "are empty, 'dog'" in refusal(cfg, 'train')
+        assert "have no image, 'dog'" in refusal(cfg, 'train')
+        cfg.train_dataloader.dataset.extensions = ['.webp', '.png']
+        check_config(cfg, ['train'])
+
+    def test_linked_folders_are_followed(self, cfg, tmp_path):
+        (tmp_path / 'train/dog').rename(tmp_path / 'elsewhere')
+        (tmp_path / 'train/dog').mkdir()
+        (tmp_path / 'train/dog/link').symlink_to(tmp_path / 'elsewhere')
+        check_config(cfg, ['train'])
+
+    def test_names_in_another_order_than_the_folders(self, cfg):
+        cfg.train_dataloader.dataset.metainfo = dict(classes=['dog', 'cat'])
+        assert "the sorted folders ('cat', 'dog'), but metainfo.classes has another order" in refusal(cfg, 'train')
+        cfg.train_dataloader.dataset.metainfo = dict(classes=['Katze', 'Hund'])  # translations, in order
+        check_config(cfg, ['train'])
+
+    def test_a_split_that_the_type_does_not_have(self, cfg):
+        cfg.train_dataloader.dataset.split = 'train'
+        assert "a CustomDataset has no split='train'" in refusal(cfg, 'train')
+
+    @pytest.mark.parametrize('topk', [(1, 5), 5])
+    def test_more_choices_than_classes(self, cfg, topk):
+        cfg.val_evaluator = dict(type='Accuracy', topk=topk)
+        assert refusal(cfg, 'val').startswith(f'val_evaluator.topk={topk}, but model.head.num_classes=2')
+        cfg.val_evaluator.topk = (1, 2)
+        check_config(cfg, ['val'])
 
     def test_folders_that_would_number_the_classes_differently(self, cfg, tmp_path):
         (tmp_path / 'val/bird').mkdir()

@@ -1,7 +1,7 @@
 """Make a small data set, train EfficientViM-M1 on it from random weights, evaluate, and draw what it finds.
 
 ``detection`` trains Mask R-CNN on synthetic shapes, some eight minutes on two CPU cores. ``classification`` trains on
-handwritten digits, some DIGITS_MINUTES minutes, and starts a Mask R-CNN from the weights. Each step is a command that
+handwritten digits, some six minutes, and starts a Mask R-CNN from the weights. Each step is a command that
 is shown, and that works the same for other configs.
 """
 
@@ -70,7 +70,7 @@ def main() -> None:
     args = parser.parse_args()
 
     work_dir = args.work_dir or Path('work_dirs', f'demo-{args.task}')
-    if (work_dir / 'shapes').exists():  # what an earlier demo has left, and nobody else
+    if (work_dir / 'shapes').exists() or (work_dir / 'digits').exists():  # what an earlier demo has left, nobody else
         for old in ('training', 'pictures', 'detector'):
             shutil.rmtree(work_dir / old, ignore_errors=True)
     TASKS[args.task](work_dir, ['--cfg-options', *args.cfg_options] if args.cfg_options else [])

@@ -11,7 +11,7 @@ from mmevm.preflight import ConfigError, check_config
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('checkpoint', help='checkpoint file, a URL or, of a classifier, a timm:// name')
     parser.add_argument('--out', help='write all predictions to this pickle file')
     parser.add_argument(
         '--show-dir',

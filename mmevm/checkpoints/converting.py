@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from torch import Tensor
+from torch import Tensor, nn
 
 from .reading import CheckpointError
 
@@ -240,6 +240,11 @@ def _group(name: str) -> str:
     return '.'.join([*parts[:depth], '*']) if len(parts) > depth else name
 
 
+def shapes_of(module: nn.Module) -> Shapes:
+    """The shapes of what a module's state dict holds."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
 def differences(expected: Shapes, state: StateDict) -> list[str]:
     """What of the expected names and shapes is missing or different, in words; empty if nothing is."""
     missing = [name for name in expected if name not in state]
@@ -262,7 +267,7 @@ def _backbone_shapes() -> dict[str, Shapes]:
 
     with torch.random.fork_rng(devices=[]):  # weights that nobody uses shall not move the seed of a training
         return {
-            arch: {f'backbone.{name}': tuple(t.shape) for name, t in EfficientViM(arch).state_dict().items()}
+            arch: {f'backbone.{name}': shape for name, shape in shapes_of(EfficientViM(arch)).items()}
             for arch in EfficientViM.arch_settings
         }
 

@@ -90,8 +90,9 @@ def load_from_timm(filename: str, map_location: str | None = None) -> dict[str, 
                     f'{filename} is not in the cache of the Hugging Face hub and could not be had from the hub '
                     f'({type(error).__name__}). Either fetch model.safetensors of {where["repo_id"]} elsewhere and '
                     "name that file, init_cfg=dict(type='Pretrained', checkpoint='…/model.safetensors'), or copy a "
-                    'filled HF_HOME; or train from random weights: --cfg-options model.backbone.init_cfg=None '
-                    'model.backbone.norm_eval=False.'
+                    'filled HF_HOME; or train from random weights, with init_cfg=None where this name is: '
+                    '--cfg-options model.backbone.init_cfg=None model.backbone.norm_eval=False for a detector, '
+                    'model.init_cfg=None for a classifier.'
                 ) from error
     converted, _ = convert_checkpoint(read_checkpoint(path, map_location))
     return converted

@@ -8,7 +8,7 @@ from mmengine.model import PretrainedInit, is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
-from .converting import Shapes, StateDict, differences, flat_norm, our_names, some, unwrap
+from .converting import Shapes, StateDict, differences, flat_norm, our_names, shapes_of, some, unwrap
 from .fetching import fetch_checkpoint
 from .reading import CheckpointError
 
@@ -50,7 +50,7 @@ def load_pretrained(
     received = {
         name.removeprefix(prefix): flat_norm(name, tensor) for name, tensor in state.items() if name.startswith(prefix)
     }
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    expected = shapes_of(module)
     network = type(module).__name__
     of_classes = [name for name in expected if class_dependent and re.match(class_dependent, name)]
     other_classes = [name for name in of_classes if name in received and len(received[name]) != expected[name][0]]
@@ -110,7 +110,7 @@ def load_trained_weights(runner: Runner, checkpoint: str) -> None:
     content = fetch_checkpoint(checkpoint)
     state, _, _ = unwrap(content)
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = shapes_of(model)
     problems = differences(expected, state)
     if unknown := [name for name in state if name not in expected]:
         problems.append(f'{len(unknown)} unknown to the model ({some(unknown)})')
@@ -118,7 +118,7 @@ def load_trained_weights(runner: Runner, checkpoint: str) -> None:
         raise CheckpointError(
             f'{checkpoint} does not fit the model of the config, which has {len(expected)} tensors: '
             f'{"; ".join(problems)}. Take the config it was trained with; '
-            "a detector of the authors' goes through tools/convert_checkpoint.py first."
+            "a file of the authors' or of timm's goes through tools/convert_checkpoint.py first."
         )
     model.load_state_dict(state)
     print_log(

@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmevm.checkpoints import CheckpointError, fetch_checkpoint, pretrained_cfgs
-from mmevm.checkpoints.converting import some, unwrap
+from mmevm.checkpoints.converting import differences, shapes_of, some, unwrap
 from mmevm.preflight import ConfigError
 from mmevm.registry import HOOKS
 
@@ -72,7 +72,7 @@ class DistillationHook(Hook):
 
     Raises:
         ConfigError: If the teacher has no weights, or the model cannot be taught in this way.
-        CheckpointError: If the teacher's checkpoint does not hold every tensor of it.
+        CheckpointError: If the teacher's weights cannot be had, or are not those of the whole network.
     """
 
     def __init__(self, teacher: dict) -> None:
@@ -92,7 +92,7 @@ class DistillationHook(Hook):
                 'DistillationHook is for heads with distilled=True, which have classifiers of their own for the '
                 "teacher's answers: set model.head.distilled=True."
             )
-        teacher = MODELS.build(self.teacher)
+        teacher = _build(self.teacher)
         for cfg in pretrained_cfgs(teacher.init_cfg):
             _load(teacher, **cfg)
         device = next(student.parameters()).device
@@ -113,17 +113,29 @@ def _student(runner: Runner, hook: Hook) -> nn.Module:
     return student
 
 
+def _build(cfg: dict) -> nn.Module:
+    try:
+        return MODELS.build(cfg)
+    except OSError as error:  # of the hub, whose errors are of this kind, or of a file
+        raise CheckpointError(
+            f'DistillationHook: the weights of the teacher {cfg.get("model_name", cfg["type"])} could not be had '
+            f'({type(error).__name__}): fetch them elsewhere, and give checkpoint_path=… in place of pretrained=True.'
+        ) from error
+
+
 def _load(teacher: nn.Module, checkpoint: str, prefix: str | None = None, map_location: str = 'cpu') -> None:
     # mmengine's loading would only warn of what is missing, and its init_weights gives a timm model random weights.
     raw, _, _ = unwrap(fetch_checkpoint(checkpoint, map_location))
     prefix = f'{prefix.rstrip(".")}.' if prefix else ''
     state = {name.removeprefix(prefix): tensor for name, tensor in raw.items() if name.startswith(prefix)}
-    missing = teacher.load_state_dict(state, strict=False).missing_keys
-    if missing:
+    expected = shapes_of(teacher)
+    if problems := differences(expected, state):
         raise CheckpointError(
-            f'DistillationHook: {checkpoint} lacks {len(missing)} tensors of the teacher ({some(missing)}); it has '
-            f'{some(raw)}. Give a file of this very network, or init_cfg.prefix if its names begin with one.'
+            f'DistillationHook: {checkpoint} is not one of the teacher, which has {len(expected)} tensors: '
+            f'{"; ".join(problems)}. The file has {some(raw)}. Give a file of this very network, or init_cfg.prefix if '
+            'its names begin with one.'
         )
+    teacher.load_state_dict({name: state[name] for name in expected})
 
 
 def _teacher(model: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmevm.registry import MODELS
 
 from .layers import ConvNorm
+from .mixers import inner_channels
 
 
 @MODELS.register_module()
@@ -32,9 +33,7 @@ class MultiHeadHSMSSD(nn.Module):
 
     def __init__(self, channels: int, state_dim: int, ssd_expand: float = 1.0, head_dim: int | None = 32) -> None:
         super().__init__()
-        inner = int(ssd_expand * channels)
-        if inner < 1:
-            raise ValueError(f'ssd_expand={ssd_expand} of {channels} channels leaves none: give a larger number.')
+        inner = inner_channels(channels, ssd_expand)
         conv1d = dict(type='Conv1d')
         self.splits = (state_dim, state_dim, _count_heads(channels, head_dim))
         self.BCdt_proj = ConvNorm(channels, sum(self.splits), 1, conv_cfg=conv1d)

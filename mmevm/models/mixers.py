@@ -33,9 +33,7 @@ class HSMSSD(nn.Module):
 
     def __init__(self, channels: int, state_dim: int, ssd_expand: float = 1.0) -> None:
         super().__init__()
-        inner = int(ssd_expand * channels)
-        if inner < 1:
-            raise ValueError(f'ssd_expand={ssd_expand} of {channels} channels leaves none: give a larger number.')
+        inner = inner_channels(channels, ssd_expand)
         conv1d = dict(type='Conv1d')
         self.state_dim = state_dim
         self.BCdt_proj = ConvNorm(channels, 3 * state_dim, 1, conv_cfg=conv1d)
@@ -67,3 +65,15 @@ class HSMSSD(nn.Module):
         h = self.out_proj(h * (F.silu(z) + self.D))  # (B, D, N), f(h) of Eq. 11 with a skip weighted by D
         y = h @ c  # (B, D, L), Eq. 11
         return y.reshape(batch, channels, height, width), h
+
+
+def inner_channels(channels: int, ssd_expand: float) -> int:
+    """Channels of a hidden state between its two projections.
+
+    Raises:
+        ValueError: If that is none.
+    """
+    inner = int(ssd_expand * channels)
+    if inner < 1:
+        raise ValueError(f'ssd_expand={ssd_expand} of {channels} channels leaves none: give a larger number.')
+    return inner

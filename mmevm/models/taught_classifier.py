@@ -9,6 +9,7 @@ from mmpretrain.structures import DataSample
 from torch import Tensor
 
 from mmevm.checkpoints import pretrained_cfgs
+from mmevm.preflight import ConfigError
 from mmevm.registry import MODELS
 
 
@@ -21,7 +22,7 @@ class TaughtImageClassifier(ImageClassifier):
     know nothing of it, and are those of an ``ImageClassifier``.
 
     An ``init_cfg`` of ``type='Pretrained'`` is that of backbone and head: each receives every tensor, or that is an
-    error.
+    error. With a prefix, say it for each of the two.
 
     Attributes:
         teacher: Gives logits (B, K) for images (B, 3, H, W); None if there is no teacher. A function, as a module would
@@ -38,8 +39,15 @@ class TaughtImageClassifier(ImageClassifier):
 
         Raises:
             CheckpointError: If a checkpoint does not hold every tensor. mmengine's own loading would only warn.
+            ConfigError: If ``init_cfg`` has a prefix, or if there is a neck, which it would not reach.
         """
-        if pretrained_cfgs(self.init_cfg):
+        pretrained = pretrained_cfgs(self.init_cfg)
+        if pretrained:
+            if self.with_neck or any(cfg.get('prefix') for cfg in pretrained):
+                raise ConfigError(
+                    'model.init_cfg of a TaughtImageClassifier is for a backbone and a head whose names begin with '
+                    "'backbone.' and 'head.', without a neck: give backbone.init_cfg and head.init_cfg in its place."
+                )
             self.backbone.init_cfg = self.head.init_cfg = self.init_cfg
             self.init_cfg = None
         super().init_weights()

@@ -9,6 +9,9 @@ from mmpretrain.structures import DataSample
 from randomise import randomise
 from torch import nn
 
+from mmevm.checkpoints import CheckpointError
+from mmevm.preflight import ConfigError
+
 TINY = dict(embed_dims=(16, 24, 32), depths=(1, 2, 1), state_dims=(9, 4, 4))
 
 
@@ -129,3 +132,31 @@ def test_a_copy_has_no_teacher(batch, duplicate):
     torch.testing.assert_close(copied(batch[0]), model(batch[0]))
     assert set(copied.loss(*batch)) == {'loss'}
     assert set(model.loss(*batch)) == {'loss_cls', 'loss_mesa'}
+
+
+class TestPretrained:
+    @pytest.fixture
+    def file(self, tmp_path):
+        path = tmp_path / 'trained.pth'
+        torch.save(dict(state_dict=randomise(build('ImageClassifier'), seed=1).state_dict()), path)
+        return path
+
+    def test_backbone_and_head_receive_every_tensor(self, file):
+        model = build('mmevm.TaughtImageClassifier', init_cfg=dict(type='Pretrained', checkpoint=str(file)))
+        model.init_weights()
+        torch.testing.assert_close(dict(model.state_dict()), dict(torch.load(file)['state_dict']))
+
+    @pytest.mark.parametrize('part', ['backbone', 'head'])
+    def test_a_tensor_that_is_missing_is_an_error(self, file, part):
+        state = torch.load(file)['state_dict']
+        state.pop(next(name for name in state if name.startswith(part)))
+        torch.save(dict(state_dict=state), file)
+        model = build('mmevm.TaughtImageClassifier', init_cfg=dict(type='Pretrained', checkpoint=str(file)))
+        with pytest.raises(CheckpointError, match='1 missing'):
+            model.init_weights()
+
+    def test_a_prefix_could_not_be_that_of_both(self, file):
+        init_cfg = dict(type='Pretrained', checkpoint=str(file), prefix='backbone.')
+        model = build('mmevm.TaughtImageClassifier', init_cfg=init_cfg)
+        with pytest.raises(ConfigError, match=r'give backbone\.init_cfg and head\.init_cfg'):
+            model.init_weights()
