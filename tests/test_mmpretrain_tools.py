@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import cv2
@@ -75,6 +76,25 @@ def test_get_flops(tmp_path):
     printed = succeed(TOOLS / 'analysis_tools' / 'get_flops.py', CONFIG, cwd=tmp_path)
     assert 'Flops: 0.238G\n' in printed  # 0.239 of the paper, less the head, which this tool leaves out
     assert 'Params: 6.679M\n' in printed
+
+
+@pytest.mark.slow
+def test_reparameterize_gives_what_our_test_evaluates(trained, options, tmp_path):
+    source, target, config = trained / 'epoch_2.pth', tmp_path / 'deployed.pth', tmp_path / 'two_classes.py'
+    config.write_text(f"_base_ = '{CONFIG}'\nmodel = dict(head=dict(num_classes=2))")
+    succeed(
+        *(TOOLS / 'model_converters/reparameterize_model.py', config, source, target),
+        cwd=tmp_path,
+        TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD='1',
+    )
+    accuracies = []
+    for checkpoint, form in ((source, False), (target, True)):
+        changes = [*options, f'model.backbone.deploy={form}']
+        printed = succeed(ROOT / 'tools/test.py', CONFIG, checkpoint, '--cfg-options', *changes, cwd=tmp_path)
+        accuracies += re.findall(r'accuracy/top1: [\d.]+', printed)
+    assert len(accuracies) == 2
+    assert accuracies[0] == accuracies[1]
+    assert 'ema_state_dict of another form' in printed
 
 
 def test_the_layer_that_vis_cam_takes_of_itself_gives_a_map_on_which_the_answer_depends():

@@ -125,6 +125,10 @@ def load_trained_weights(runner: Runner, checkpoint: str) -> None:
         f'{len(expected)} of {len(expected)} tensors of {type(model).__name__} loaded from {checkpoint}.', 'current'
     )
     if 'state_dict' in content:
+        others = {name.removeprefix('module.') for name in content.get('ema_state_dict', ()) if name != 'steps'}
+        if others and others != expected.keys():  # as after mmpretrain's reparameterize_model.py
+            del content['ema_state_dict']
+            print_log(f'{checkpoint} has an ema_state_dict of another form of the model, which is not used.', 'current')
         runner.register_hook(_LoadedHook(content), priority='LOWEST')
 
 

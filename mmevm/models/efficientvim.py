@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from mmevm.checkpoints import load_pretrained, pretrained_cfgs
 from mmevm.registry import MODELS
 
+from .deployed import DeployedBlock, DeployedPatchMerging, DeployedStem
 from .layers import FFN, ConvNorm, PatchMerging, Stem
 
 
@@ -167,6 +168,7 @@ class EfficientViM(BaseModule):
         norm_eval: Whether BatchNorm stays in eval mode after ``train()``; its weights and biases are trained all the
             same.
         with_cp: Whether blocks recompute their activations in the backward pass, which saves memory and costs time.
+        deploy: Whether to build the deploy form, for weights that were saved after :meth:`switch_to_deploy`.
         init_cfg: mmengine's initialisation config. With ``type='Pretrained'`` every tensor of the backbone must be in
             the checkpoint, which may be a ``timm://`` name, a file of the authors', of timm's or of mmevm's own.
 
@@ -214,6 +216,7 @@ class EfficientViM(BaseModule):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
+        deploy: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -251,6 +254,9 @@ class EfficientViM(BaseModule):
             for i in range(last + 1)
         )
         self._freeze()
+        self.deploy = False
+        if deploy:
+            self.switch_to_deploy()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Extract features.
@@ -295,8 +301,40 @@ class EfficientViM(BaseModule):
             load_pretrained(self, **{'prefix': 'backbone', **cfg})
         self._is_init = True
 
+    def switch_to_deploy(self) -> None:
+        """Take the form for inference, in place: the same maps with fewer and faster steps (``mmevm.models.deployed``).
+
+        Weights are multiplied together, so it cannot be trained any more, and its checkpoints are for ``deploy=True``.
+        A second call does nothing.
+
+        Raises:
+            ValueError: If a norm of ``norm_cfg`` is no BatchNorm.
+        """
+        if self.deploy:
+            return
+        patch_embed = DeployedStem(self.patch_embed)
+        stages = [
+            (
+                [DeployedBlock(block, self.out_hidden_states and block is stage.blocks[-1]) for block in stage.blocks],
+                stage.downsample and DeployedPatchMerging(stage.downsample),
+            )
+            for stage in self.stages
+        ]
+        device = next(self.parameters()).device
+        self.patch_embed = patch_embed
+        for stage, (blocks, downsample) in zip(self.stages, stages, strict=True):
+            stage.blocks, stage.downsample = nn.ModuleList(blocks), downsample
+        self.to(device).eval().requires_grad_(False)
+        self.deploy = True
+
     def train(self, mode: bool = True) -> 'EfficientViM':
-        """Set training mode, but for what ``frozen_stages`` and ``norm_eval`` keep in eval mode."""
+        """Set training mode, but for what ``frozen_stages`` and ``norm_eval`` keep in eval mode.
+
+        Raises:
+            RuntimeError: If the backbone has the deploy form.
+        """
+        if mode and self.deploy:
+            raise RuntimeError('An EfficientViM in its deploy form cannot be trained: build it with deploy=False.')
         super().train(mode)
         if mode:
             self._freeze()

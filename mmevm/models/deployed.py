@@ -1,0 +1,244 @@
+"""The deploy form of the backbone's parts: the same functions with their constants multiplied out, for inference.
+
+BatchNorm disappears into convolutions, convex gates into depthwise kernels and projections, LayerNorm's weight and bias
+into what follows it, shortcuts around depthwise convolutions into their kernels. All of it is algebra, done in float64.
+Maps stay in memory as (B, H, W, C), where a 1×1 convolution is a matrix product and LayerNorm needs no copy.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .layers import ChannelLayerNorm, ConvNorm, PatchMerging, Stem
+from .mixers import HSMSSD
+
+
+class DeployedStem(nn.Module):
+    """The stem without BatchNorm.
+
+    Args:
+        stem: What it takes the weights of.
+    """
+
+    def __init__(self, stem: Stem) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(*(_conv(*fold_norm(layer), like=layer.conv) for layer in stem.conv))
+        self.num_relus = sum(isinstance(layer.act, nn.ReLU) for layer in stem.conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) to (B, C, ceil(H/16), ceil(W/16)), in channels_last."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        for i, conv in enumerate(self.conv):
+            x = conv(x)
+            if i < self.num_relus:
+                x = F.relu_(x)
+        return x
+
+
+class DeployedBlock(nn.Module):
+    """A block with its gates and BatchNorms multiplied out.
+
+    With the gates g₀…g₃ and the block's steps dw₁, mix, dw₂, ffn, the block is::
+
+        x ← (1−g₀)·x + g₀·dw₁(x)       one depthwise convolution
+        x ← (1−g₁)·x + g₁·mix(x)       = (1−g₁)·(x + g₁/(1−g₁)·mix(x)): the factor in front goes into dw₂'s kernel
+        x ← (1−g₂)·x + g₂·dw₂(x)       one depthwise convolution, which also multiplies by (1−g₃) for
+        x ← (1−g₃)·x + g₃·ffn(x)       whose shortcut so is the bare input
+
+    Args:
+        block: The ``Block`` it takes the weights of, of any mixer.
+        out_hidden_states: Whether the mixer's hidden states are wanted.
+    """
+
+    def __init__(self, block: nn.Module, out_hidden_states: bool) -> None:
+        super().__init__()
+        gates = block.alpha.detach().double().sigmoid()
+        rests = (-block.alpha.detach().double()).sigmoid()  # 1 − g, without cancellation
+        self.out_hidden_states = out_hidden_states
+
+        self.dwconv1 = _conv(*_gated_shortcut(block.dwconv1, gates[0], rests[0]), like=block.dwconv1.conv)
+        known = type(block.mixer) is HSMSSD and type(block.norm) is ChannelLayerNorm
+        self.mixer = (DeployedHSMSSD if known else DeployedMixer)(block.norm, block.mixer, gates[1] / rests[1])
+
+        weight, bias = _gated_shortcut(block.dwconv2, gates[2], rests[2])
+        self.dwconv2 = _conv(_times(weight, rests[1] * rests[3]), bias * rests[3], like=block.dwconv2.conv)
+
+        weight, bias = _flat(fold_norm(block.ffn.fc1))
+        self.fc1 = _linear(weight / rests[3], bias)
+        weight, bias = _flat(fold_norm(block.ffn.fc2))
+        self.fc2 = _linear(_times(weight, gates[3]), bias * gates[3])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As ``Block``: (B, C, H, W) to the same, and the hidden states (B, C, N) if they are wanted."""
+        x, h = self.mixer(self.dwconv1(x), self.out_hidden_states)
+        x = self.dwconv2(x)
+        tokens = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+        tokens = self.fc2(F.relu_(self.fc1(tokens))).add_(tokens)
+        return tokens.permute(0, 3, 1, 2), h
+
+
+class DeployedHSMSSD(nn.Module):
+    """LayerNorm, HSM-SSD, and the shortcut around them: x + r·HSMSSD(LayerNorm(x)).
+
+    LayerNorm's weight and bias are in the two projections that follow it. The second one is of sums of tokens, so the
+    bias comes with the sum of the tokens' importances. ``A``, which no output depends on, is gone.
+
+    Args:
+        norm: The LayerNorm before the mixer.
+        mixer: The mixer.
+        ratio: r of each channel, (D,), in float64.
+    """
+
+    def __init__(self, norm: ChannelLayerNorm, mixer: HSMSSD, ratio: Tensor) -> None:
+        super().__init__()
+        weight, bias = norm.weight.detach().double(), norm.bias.detach().double()
+        projection = mixer.BCdt_proj.conv.weight.detach().double().squeeze(2)  # (3·N, D)
+        hz = mixer.hz_proj.conv.weight.detach().double().squeeze(2)  # (2·D', D)
+        out = mixer.out_proj.conv.weight.detach().double().squeeze(2)  # (D, D')
+        self.state_dim = mixer.state_dim
+        self.eps = norm.eps
+        self.BCdt_proj = _linear(projection * weight, projection @ bias)
+        self.dw = _conv(mixer.dw.conv.weight.detach(), None, like=mixer.dw.conv)
+        self.hz_proj = _linear(hz * weight, hz @ bias)
+        self.out_proj = _linear(_times(out, ratio), None)
+        self.D = _parameter(mixer.D)
+        self.ratio = _parameter(ratio)
+
+    def forward(self, x: Tensor, out_hidden_states: bool) -> tuple[Tensor, Tensor | None]:
+        """(B, D, H, W), L = H·W, to the same in channels_last, and the hidden states (B, D, N) if they are wanted."""
+        batch, channels, height, width = x.shape
+        x = x.permute(0, 2, 3, 1).reshape(batch, -1, channels)  # (B, L, D)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        normed = F.layer_norm(x.to(wide), (channels,), eps=self.eps).to(x.dtype)
+        bcdt = self.BCdt_proj(normed).view(batch, height, width, -1).permute(0, 3, 1, 2)
+        bcdt = self.dw(bcdt).permute(0, 2, 3, 1).reshape(batch, -1, 3 * self.state_dim)
+        b, c, dt = bcdt.split(self.state_dim, dim=-1)  # 3 × (B, L, N)
+        ab = (F.softmax(dt, dim=1, dtype=wide) * b).to(x.dtype)  # (B, L, N)
+        h = ab.transpose(1, 2) @ normed  # (B, N, D)
+        hz = F.linear(h, self.hz_proj.weight) + ab.sum(1).unsqueeze(-1) * self.hz_proj.bias
+        h, z = hz.chunk(2, dim=-1)  # 2 × (B, N, D')
+        h = self.out_proj(h * (F.silu(z) + self.D))  # (B, N, D)
+        x = torch.baddbmm(x, c.to(h.dtype), h)  # (B, L, D)
+        x = x.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        return x, (h / self.ratio).transpose(1, 2) if out_hidden_states else None
+
+
+class DeployedMixer(nn.Module):
+    """Any other norm and mixer, as they are, and the shortcut around them: x + r·mixer(norm(x)).
+
+    Args:
+        norm: The norm before the mixer.
+        mixer: The mixer.
+        ratio: r of each channel, (D,).
+    """
+
+    def __init__(self, norm: nn.Module, mixer: nn.Module, ratio: Tensor) -> None:
+        super().__init__()
+        self.norm = norm
+        self.mixer = mixer
+        self.ratio = _parameter(ratio.unflatten(0, (-1, 1, 1)))
+
+    def forward(self, x: Tensor, out_hidden_states: bool) -> tuple[Tensor, Tensor | None]:
+        """(B, D, H, W) to the same in channels_last, and the mixer's hidden states if they are wanted."""
+        y, h = self.mixer(self.norm(x))
+        x = torch.addcmul(x, self.ratio, y).contiguous(memory_format=torch.channels_last)
+        return x, h if out_hidden_states else None
+
+
+class DeployedPatchMerging(nn.Module):
+    """The down-sampling without BatchNorm, its shortcuts within the depthwise convolutions that they surround.
+
+    Args:
+        downsample: What it takes the weights of.
+    """
+
+    def __init__(self, downsample: PatchMerging) -> None:
+        super().__init__()
+        expand, dwconv, self.se, reduce = downsample.conv
+        one = torch.ones(())
+        self.dwconv1 = _conv(*_gated_shortcut(downsample.dwconv1, one, one), like=downsample.dwconv1.conv)
+        self.fc1 = _linear(*_flat(fold_norm(expand)))
+        self.dwconv = _conv(*fold_norm(dwconv), like=dwconv.conv)
+        self.fc2 = _linear(*_flat(fold_norm(reduce)))
+        self.dwconv2 = _conv(*_gated_shortcut(downsample.dwconv2, one, one), like=downsample.dwconv2.conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) to (B, out_channels, ceil(H/2), ceil(W/2)), in channels_last."""
+        x = F.relu_(self.fc1(self.dwconv1(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        x = self.se(F.relu_(self.dwconv(x)))
+        return self.dwconv2(self.fc2(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+def fold_norm(layer: ConvNorm) -> tuple[Tensor, Tensor]:
+    """Multiply a BatchNorm out into the convolution before it.
+
+    Args:
+        layer: Convolution and norm, or no norm.
+
+    Returns:
+        Weight and bias of the one convolution that is equal to both in eval mode, in float64.
+
+    Raises:
+        ValueError: If the norm is another one: what it does depends on the image, and cannot be multiplied out.
+    """
+    weight, norm = layer.conv.weight.detach().double(), layer.norm
+    if isinstance(norm, nn.Identity):
+        return weight, weight.new_zeros(len(weight))
+    if not isinstance(norm, _BatchNorm) or norm.running_var is None:
+        raise ValueError(f'{type(norm).__name__} cannot be folded into a convolution: only a BatchNorm can (norm_cfg).')
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    bias = -norm.running_mean.double() * scale
+    if norm.affine:
+        scale = scale * norm.weight.detach().double()
+        bias = bias * norm.weight.detach().double() + norm.bias.detach().double()
+    return _times(weight, scale), bias
+
+
+def _gated_shortcut(layer: ConvNorm, gate: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """rest·x + gate·layer(x) as one depthwise convolution."""
+    weight, bias = fold_norm(layer)
+    weight = _times(weight, gate.expand(len(weight)))
+    centre = weight.shape[-1] // 2
+    weight[:, 0, centre, centre] += rest.to(weight)
+    return weight, bias * gate.to(bias)
+
+
+def _times(weight: Tensor, factor: Tensor) -> Tensor:
+    """A weight times a factor for each of its outputs."""
+    return weight * factor.to(weight).view(-1, *[1] * (weight.ndim - 1))
+
+
+def _flat(weight_and_bias: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    weight, bias = weight_and_bias
+    return weight.flatten(1), bias
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().float(), requires_grad=False)
+
+
+def _conv(weight: Tensor, bias: Tensor | None, like: nn.Conv2d) -> nn.Conv2d:
+    conv = nn.Conv2d(
+        like.in_channels,
+        like.out_channels,
+        like.kernel_size,
+        like.stride,
+        like.padding,
+        groups=like.groups,
+        bias=bias is not None,
+    )
+    conv.weight = _parameter(weight.contiguous(memory_format=torch.channels_last))
+    if bias is not None:
+        conv.bias = _parameter(bias)
+    return conv
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.weight = _parameter(weight)
+    if bias is not None:
+        linear.bias = _parameter(bias)
+    return linear

@@ -1,0 +1,129 @@
+"""The deploy form gives what the trained form gives, with random statistics, gates and weights."""
+
+import copy
+
+import pytest
+import torch
+from mmengine.model import revert_sync_batchnorm
+from randomise import randomise
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmevm.models import EfficientViM
+
+TINY = dict(embed_dims=(16, 32, 48), depths=(1, 2, 1), state_dims=(9, 4, 4))
+
+
+def deployed(model):
+    model = copy.deepcopy(model)
+    model.switch_to_deploy()
+    return model
+
+
+def tiny(**kwargs):
+    return randomise(EfficientViM(TINY, **kwargs)).eval()
+
+
+def assert_same(model, x, tolerance=1e-5):
+    with torch.no_grad():
+        outs, expected = deployed(model)(x), model(x)
+    for out, ref in zip(outs, expected, strict=True):
+        assert out.shape == ref.shape
+        assert (out - ref).abs().max() < tolerance * ref.abs().max()
+
+
+@pytest.mark.parametrize('arch', ['m1', 'm2', 'm3', 'm4'])
+def test_maps_and_hidden_states_are_the_same(arch):
+    assert_same(randomise(EfficientViM(arch, out_hidden_states=True)).eval(), torch.randn(2, 3, 97, 131))
+
+
+@pytest.mark.parametrize('size', [(1, 1), (16, 200), (33, 64), (128, 96)])
+def test_any_size(size):
+    assert_same(tiny(), torch.randn(2, 3, *size))
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        dict(out_indices=(1,)),
+        dict(mixer_cfg=dict(type='mmevm.HSMSSD', ssd_expand=0.5)),
+        dict(mixer_cfg=dict(type='mmevm.MultiHeadHSMSSD', head_dim=16), out_hidden_states=True),
+        dict(mixer_cfg=dict(type='mmevm.NCSSD', head_dim=None), out_hidden_states=True),
+        dict(mixer_cfg=dict(type='mmevm.SelfAttention', head_dim=16)),
+        dict(mixer_norm_cfg=dict(type='BN'), out_hidden_states=True),
+        dict(norm_cfg=dict(type='BN', eps=0.1)),
+        dict(norm_cfg=dict(type='SyncBN')),
+        dict(in_channels=1),
+    ],
+    ids=str,
+)
+def test_whatever_the_arguments(arguments):
+    model = revert_sync_batchnorm(tiny(**arguments)).eval()  # SyncBN itself does not run on a CPU
+    assert_same(model, torch.randn(2, arguments.get('in_channels', 3), 50, 70))
+
+
+@pytest.mark.parametrize('alpha', [-30.0, 30.0])
+def test_gates_that_are_closed_or_open(alpha):
+    model = tiny()
+    for stage in model.stages:
+        for block in stage.blocks:
+            block.alpha.data.fill_(alpha)
+    assert_same(model, torch.randn(1, 3, 64, 64), tolerance=1e-4)
+
+
+def test_any_memory_layout():
+    model = deployed(tiny())
+    x = torch.randn(2, 3, 64, 48)
+    for y in (x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
+        torch.testing.assert_close(model(y), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_call_does_nothing():
+    model = deployed(tiny())
+    x = torch.randn(1, 3, 64, 64)
+    modules, expected = list(model.modules()), model(x)
+    model.switch_to_deploy()
+    assert list(model.modules()) == modules
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+def test_batch_norm_and_what_no_output_depends_on_are_gone():
+    model = deployed(tiny())
+    assert not [m for m in model.modules() if isinstance(m, (_BatchNorm, nn.LayerNorm))]
+    assert not [name for name, _ in model.named_parameters() if name.endswith('.A')]
+
+
+def test_it_cannot_be_trained():
+    model = deployed(tiny().train())
+    assert not any(m.training for m in model.modules())
+    assert not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(RuntimeError, match='cannot be trained: build it with deploy=False'):
+        model.train()
+    model.eval()  # what every evaluation does
+
+
+def test_a_norm_that_depends_on_the_image_is_refused_and_nothing_has_changed():
+    model = tiny(norm_cfg=dict(type='GN', num_groups=2))
+    x = torch.randn(1, 3, 64, 64)
+    expected = model(x)
+    with pytest.raises(ValueError, match='GroupNorm cannot be folded'):
+        model.switch_to_deploy()
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+def test_weights_go_into_a_backbone_that_is_built_so():
+    model = deployed(tiny(out_hidden_states=True))
+    built = EfficientViM(TINY, deploy=True, out_hidden_states=True)
+    built.load_state_dict(model.state_dict(), strict=True)
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(built(x), model(x), rtol=0, atol=0)
+
+
+def test_reduced_precision():
+    model = tiny()
+    x = torch.randn(2, 3, 96, 64)
+    with torch.no_grad(), torch.autocast('cpu', dtype=torch.bfloat16):
+        outs, expected = deployed(model)(x), model(x)
+    exact = model(x)
+    for out, other, ref in zip(outs, expected, exact, strict=True):
+        assert (out - ref).abs().max() < 2 * (other - ref).abs().max() + 0.01 * ref.abs().max()
