@@ -11,6 +11,8 @@ from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, PARAM_SCHEDULERS, init_default_scope
 from mmpretrain.models.utils.batch_augments import CutMix, Mixup
 
+from mmevm.cli import replace_data_root
+
 CONFIGS = Path(__file__).parents[1] / 'configs/classification'
 CHANNELS = dict(m1=[128, 192, 320, 320], m2=[128, 256, 512, 512], m3=[224, 320, 512, 512], m4=[224, 320, 512, 512])
 SIZES = dict(m1=224, m2=224, m3=224, m4=256)
@@ -87,15 +89,12 @@ def test_optimiser(recipe):
     assert {(group['lr'], group['betas']) for group in wrapper.optimizer.param_groups} == {(lr, (0.9, 0.999))}
 
 
-def test_schedule(recipe):
-    cfg, _, _, _, epochs, batch_size, lr, _, weights = recipe
-    assert (cfg.train_cfg.by_epoch, cfg.train_cfg.max_epochs) == (True, epochs)
-    assert cfg.train_dataloader.batch_size == batch_size
-    assert (cfg.auto_scale_lr.enable, cfg.auto_scale_lr.base_batch_size) == (False, 8 * batch_size)
-
-    wrapper = build_optim_wrapper(torch.nn.Linear(1, 1), cfg.optim_wrapper)
+@functools.cache
+def learning_rates(optim_wrapper: str, param_scheduler: str, epochs: int) -> list[float]:
+    """Of each iteration; from JSON, so that equal configs are stepped through once."""
+    wrapper = build_optim_wrapper(torch.nn.Linear(1, 1), json.loads(optim_wrapper))
     schedulers = []
-    for scheduler in map(dict, cfg.param_scheduler):
+    for scheduler in json.loads(param_scheduler):
         kind = PARAM_SCHEDULERS.get(scheduler.pop('type'))
         by_iteration = scheduler.pop('convert_to_iter_based', False)
         make = kind.build_iter_from_epoch if by_iteration else kind
@@ -109,6 +108,17 @@ def test_schedule(recipe):
         for scheduler in schedulers:
             if not scheduler.by_epoch or (step + 1) % ITERATIONS == 0:
                 scheduler.step()
+    return rates
+
+
+def test_schedule(recipe):
+    cfg, _, _, _, epochs, batch_size, lr, _, weights = recipe
+    assert (cfg.train_cfg.by_epoch, cfg.train_cfg.max_epochs) == (True, epochs)
+    assert cfg.train_dataloader.batch_size == batch_size
+    assert (cfg.auto_scale_lr.enable, cfg.auto_scale_lr.base_batch_size) == (False, 8 * batch_size)
+
+    settings = cfg.to_dict()
+    rates = learning_rates(json.dumps(settings['optim_wrapper']), json.dumps(settings['param_scheduler']), epochs)
     warm_up, cool_down = (0, 0) if weights else (20, 10)
     assert rates[0] == pytest.approx(lr if weights else 2e-6)
     assert max(rates) == rates[warm_up * ITERATIONS] == pytest.approx(lr)
@@ -164,3 +174,8 @@ def test_data(recipe):
         assert (crop.type, crop.crop_size) == ('CenterCrop', size)
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
         assert (evaluator.type, evaluator.topk) == ('Accuracy', (1, 5))
+
+
+def test_data_root_on_the_command_line_moves_all_data(recipe):
+    moved = replace_data_root(recipe[0], '/elsewhere')
+    assert {moved[f'{split}_dataloader'].dataset.data_root for split in ('train', 'val', 'test')} == {'/elsewhere/'}

@@ -1,7 +1,10 @@
 """Counts of whole networks against the paper and timm, of small ones against arithmetic; and what cannot be counted."""
 
+import dataclasses
+import functools
 from pathlib import Path
 
+import mmengine
 import pytest
 import timm
 import torch
@@ -34,6 +37,14 @@ def read(name):
     return Config.fromfile(CONFIGS / f'{name}.py')
 
 
+@functools.cache
+def cost_of_classifier(name):
+    """What it costs at the size that its config tests with."""
+    cfg = read(f'classification/{name}')
+    complexity = measure_complexity(build_without_weights(cfg), (1, 3, *default_input_size(cfg)[0]))
+    return dataclasses.replace(complexity, _analyzer=None)  # it would keep the model in memory
+
+
 class Function(nn.Module):
     """A function of a tensor, and of modules, as a module."""
 
@@ -49,9 +60,8 @@ class Function(nn.Module):
 @pytest.mark.parametrize('name', PAPER)
 def test_classifiers_cost_what_the_paper_says(name):
     size, params, mflops = PAPER[name]
-    cfg = read(f'classification/{name}')
-    assert default_input_size(cfg)[0] == (size, size)
-    complexity = measure_complexity(build_without_weights(cfg), (1, 3, size, size))
+    complexity = cost_of_classifier(name)
+    assert complexity.input_shape == (1, 3, size, size)
     assert complexity.params == round(params * 1e6)
     assert complexity.flops / 1e6 == pytest.approx(mflops, rel=5e-3)
     # The authors' LayerNorm is made of sums and products, which fvcore does not count; ours is one operator.
@@ -62,14 +72,20 @@ def test_classifiers_cost_what_the_paper_says(name):
 
 @pytest.mark.parametrize('arch', DISTILLED)
 def test_distilled_classifiers_cost_what_those_of_timm_cost(arch):
-    cfg = read(f'classification/evm_{arch}_distill_in1k')
-    size = default_input_size(cfg)[0]
-    ours = measure_complexity(build_without_weights(cfg), (1, 3, *size))
-    timms = measure_complexity(timm.create_model(f'efficientvim_{arch}_dist'), (1, 3, *size))
+    ours = cost_of_classifier(f'evm_{arch}_distill_in1k')
+    timms = measure_complexity(timm.create_model(f'efficientvim_{arch}_dist'), ours.input_shape)
     assert ours.params == timms.params == round(DISTILLED[arch] * 1e6)
     for operator in ('conv', 'batch_norm', 'layer_norm', 'linear', 'matmul'):
         assert ours.by_operator[operator] == timms.by_operator[operator], operator
     assert ours.flops == pytest.approx(timms.flops, rel=1e-4)  # they differ in how logits are summed
+
+
+@pytest.mark.parametrize('name', [*PAPER, *(f'evm_{arch}_distill_in1k' for arch in DISTILLED)])
+def test_what_classifiers_cost_is_in_the_list_of_models(name):
+    listed = mmengine.load(CONFIGS / 'classification' / 'metafile.yml')['Models']
+    (costs,) = [model['Metadata'] for model in listed if model['Config'] == f'configs/classification/{name}.py']
+    complexity = cost_of_classifier(name)
+    assert (costs['Parameters'], costs['FLOPs']) == (complexity.params, complexity.flops)
 
 
 ARITHMETIC = {

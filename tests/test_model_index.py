@@ -1,5 +1,6 @@
 """mmevm's classifiers in mmpretrain's hub: what is listed, what it builds, and that weights arrive whole."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -65,6 +66,17 @@ def image_size(name: str) -> int:
     return int(training[2:]) if training.startswith('ft') else 256 if arch == 'm4' else 224
 
 
+@functools.cache
+def entry(name: str):
+    """The hub's, which reads the config anew each time that it is asked."""
+    return ModelHub.get(name)
+
+
+def once(name: str) -> str:
+    """The training of 300 epochs in place of that of 450: the same network."""
+    return name.replace('450e', '300e')
+
+
 # What is listed
 
 
@@ -75,13 +87,13 @@ def test_the_papers_classifiers_are_listed_and_no_others():
 
 @pytest.mark.parametrize('name', PAPER)
 def test_accuracies_are_the_papers(name):
-    (result,) = ModelHub.get(name).results
+    (result,) = entry(name).results
     assert (result.task, result.dataset) == ('Image Classification', 'ImageNet-1k')
     assert result.metrics == {'Top 1 Accuracy': PAPER[name]}
 
 
 def test_weights_are_all_that_timm_has_each_with_its_own_name():
-    weights = {name: ModelHub.get(name).weights for name in PAPER}
+    weights = {name: entry(name).weights for name in PAPER}
     assert weights == {name: timm_name(name) and f'timm://{timm_name(name)}' for name in PAPER}
     listed = [weight.removeprefix('timm://') for weight in weights.values() if weight]
     assert sorted(listed) == timm.list_models('efficientvim*', pretrained=True)
@@ -89,14 +101,14 @@ def test_weights_are_all_that_timm_has_each_with_its_own_name():
 
 @pytest.mark.parametrize('name', [name for name in PAPER if timm_name(name)])
 def test_the_origin_of_weights_is_where_timm_fetches_them(name):
-    origin = ModelHub.get(name).data['Converted From']
+    origin = entry(name).data['Converted From']
     assert origin['Weights'] == f'https://huggingface.co/{timm.get_pretrained_cfg(timm_name(name)).hf_hub_id}'
     assert origin['Code'] == 'https://github.com/mlvlab/EfficientViM'
 
 
 @pytest.mark.parametrize('name', PAPER)
 def test_a_name_tells_what_its_config_trains(name):
-    cfg = ModelHub.get(name).config
+    cfg = entry(name).config
     arch, training = parts(name)
     _, epochs, distilled = TRAINING.get(training, (None, 30, False))
     assert cfg.model.backbone.arch == arch
@@ -107,24 +119,36 @@ def test_a_name_tells_what_its_config_trains(name):
     assert (crop[0].crop_size if crop else resize.scale) == image_size(name)
 
 
-@pytest.mark.parametrize('name', PAPER)
-def test_parameters_are_those_of_the_model_and_of_timms(name):
-    listed = ModelHub.get(name).metadata.data['Parameters']
-    assert sum(parameter.numel() for parameter in mmpretrain.get_model(name).parameters()) == listed
+@pytest.mark.parametrize('name', dict.fromkeys(map(once, PAPER)))
+def test_parameters_are_those_of_timms(name):
     theirs = timm.create_model((timm_name(name) or 'efficientvim_m4').split('.')[0], pretrained=False)
-    assert sum(parameter.numel() for parameter in theirs.parameters()) == listed
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == entry(name).metadata.data['Parameters']
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_flops_are_near_the_papers(name):
+    # The authors' count leaves out their LayerNorms, and the paper's the second set of classifiers.
+    paper = PAPER_MFLOPS[image_size(name)][parts(name)[0]]
+    assert entry(name).metadata.data['FLOPs'] / 1e6 == pytest.approx(paper, rel=7e-3)
+
+
+@pytest.mark.parametrize('name', [name for name in PAPER if name != once(name)])
+def test_longer_training_costs_no_more_in_use(name):
+    longer, shorter = entry(name), entry(once(name))
+    assert longer.config.model == shorter.config.model
+    assert longer.metadata.data == shorter.metadata.data
 
 
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('name', [name for name in PAPER if '450e' not in name])
-def test_flops_are_those_of_the_model_and_near_the_papers(name):
-    listed = ModelHub.get(name).metadata.data['FLOPs']
-    size = image_size(name)
-    counted = get_model_complexity_info(mmpretrain.get_model(name), (3, size, size), show_table=False, show_arch=False)
-    assert listed == pytest.approx(counted['flops'], rel=1e-3)
-    # The authors' count leaves out their LayerNorms, and the paper's the second set of classifiers.
-    assert listed / 1e6 == pytest.approx(PAPER_MFLOPS[size][parts(name)[0]], rel=7e-3)
-    assert ModelHub.get(name.replace('300e', '450e')).metadata.data['FLOPs'] == listed
+@pytest.mark.parametrize('training', ['300e', 'distill'])
+def test_parameters_and_flops_are_those_of_the_model(training):
+    """Of every other config they are compared with mmevm's own count, in test_complexity.py."""
+    name = f'efficientvim-m1_3rdparty-{training}_in1k'
+    model = mmpretrain.get_model(name)
+    listed = entry(name).metadata.data
+    assert sum(parameter.numel() for parameter in model.parameters()) == listed['Parameters']
+    counted = get_model_complexity_info(model, (3, 224, 224), show_table=False, show_arch=False)
+    assert counted['flops'] == listed['FLOPs']
 
 
 # Weights and inference
@@ -309,6 +333,21 @@ def test_a_package_without_its_index_warns_and_goes_on(other_mmpretrain):
     printed = run('import mmevm, mmpretrain.apis.model as m; assert not m.calls', other_mmpretrain)
     assert f'{other_mmpretrain / "model-index.yml"} is missing' in printed
     assert 'install mmevm again' in printed
+
+
+def test_a_name_that_is_taken_keeps_nothing_from_loading(other_mmpretrain):
+    hub = other_mmpretrain / 'mmpretrain/apis/model.py'
+    hub.write_text(
+        """
+class ModelHub:
+    @classmethod
+    def register_model_index(cls, path, config_prefix):
+        raise ValueError('The model name efficientvim-m1 is conflict')
+"""
+    )
+    printed = run('import mmevm, mmpretrain.apis.model; print("loaded")', other_mmpretrain, ROOT)
+    assert "mmpretrain does not list all of mmevm's classifiers: The model name efficientvim-m1" in printed
+    assert 'loaded' in printed
 
 
 # Installed, not editable

@@ -5,7 +5,6 @@ import pickle
 import shutil
 
 import cv2
-import numpy as np
 import pytest
 import timm
 import torch
@@ -232,78 +231,13 @@ def test_coco_subset(shapes, tmp_path):
     assert not (tmp_path / 'none.json').exists()
 
 
-CLASSIFICATION = """
-_base_ = 'mmpretrain::_base_/default_runtime.py'
-
-model = dict(
-    type='ImageClassifier',
-    backbone=dict(type='mmevm.EfficientViM', arch='m1', out_indices=(2,)),
-    neck=dict(type='GlobalAveragePooling'),
-    head=dict(type='LinearClsHead', num_classes=2, in_channels=320, topk=1),
-)
-data_preprocessor = dict(num_classes=2, mean=[127.5] * 3, std=[127.5] * 3, to_rgb=True)
-data_root = 'images/'
-dataset = dict(
-    type='CustomDataset',
-    data_root=data_root,
-    data_prefix='',
-    pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')],
-)
-train_dataloader = dict(
-    batch_size=2, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=True), dataset=dataset
-)
-val_dataloader = test_dataloader = dict(
-    batch_size=2, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dataset
-)
-val_evaluator = test_evaluator = dict(type='Accuracy', topk=1)
-train_cfg = dict(by_epoch=True, max_epochs=1)
-val_cfg = test_cfg = dict()
-optim_wrapper = dict(optimizer=dict(type='AdamW', lr=1e-3))
-default_hooks = dict(logger=dict(interval=1))
-"""
-
-
-@pytest.fixture(scope='session')
-def classification(tmp_path_factory):
-    """A folder with a config, two classes of three images, and what a training of one epoch has left and printed."""
-    folder = tmp_path_factory.mktemp('classification')
-    (folder / 'classifier.py').write_text(CLASSIFICATION)
-    rng = np.random.default_rng(0)
-    for name, brightness in dict(bright=180, dark=60).items():
-        (folder / 'images' / name).mkdir(parents=True)
-        for i in range(3):
-            image = rng.normal(brightness, 20, (64, 64, 3)).clip(0, 255)
-            cv2.imwrite(str(folder / 'images' / name / f'{i}.png'), image.astype(np.uint8))
-    return folder, train('classifier.py', cwd=folder)
-
-
-def test_train_takes_a_classifier(classification):
-    folder, printed = classification
-    steps, (evaluation,) = scalars(folder / 'work_dirs/classifier')
-    assert len(steps) == 3
-    assert all(math.isfinite(step['loss']) for step in steps)
-    assert 0 <= evaluation['accuracy/top1'] <= 100
-    assert 'Epoch(train) [1][3/3]' in printed
-
-
-def test_scaling_needs_the_batch_of_the_config(classification):
-    result = run(ROOT / 'tools/train.py', 'classifier.py', '--auto-scale-lr', cwd=classification[0])
+def test_scaling_needs_the_batch_of_the_config(tmp_path):
+    (tmp_path / 'config.py').write_text('model = dict()')
+    result = run(ROOT / 'tools/train.py', 'config.py', '--auto-scale-lr', cwd=tmp_path)
     assert 'auto_scale_lr=dict(base_batch_size=…)' in the_sentence(result)
 
 
-def test_format_only_is_for_detectors(classification):
-    flags = ['work_dirs/classifier/epoch_1.pth', '--format-only', 'results']
-    result = run(ROOT / 'tools/test.py', 'classifier.py', *flags, cwd=classification[0])
+def test_format_only_is_for_detectors(tmp_path):
+    config = ROOT / 'configs/classification/evm_m1_in1k.py'
+    result = run(ROOT / 'tools/test.py', config, 'none.pth', '--format-only', 'results', cwd=tmp_path)
     assert '--format-only is for detectors' in the_sentence(result)
-
-
-def test_test_takes_a_classifier(classification):
-    folder, _ = classification
-    checkpoint = 'work_dirs/classifier/epoch_1.pth'
-    flags = ['--out', 'predictions.pkl', '--show-dir', 'pictures']
-    printed = succeed(ROOT / 'tools/test.py', 'classifier.py', checkpoint, *flags, cwd=folder)
-    predictions = pickle.loads((folder / 'predictions.pkl').read_bytes())
-    assert len(predictions) == 6
-    right = sum(int(prediction['pred_label']) == int(prediction['gt_label']) for prediction in predictions)
-    assert f'accuracy/top1: {100 * right / 6:.4f}' in printed
-    assert list((folder / 'pictures').rglob('*.png'))

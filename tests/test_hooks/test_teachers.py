@@ -1,6 +1,8 @@
 """Short trainings by mmengine's runner, whose student has a teacher."""
 
 import copy
+import functools
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -70,8 +72,8 @@ class Recorder(Hook):
         return [i for i, losses in self.losses.items() if name in losses]
 
 
-def make_runner(folder, hooks, model=None, by_epoch=True, saving=False, **kwargs):
-    """4 images in batches of 2, so 2 iterations an epoch; 8 in all."""
+def make_runner(folder, hooks, model=None, by_epoch=True, epochs=4, saving=False, **kwargs):
+    """4 images in batches of 2, so 2 iterations an epoch; 8 in all if there are 4 epochs."""
     torch.manual_seed(0)
     return Runner(
         model=build(model or network()),
@@ -81,7 +83,7 @@ def make_runner(folder, hooks, model=None, by_epoch=True, saving=False, **kwargs
             batch_size=2,
             sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=False),
         ),
-        train_cfg=dict(by_epoch=True, max_epochs=4) if by_epoch else dict(by_epoch=False, max_iters=8),
+        train_cfg=dict(by_epoch=True, max_epochs=epochs) if by_epoch else dict(by_epoch=False, max_iters=8),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3)),
         default_hooks=dict(
             logger=dict(type='LoggerHook', interval=1),
@@ -110,11 +112,66 @@ def assert_same(state, expected):
     torch.testing.assert_close(dict(state), dict(expected), rtol=0, atol=0)
 
 
+def with_state(model, state):
+    model.load_state_dict(state)
+    return model
+
+
+def as_the_student_sees_them(iteration):
+    first = 2 * (iteration % 2)
+    return (torch.stack([sample['inputs'] for sample in dataset()[first : first + 2]]) - 127.5) / 127.5
+
+
+@pytest.fixture(scope='module')
+def mesa(tmp_path_factory):
+    """Train from the second epoch on with MESA, and note what there is before each iteration."""
+
+    @functools.cache
+    def train_once(update_buffers):
+        before, after_the_step = [], []
+
+        def note(runner):
+            average = the_average(runner)
+            moment = SimpleNamespace(student=copy.deepcopy(runner.model.state_dict()))
+            moment.average = copy.deepcopy(average.state_dict())
+            moment.answer = None if runner.model.teacher is None else runner.model.teacher(IMAGES)
+            moment.average_once_asked = copy.deepcopy(average.state_dict())
+            before.append(moment)
+
+        class AfterTheStep(Hook):
+            priority = 'VERY_HIGH'  # before EMAHook averages
+
+            def after_train_iter(self, runner, *args, **kwargs):
+                after_the_step.append(copy.deepcopy(the_average(runner).state_dict()))
+
+        folder = tmp_path_factory.mktemp('mesa')
+        recorder = Recorder(note)
+        hooks = [dict(EMA, update_buffers=update_buffers), dict(type='mmevm.MESAHook'), AfterTheStep(), recorder]
+        runner = train(folder, hooks, saving=True)
+        return SimpleNamespace(
+            folder=folder, runner=runner, recorder=recorder, before=before, after_the_step=after_the_step
+        )
+
+    return train_once
+
+
+def assert_begins_at(first, folder, runner, recorder):
+    assert list(recorder.losses) == recorder.having('loss') == list(range(8))
+    assert recorder.having('loss_mesa') == list(range(first, 8))
+    assert runner.model.teacher is None
+    (log,) = folder.glob('*/*.log')
+    assert log.read_text().count('MESA begins at iteration') == 1
+    assert f'MESA begins at iteration {first} of 8.' in log.read_text()
+
+
 class TestMESA:
+    def test_begins_at_a_quarter_of_the_training(self, mesa):
+        training = mesa(update_buffers=True)
+        assert_begins_at(2, training.folder, training.runner, training.recorder)
+
     @pytest.mark.parametrize(
         ('by_epoch', 'ema', 'begin', 'first'),
         [
-            (True, 'EMAHook', {}, 2),
             (False, 'mmengine.EMAHook', {}, 2),
             (False, 'EMAHook', dict(begin=0.0), 0),
             (True, 'mmengine.EMAHook', dict(begin=0.55), 5),
@@ -123,74 +180,53 @@ class TestMESA:
     def test_begins_at_its_share_of_the_training(self, tmp_path, by_epoch, ema, begin, first):
         recorder = Recorder()
         hooks = [dict(EMA, type=ema), dict(type='mmevm.MESAHook', **begin), recorder]
-        runner = train(tmp_path, hooks, by_epoch=by_epoch)
-        assert list(recorder.losses) == recorder.having('loss') == list(range(8))
-        assert recorder.having('loss_mesa') == list(range(first, 8))
-        assert runner.model.teacher is None
-        (log,) = tmp_path.glob('*/*.log')
-        assert log.read_text().count('MESA begins at iteration') == 1
-        assert f'MESA begins at iteration {first} of 8.' in log.read_text()
+        assert_begins_at(first, tmp_path, train(tmp_path, hooks, by_epoch=by_epoch), recorder)
 
     @pytest.mark.parametrize('update_buffers', [True, False])
-    def test_the_teacher_is_the_average_in_eval_mode_and_does_not_move_by_being_asked(self, tmp_path, update_buffers):
-        answers, states = [], []
+    def test_the_teacher_is_the_average_in_eval_mode_and_does_not_move_by_being_asked(self, mesa, update_buffers):
+        training = mesa(update_buffers=update_buffers)
+        for moment, after_the_step in zip(training.before, training.after_the_step, strict=True):
+            assert_same(moment.average_once_asked, moment.average)
+            assert_same(after_the_step, moment.average)
+        taught = [moment for moment in training.before if moment.answer is not None]
+        assert len(taught) == 6
+        for moment in taught:
+            reference = with_state(build(network()), moment.average).eval()
+            torch.testing.assert_close(moment.answer, reference(IMAGES), rtol=0, atol=0)
+            assert not torch.allclose(moment.answer, with_state(build(network()), moment.student).train()(IMAGES))
+        assert not torch.allclose(taught[0].answer, taught[-1].answer)
 
-        def check(runner):
-            states.append(copy.deepcopy(the_average(runner).state_dict()))
-            if runner.model.teacher is not None:
-                reference = build(network())
-                reference.load_state_dict(states[-1])
-                answer = runner.model.teacher(IMAGES)
-                torch.testing.assert_close(answer, reference.eval()(IMAGES), rtol=0, atol=0)
-                assert not torch.allclose(answer, runner.model(IMAGES))
-                assert_same(the_average(runner).state_dict(), states[-1])
-                answers.append(answer)
-
-        class AfterTheStep(Hook):
-            priority = 'VERY_HIGH'  # before EMAHook averages
-
-            def after_train_iter(self, runner, *args, **kwargs):
-                assert_same(the_average(runner).state_dict(), states[-1])
-
-        hooks = [dict(EMA, update_buffers=update_buffers), dict(type='mmevm.MESAHook'), AfterTheStep(), Recorder(check)]
-        train(tmp_path, hooks)
-        assert len(answers) == 6
-        assert not torch.allclose(answers[0], answers[-1])
-
-    def test_the_loss_is_of_the_average_of_that_iteration(self, tmp_path):
-        expected = {}
-        batches = [torch.stack([sample['inputs'] for sample in dataset()[i : i + 2]]) for i in (0, 2)]
-
-        def check(runner):
-            images = (batches[runner.iter % 2] - 127.5) / 127.5
-            student, average = build(network()).train(), build(network()).eval()
-            student.load_state_dict(runner.model.state_dict())
-            average.load_state_dict(the_average(runner).state_dict())
+    def test_the_loss_is_of_the_average_of_that_iteration(self, mesa):
+        training = mesa(update_buffers=True)
+        for i in range(2, 8):
+            images = as_the_student_sees_them(i)
+            student = with_state(build(network()), training.before[i].student).train()
+            average = with_state(build(network()), training.before[i].average).eval()
             with torch.no_grad():
-                expected[runner.iter] = -(average(images).softmax(1) * student(images).log_softmax(1)).sum(1).mean()
-
-        recorder = Recorder(check)
-        train(tmp_path, [EMA, dict(type='mmevm.MESAHook', begin=0.75), recorder])
-        for i in (6, 7):
-            torch.testing.assert_close(recorder.losses[i]['loss_mesa'], expected[i])
+                expected = -(average(images).softmax(1) * student(images).log_softmax(1)).sum(1).mean()
+            torch.testing.assert_close(training.recorder.losses[i]['loss_mesa'], expected)
 
     @pytest.mark.parametrize(('begin', 'first'), [(0.25, 4), (0.7, 6)])
-    def test_a_resumed_training_goes_on_as_if_nothing_had_happened(self, tmp_path, begin, first):
-        mesa = dict(type='mmevm.MESAHook', begin=begin)
-        whole = train(tmp_path / 'whole', [EMA, mesa, Recorder()])
+    def test_a_resumed_training_goes_on_as_if_nothing_had_happened(self, tmp_path, mesa, begin, first):
+        hook = dict(type='mmevm.MESAHook', begin=begin)
+        if begin == 0.25:  # as by default
+            whole = mesa(update_buffers=True).runner
+        else:
+            whole = train(tmp_path / 'whole', [EMA, hook, Recorder()])
         with pytest.raises(InterruptedError):
-            train(tmp_path / 'part', [EMA, mesa, Recorder(stop_at=5)], saving=True)
+            train(tmp_path / 'part', [EMA, hook, Recorder(stop_at=5)], saving=True)
         recorder = Recorder()
-        rest = make_runner(tmp_path / 'part', [EMA, mesa, recorder], resume=True)
+        rest = make_runner(tmp_path / 'part', [EMA, hook, recorder], resume=True)
         rest.train()
         assert list(recorder.losses) == list(range(4, 8))
         assert recorder.having('loss_mesa') == list(range(first, 8))
         assert_same(rest.model.state_dict(), whole.model.state_dict())
         assert_same(the_average(rest).state_dict(), the_average(whole).state_dict())
 
-    def test_a_checkpoint_has_the_weights_of_the_average_and_no_others(self, tmp_path):
-        runner = train(tmp_path, [EMA, dict(type='mmevm.MESAHook'), Recorder()], saving=True)
-        checkpoint = torch.load(tmp_path / 'epoch_4.pth', weights_only=False)
+    def test_a_checkpoint_has_the_weights_of_the_average_and_no_others(self, mesa):
+        training = mesa(update_buffers=True)
+        runner = training.runner
+        checkpoint = torch.load(training.folder / 'epoch_4.pth', weights_only=False)
         assert_same(checkpoint['state_dict'], the_average(runner).state_dict())
         assert not torch.equal(checkpoint['state_dict']['head.heads.0.weight'], runner.model.head.heads[0].weight)
         assert set(checkpoint['state_dict']) == set(build(network('ImageClassifier')).state_dict())
@@ -245,50 +281,59 @@ TEACHERS = [
 ]
 
 
-class TestDistillation:
-    @pytest.mark.parametrize('kind', TEACHERS)
-    def test_the_teacher_has_the_weights_of_the_file_to_the_end_and_is_in_no_checkpoint(self, tmp_path, kind):
-        cfg, reference = write_teacher(kind, tmp_path)
-        answers = []
+@pytest.fixture(scope='module')
+def distillation(tmp_path_factory):
+    """Train with a teacher, and note what there is before each iteration."""
 
-        def check(runner):
+    @functools.cache
+    def train_once(kind):
+        folder = tmp_path_factory.mktemp('distillation')
+        cfg, reference = write_teacher(kind, folder)
+        answers, students = [], []
+
+        def note(runner):
+            students.append(copy.deepcopy(runner.model.state_dict()))
             answers.append(runner.model.teacher(IMAGES))
             parameters = {id(p) for group in runner.optim_wrapper.param_groups for p in group['params']}
             assert parameters == {id(p) for p in runner.model.parameters()}
 
-        recorder = Recorder(check)
+        recorder = Recorder(note)
         hooks = [EMA, ConfigDict(type='mmevm.DistillationHook', teacher=cfg), recorder]
-        runner = train(tmp_path / 'work', hooks, model=network(distilled=True), saving=True)
-        assert recorder.having('loss_distill') == recorder.having('loss') == list(range(8))
-        assert len(answers) == 8
-        for answer in answers:
+        runner = train(folder, hooks, model=network(distilled=True), epochs=2, saving=True)
+        return SimpleNamespace(
+            folder=folder, runner=runner, recorder=recorder, reference=reference, answers=answers, students=students
+        )
+
+    return train_once
+
+
+class TestDistillation:
+    @pytest.mark.parametrize('kind', TEACHERS)
+    def test_the_teacher_has_the_weights_of_the_file_to_the_end_and_is_in_no_checkpoint(self, distillation, kind):
+        training = distillation(kind)
+        recorder, runner = training.recorder, training.runner
+        assert recorder.having('loss_distill') == recorder.having('loss') == list(range(4))
+        assert len(training.answers) == 4
+        for answer in training.answers:
             assert not answer.requires_grad
-            torch.testing.assert_close(answer, reference(IMAGES).detach(), rtol=0, atol=0)
+            torch.testing.assert_close(answer, training.reference(IMAGES).detach(), rtol=0, atol=0)
         assert runner.model.teacher is None
 
-        checkpoint = torch.load(tmp_path / 'work' / 'epoch_4.pth', weights_only=False)
+        checkpoint = torch.load(training.folder / 'epoch_2.pth', weights_only=False)
         assert_same(checkpoint['state_dict'], the_average(runner).state_dict())
         names = set(build(network('ImageClassifier', distilled=True)).state_dict())
         assert set(checkpoint['state_dict']) == names
         assert {name.removeprefix('module.') for name in checkpoint['ema_state_dict']} == {*names, 'steps'}
 
-    def test_the_loss_is_of_the_teachers_choice(self, tmp_path):
-        cfg, reference = write_teacher('mmpretrain init_cfg', tmp_path)
-        batches = [torch.stack([sample['inputs'] for sample in dataset()[i : i + 2]]) for i in (0, 2)]
-        expected = {}
-
-        def check(runner):
-            images = (batches[runner.iter % 2] - 127.5) / 127.5
-            student = build(network(distilled=True)).train()
-            student.load_state_dict(runner.model.state_dict())
+    def test_the_loss_is_of_the_teachers_choice(self, distillation):
+        training = distillation('mmpretrain init_cfg')
+        for i, state in enumerate(training.students):
+            images = as_the_student_sees_them(i)
+            student = with_state(build(network(distilled=True)), state).train()
             with torch.no_grad():
-                choice = reference(images).argmax(1)
-                expected[runner.iter] = -student(images)[1].log_softmax(1)[range(2), choice].mean() / 2
-
-        recorder = Recorder(check)
-        train(tmp_path, [dict(type='mmevm.DistillationHook', teacher=cfg), recorder], model=network(distilled=True))
-        for i in range(8):
-            torch.testing.assert_close(recorder.losses[i]['loss_distill'], expected[i])
+                choice = training.reference(images).argmax(1)
+                expected = -student(images)[1].log_softmax(1)[range(2), choice].mean() / 2
+            torch.testing.assert_close(training.recorder.losses[i]['loss_distill'], expected)
 
     def test_a_head_that_is_not_distilled_is_an_error(self, tmp_path):
         cfg, _ = write_teacher('mmpretrain init_cfg', tmp_path)
@@ -316,9 +361,10 @@ class TestDistillation:
     @pytest.mark.parametrize(
         ('kind', 'harm'),
         [
-            ('timm init_cfg', 'one tensor'),
-            ('mmpretrain init_cfg', 'all tensors'),
-            ('mmpretrain pretrained', 'one tensor'),
+            ('timm init_cfg', 'one tensor is missing'),
+            ('timm init_cfg', 'one tensor has another shape'),
+            ('mmpretrain init_cfg', 'all tensors are missing'),
+            ('mmpretrain pretrained', 'one tensor is missing'),
         ],
     )
     def test_a_teacher_that_does_not_receive_everything_is_an_error(self, tmp_path, kind, harm):
@@ -327,15 +373,34 @@ class TestDistillation:
         content = torch.load(path)
         state = content.get('state_dict', content)
         (name,) = [name for name in state if name.endswith('stages.1.blocks.0.ffn.fc1.conv.weight')]
-        rest = {k: v for k, v in state.items() if k != name}
-        torch.save(rest if harm == 'one tensor' else {'x.y': state[name]}, path)
+        harmed, told = {
+            'one tensor is missing': (
+                {k: v for k, v in state.items() if k != name},
+                r'208 tensors: 1 missing \(.*fc1\.conv\.weight\)',
+            ),
+            'one tensor has another shape': (
+                {**state, name: state[name][:-1]},
+                r'fc1\.conv\.weight: .* expected, .* in the file',
+            ),
+            'all tensors are missing': ({'x.y': state[name]}, r'208 missing .*The file has x\.y'),
+        }[harm]
+        torch.save(harmed, path)
         runner = make_runner(
             tmp_path, [dict(type='mmevm.DistillationHook', teacher=cfg), Recorder()], model=network(distilled=True)
         )
-        lacks = r'lacks 1 tensors of the teacher \(.*fc1\.conv\.weight\)' if harm == 'one tensor' else r'it has x\.y'
-        with pytest.raises(CheckpointError, match=lacks) as error:
+        with pytest.raises(CheckpointError, match=told) as error:
             runner.train()
         assert str(path) in str(error.value)
+
+    def test_weights_that_cannot_be_had_are_an_error(self, tmp_path, monkeypatch):
+        monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+        monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
+        name = 'test_resnet.r160_in1k'
+        teacher = dict(type='mmpretrain.TimmClassifier', model_name=name, pretrained=True)
+        hooks = [dict(type='mmevm.DistillationHook', teacher=teacher), Recorder()]
+        runner = make_runner(tmp_path, hooks, model=network(distilled=True))
+        with pytest.raises(CheckpointError, match=rf'{name} could not be had .* give checkpoint_path='):
+            runner.train()
 
     def test_a_teacher_of_other_classes_is_an_error(self, tmp_path):
         path = tmp_path / 'teacher.pth'
