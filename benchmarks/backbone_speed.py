@@ -2,10 +2,12 @@
 
     python benchmarks/backbone_speed.py --json docs/benchmarks/backbone_speed.json
 
-The machine's speed drifts, so the two take turns, and the ratio of their medians is the figure to quote.
+Forward also has both in their forms for inference: ours after `switch_to_deploy`, timm's after `reparameterize_model`
+and in channels_last. The machine's speed drifts, so all take turns, and ratios of their medians are what to quote.
 """
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -14,9 +16,22 @@ from pathlib import Path
 
 import timm
 import torch
+from timm.utils import reparameterize_model
 from tqdm import trange
 
 from mmevm.models import EfficientViM
+
+
+class ChannelsLast(torch.nn.Module):
+    """A model whose weights and images are in channels_last."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model.to(memory_format=torch.channels_last)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """As the model."""
+        return self.model(x.contiguous(memory_format=torch.channels_last))
 
 
 def measure(model: torch.nn.Module, x: torch.Tensor, backward: bool) -> float:
@@ -48,6 +63,12 @@ def main() -> None:
     torch.manual_seed(0)
     timm_name = f'efficientvim_{args.arch}'
     models = {'mmevm': EfficientViM(args.arch), 'timm': timm.create_model(timm_name, features_only=True)}
+    for model in models.values():
+        model.to(args.device).eval()
+    deployed = copy.deepcopy(models['mmevm'])
+    deployed.switch_to_deploy()
+    reparameterised = reparameterize_model(models['timm'])  # a copy
+    forms = {'mmevm deployed': deployed, 'timm reparameterised': ChannelsLast(reparameterised)}
     x = torch.randn(args.batch_size, 3, args.size, args.size, device=args.device)
     result = dict(
         arguments={key: value for key, value in vars(args).items() if key != 'json'},
@@ -55,22 +76,22 @@ def main() -> None:
         device=torch.cuda.get_device_name() if x.is_cuda else _cpu_name(),
         seconds={},
     )
-    for task, train in [('forward', False), ('forward+backward', True)]:
-        for model in models.values():
-            model.to(args.device).train(train)
+    for task, competitors in [('forward', models | forms), ('forward+backward', models)]:
+        train = task != 'forward'
+        for model in competitors.values():
+            model.train(train)
             for _ in range(3):
                 measure(model, x, backward=train)
-        seconds = {name: [] for name in models}
+        seconds = {name: [] for name in competitors}
         for i in trange(args.rounds, desc=task):
-            for name in sorted(models, reverse=i % 2):
-                seconds[name].append(measure(models[name], x, backward=train))
+            for name in sorted(competitors, reverse=i % 2):
+                seconds[name].append(measure(competitors[name], x, backward=train))
         result['seconds'][task] = seconds
         medians = {name: statistics.median(values) for name, values in seconds.items()}
-        print(
-            f'{task}: '
-            + ', '.join(f'{name} {1e3 * median:.1f} ms' for name, median in medians.items())
-            + f', mmevm / timm {medians["mmevm"] / medians["timm"]:.3f}'
-        )
+        print(f'{task}: ' + ', '.join(f'{name} {1e3 * median:.1f} ms' for name, median in medians.items()))
+        for ours, theirs in [('mmevm', 'timm'), ('mmevm deployed', 'timm reparameterised')]:
+            if ours in medians:
+                print(f'    {ours} / {theirs} {medians[ours] / medians[theirs]:.3f}')
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + '\n')
