@@ -1,4 +1,5 @@
-# `make demo`, `make demo-classification` and `make test` need Python with venv, make and git, and nothing else. A second call reuses the environment.
+# `make demo`, `make demo-classification` and `make test` need Python with venv, make and git, and nothing else. A second
+# call reuses the environment.
 #   PYTHON=python3.12           the Python to make it with
 #   FAMILY=onedl                whose OpenMMLab packages: onedl or openmmlab
 #   VENV=.venv                  where it is; .venv-openmmlab for the other family

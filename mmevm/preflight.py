@@ -97,13 +97,16 @@ def _check_files(key: str, dataset: dict) -> None:
             )
 
 
+def _kind(name: str | type, scope: str | None) -> Any:
+    """The class of a dataset's type."""
+    with DATASETS.switch_scope_and_registry(scope) as registry:
+        return name if isinstance(name, type) else registry.get(name)
+
+
 def _classes(dataset: dict, scope: str | None) -> tuple[str, ...] | None:
     classes = (dataset.get('metainfo') or {}).get('classes')
     if classes is None:
-        kind = dataset['type']
-        with DATASETS.switch_scope_and_registry(scope) as registry:
-            kind = kind if isinstance(kind, type) else registry.get(kind)
-        classes = getattr(kind, 'METAINFO', {}).get('classes')
+        classes = getattr(_kind(dataset['type'], scope), 'METAINFO', {}).get('classes')
     if isinstance(classes, str):  # the name of the only class, or of a file with one name a line
         classes = list_from_file(classes) if Path(classes).is_file() else [classes]
     return None if classes is None else tuple(classes)
@@ -111,9 +114,7 @@ def _classes(dataset: dict, scope: str | None) -> tuple[str, ...] | None:
 
 def _class_folders(key: str, dataset: dict, scope: str, training: bool) -> tuple[str, ...] | None:
     """The folders after which mmpretrain numbers its classes; None if they come from a list of files, or elsewhere."""
-    with DATASETS.switch_scope_and_registry(scope) as registry:
-        kind = dataset['type'] if isinstance(dataset['type'], type) else registry.get(dataset['type'])
-        by_folders = registry.get('CustomDataset')
+    kind, by_folders = _kind(dataset['type'], scope), _kind('CustomDataset', scope)
     if not (isinstance(kind, type) and issubclass(kind, by_folders)) or not dataset.get('with_label', True):
         return None
     split = dataset.get('split') or ''

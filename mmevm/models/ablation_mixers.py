@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from mmevm.registry import MODELS
 
 from .layers import ConvNorm
-from .mixers import inner_channels
+from .mixers import HSMSSD
 
 
 @MODELS.register_module()
-class MultiHeadHSMSSD(nn.Module):
+class MultiHeadHSMSSD(HSMSSD):
     """HSM-SSD whose tokens have one importance per head in place of one per state (paper, Table C, E and F).
 
     In this "multi-input SSD" (Sec. 3.2) the heads, groups of adjacent channels, share B and C. All else is as in
@@ -32,15 +32,11 @@ class MultiHeadHSMSSD(nn.Module):
     """
 
     def __init__(self, channels: int, state_dim: int, ssd_expand: float = 1.0, head_dim: int | None = 32) -> None:
-        super().__init__()
-        inner = inner_channels(channels, ssd_expand)
-        conv1d = dict(type='Conv1d')
+        super().__init__(channels, state_dim, ssd_expand)
+        self.A = None
         self.splits = (state_dim, state_dim, _count_heads(channels, head_dim))
-        self.BCdt_proj = ConvNorm(channels, sum(self.splits), 1, conv_cfg=conv1d)
+        self.BCdt_proj = ConvNorm(channels, sum(self.splits), 1, conv_cfg=dict(type='Conv1d'))
         self.dw = ConvNorm(sum(self.splits), sum(self.splits), 3, groups=sum(self.splits))
-        self.hz_proj = ConvNorm(channels, 2 * inner, 1, conv_cfg=conv1d)
-        self.out_proj = ConvNorm(inner, channels, 1, conv_cfg=conv1d)
-        self.D = nn.Parameter(torch.ones(1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mix the tokens of a feature map.
@@ -56,8 +52,7 @@ class MultiHeadHSMSSD(nn.Module):
         bcdt = self.dw(self.BCdt_proj(x).unflatten(2, size))
         b, c, dt = bcdt.flatten(2).split(self.splits, dim=1)  # 2 × (B, N, L), (B, heads, L)
         h = _weigh(x, dt) @ b.to(x.dtype).transpose(1, 2)  # (B, D, N), Eq. 4 of each head
-        h, z = self.hz_proj(h).chunk(2, dim=1)  # 2 × (B, D', N)
-        h = self.out_proj(h * (F.silu(z) + self.D))  # (B, D, N), f(h) of Eq. 11
+        h = self.mix_states(h)  # (B, D, N)
         y = h @ c  # (B, D, L), Eq. 11
         return y.unflatten(2, size), h
 

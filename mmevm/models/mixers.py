@@ -33,7 +33,9 @@ class HSMSSD(nn.Module):
 
     def __init__(self, channels: int, state_dim: int, ssd_expand: float = 1.0) -> None:
         super().__init__()
-        inner = inner_channels(channels, ssd_expand)
+        inner = int(ssd_expand * channels)
+        if inner < 1:
+            raise ValueError(f'ssd_expand={ssd_expand} of {channels} channels leaves none: give a larger number.')
         conv1d = dict(type='Conv1d')
         self.state_dim = state_dim
         self.BCdt_proj = ConvNorm(channels, 3 * state_dim, 1, conv_cfg=conv1d)
@@ -61,19 +63,11 @@ class HSMSSD(nn.Module):
         # At least float32: an importance is about 1/L, near the smallest number of float16 on a large image.
         a = F.softmax(dt, dim=-1, dtype=torch.promote_types(dt.dtype, torch.float32))  # (B, N, L)
         h = x @ (a * b).to(x.dtype).transpose(1, 2)  # (B, D, N), Eq. 14
-        h, z = self.hz_proj(h).chunk(2, dim=1)  # 2 × (B, D', N)
-        h = self.out_proj(h * (F.silu(z) + self.D))  # (B, D, N), f(h) of Eq. 11 with a skip weighted by D
+        h = self.mix_states(h)  # (B, D, N)
         y = h @ c  # (B, D, L), Eq. 11
         return y.reshape(batch, channels, height, width), h
 
-
-def inner_channels(channels: int, ssd_expand: float) -> int:
-    """Channels of a hidden state between its two projections.
-
-    Raises:
-        ValueError: If that is none.
-    """
-    inner = int(ssd_expand * channels)
-    if inner < 1:
-        raise ValueError(f'ssd_expand={ssd_expand} of {channels} channels leaves none: give a larger number.')
-    return inner
+    def mix_states(self, h: Tensor) -> Tensor:
+        """Mix the channels of the hidden states (B, D, N): the hidden state mixer, f(h) of Eq. 11."""
+        h, z = self.hz_proj(h).chunk(2, dim=1)  # 2 × (B, D', N)
+        return self.out_proj(h * (F.silu(z) + self.D))  # (B, D, N), with a skip weighted by D
