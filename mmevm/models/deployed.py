@@ -2,10 +2,8 @@
 
 BatchNorm disappears into convolutions, convex gates into depthwise kernels and projections, LayerNorm's weight and bias
 into what follows it, shortcuts around depthwise convolutions into their kernels. All of it is algebra, done in float64.
-Maps stay in memory as (B, H, W, C), where a 1×1 convolution is a matrix product and LayerNorm needs no copy.
+Maps are (B, C, H, W) in channels_last, where LayerNorm and the products over tokens need no copy.
 """
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -66,18 +64,16 @@ class DeployedBlock(nn.Module):
         weight, bias = _gated_shortcut(block.dwconv2, gates[2], rests[2])
         self.dwconv2 = _conv(_times(weight, rests[1] * rests[3]), bias * rests[3], like=block.dwconv2.conv)
 
-        weight, bias = _flat(fold_norm(block.ffn.fc1))
-        self.fc1 = _linear(weight / rests[3], bias)
-        weight, bias = _flat(fold_norm(block.ffn.fc2))
-        self.fc2 = _linear(_times(weight, gates[3]), bias * gates[3])
+        weight, bias = fold_norm(block.ffn.fc1)
+        self.fc1 = _conv(weight / rests[3].view(-1, 1, 1), bias, like=block.ffn.fc1.conv)
+        weight, bias = fold_norm(block.ffn.fc2)
+        self.fc2 = _conv(_times(weight, gates[3]), bias * gates[3], like=block.ffn.fc2.conv)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """As ``Block``: (B, C, H, W) to the same, and the hidden states (B, C, N) if they are wanted."""
         x, h = self.mixer(self.dwconv1(x), self.out_hidden_states)
         x = self.dwconv2(x)
-        tokens = x.permute(0, 2, 3, 1)  # (B, H, W, C)
-        tokens = self.fc2(F.relu_(self.fc1(tokens))).add_(tokens)
-        return tokens.permute(0, 3, 1, 2), h
+        return self.fc2(F.relu_(self.fc1(x))).add_(x), h
 
 
 class DeployedHSMSSD(nn.Module):
@@ -114,14 +110,13 @@ class DeployedHSMSSD(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         normed = F.layer_norm(x.to(wide), (channels,), eps=self.eps).to(x.dtype)
         bcdt = self.BCdt_proj(normed).view(batch, height, width, -1).permute(0, 3, 1, 2)
-        bcdt = self.dw(bcdt).permute(0, 2, 3, 1).reshape(batch, -1, 3 * self.state_dim)
-        b, c, dt = bcdt.split(self.state_dim, dim=-1)  # 3 × (B, L, N)
-        ab = (F.softmax(dt, dim=1, dtype=wide) * b).to(x.dtype)  # (B, L, N)
-        h = ab.transpose(1, 2) @ normed  # (B, N, D)
-        hz = F.linear(h, self.hz_proj.weight) + ab.sum(1).unsqueeze(-1) * self.hz_proj.bias
+        b, c, dt = self.dw(bcdt).flatten(2).split(self.state_dim, dim=1)  # 3 × (B, N, L)
+        ab = (F.softmax(dt, dim=-1, dtype=wide) * b).to(x.dtype)  # (B, N, L)
+        h = ab @ normed  # (B, N, D)
+        hz = F.linear(h, self.hz_proj.weight) + ab.sum(2, keepdim=True) * self.hz_proj.bias
         h, z = hz.chunk(2, dim=-1)  # 2 × (B, N, D')
         h = self.out_proj(h * (F.silu(z) + self.D))  # (B, N, D)
-        x = torch.baddbmm(x, c.to(h.dtype), h)  # (B, L, D)
+        x = torch.baddbmm(x, c.transpose(1, 2).to(h.dtype), h)  # (B, L, D)
         x = x.view(batch, height, width, channels).permute(0, 3, 1, 2)
         return x, (h / self.ratio).transpose(1, 2) if out_hidden_states else None
 
@@ -160,16 +155,16 @@ class DeployedPatchMerging(nn.Module):
         expand, dwconv, self.se, reduce = downsample.conv
         one = torch.ones(())
         self.dwconv1 = _conv(*_gated_shortcut(downsample.dwconv1, one, one), like=downsample.dwconv1.conv)
-        self.fc1 = _linear(*_flat(fold_norm(expand)))
+        self.fc1 = _conv(*fold_norm(expand), like=expand.conv)
         self.dwconv = _conv(*fold_norm(dwconv), like=dwconv.conv)
-        self.fc2 = _linear(*_flat(fold_norm(reduce)))
+        self.fc2 = _conv(*fold_norm(reduce), like=reduce.conv)
         self.dwconv2 = _conv(*_gated_shortcut(downsample.dwconv2, one, one), like=downsample.dwconv2.conv)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, out_channels, ceil(H/2), ceil(W/2)), in channels_last."""
-        x = F.relu_(self.fc1(self.dwconv1(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        x = F.relu_(self.fc1(self.dwconv1(x)))
         x = self.se(F.relu_(self.dwconv(x)))
-        return self.dwconv2(self.fc2(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        return self.dwconv2(self.fc2(x))
 
 
 def fold_norm(layer: ConvNorm) -> tuple[Tensor, Tensor]:
@@ -209,11 +204,6 @@ def _gated_shortcut(layer: ConvNorm, gate: Tensor, rest: Tensor) -> tuple[Tensor
 def _times(weight: Tensor, factor: Tensor) -> Tensor:
     """A weight times a factor for each of its outputs."""
     return weight * factor.to(weight).view(-1, *[1] * (weight.ndim - 1))
-
-
-def _flat(weight_and_bias: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    weight, bias = weight_and_bias
-    return weight.flatten(1), bias
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

@@ -21,6 +21,10 @@ from mmevm.registry import MODELS
 from .deployed import DeployedBlock, DeployedPatchMerging, DeployedStem
 from .layers import FFN, ConvNorm, PatchMerging, Stem
 
+_PIXELS_AT_ONCE = 4 * 512**2  # docs/performance.md
+
+_is_compiling = getattr(torch.compiler, 'is_compiling', torch.jit.is_tracing)  # torch 2.1 has only the latter
+
 
 class Block(nn.Module):
     """Depthwise conv, HSM-SSD, depthwise conv, FFN, each behind a convex gate (paper, Sec. 3.3 and Fig. 4).
@@ -271,6 +275,15 @@ class EfficientViM(BaseModule):
         Raises:
             ValueError: If the hidden states are wanted of a mixer that has none.
         """
+        if self.deploy and x.device.type == 'cpu' and not torch.jit.is_tracing() and not _is_compiling():
+            # So few images at a time that what lies between two layers stays in the cache.
+            images = max(_PIXELS_AT_ONCE // max(x.shape[2] * x.shape[3], 1), 1)
+            if len(x) > images:
+                parts = [self._extract(part) for part in x.split(images)]
+                return tuple(torch.cat(outs) for outs in zip(*parts, strict=True))
+        return self._extract(x)
+
+    def _extract(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.patch_embed(x)
         hidden_states, maps = [], []
         for i, stage in enumerate(self.stages):

@@ -6,8 +6,10 @@ Attribute names are those of the authors' checkpoints, so that weights can be fo
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_conv_layer, build_norm_layer
+from mmcv.cnn.bricks.conv_module import efficient_conv_bn_eval_forward
 from timm.layers import SqueezeExcite
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmevm.registry import MODELS
 
@@ -57,7 +59,14 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, …) to (B, out_channels, …)."""
+        if self.training and self._has_fixed_statistics():
+            # Of one convolution autograd keeps less than of a convolution and a norm, and gives the same gradients.
+            return self.act(efficient_conv_bn_eval_forward(self.norm, self.conv, x))
         return self.act(self.norm(self.conv(x)))
+
+    def _has_fixed_statistics(self) -> bool:
+        norm = self.norm
+        return isinstance(norm, _BatchNorm) and not norm.training and norm.running_var is not None
 
 
 class Stem(nn.Module):

@@ -9,7 +9,7 @@ from randomise import randomise
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmevm.models import EfficientViM
+from mmevm.models import EfficientViM, efficientvim
 
 TINY = dict(embed_dims=(16, 32, 48), depths=(1, 2, 1), state_dims=(9, 4, 4))
 
@@ -69,6 +69,21 @@ def test_gates_that_are_closed_or_open(alpha):
         for block in stage.blocks:
             block.alpha.data.fill_(alpha)
     assert_same(model, torch.randn(1, 3, 64, 64), tolerance=1e-4)
+
+
+def test_a_batch_that_is_taken_in_parts(monkeypatch):
+    monkeypatch.setattr(efficientvim, '_PIXELS_AT_ONCE', 2 * 64 * 48 + 1)
+    model = deployed(tiny(out_hidden_states=True))
+    batches = []
+    model.patch_embed.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    x = torch.randn(5, 3, 64, 48)
+    outs = model(x)
+    assert batches == [2, 2, 1]
+    for out, ref in zip(outs, zip(*(model(image[None]) for image in x), strict=True), strict=True):
+        torch.testing.assert_close(out, torch.cat(ref))
+    batches.clear()
+    model(torch.randn(3, 3, 96, 96))
+    assert batches == [1, 1, 1]
 
 
 def test_any_memory_layout():

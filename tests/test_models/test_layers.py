@@ -44,6 +44,43 @@ def test_conv_norm_order_and_names():
     assert conv(x).shape == (2, 4, 4, 5)
 
 
+@pytest.mark.parametrize('affine', [True, False])
+def test_with_fixed_statistics_a_conv_norm_learns_the_same_and_keeps_less(affine):
+    layer = ConvNorm(3, 4, 3, norm_cfg=dict(BN, affine=affine), relu=True).double().train()
+    layer.norm.eval()
+    layer.norm.running_mean.normal_()
+    layer.norm.running_var.uniform_(0.5, 2)
+    if affine:
+        nn.init.normal_(layer.norm.weight)
+        nn.init.normal_(layer.norm.bias)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.double, requires_grad=True)
+    learnt = [x, *layer.parameters()]
+    results = []
+    for f in (layer, lambda x: layer.norm(layer.conv(x)).clamp(min=0)):
+        maps = {}
+
+        def keep(tensor, maps=maps):
+            if tensor.numel() >= 2 * 3 * 16 * 16:
+                maps[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = f(x)
+        results.append((out, torch.autograd.grad(out.square().sum(), learnt), sum(maps.values())))
+    (out, gradients, kept), (expected, expected_gradients, kept_by_both) = results
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(gradients, expected_gradients)
+    assert kept == 8 * 2 * (3 + 4) * 16 * 16  # what comes in and what goes out
+    assert kept < kept_by_both
+
+
+def test_a_norm_without_statistics_of_its_own_stays_one():
+    layer = ConvNorm(3, 4, 3, norm_cfg=dict(BN, track_running_stats=False)).train()
+    layer.norm.eval()
+    out = layer(torch.randn(2, 3, 16, 16))
+    torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
+
+
 def test_stem_has_no_relu_at_its_end():
     stem = Stem(3, 16, BN)
     out = stem(torch.randn(2, 3, 70, 33))
