@@ -60,8 +60,14 @@ setup(
             'mmpretrain>=1.2.0',
             'setuptools<81',  # mmengine 0.10 imports pkg_resources
         ],
+        'export': ['onnx', 'onnxscript', 'onnxruntime', 'openvino'],
         'dev': [
+            'coremltools',
             'matplotlib',
+            'onnx',
+            'onnxruntime',
+            'onnxscript',
+            'openvino',
             'pytest',
             'pytest-timeout',
             'pytest-xdist',

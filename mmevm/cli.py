@@ -13,6 +13,7 @@ from mmengine.hub import get_config
 from mmengine.runner import Runner
 
 from .checkpoints import CheckpointError
+from .export import ExportError
 from .preflight import ConfigError
 
 
@@ -20,7 +21,7 @@ def run(main: Callable[[], None]) -> None:
     """Run a command line; of an error that its sentence explains, print the sentence alone and exit with 1."""
     try:
         main()
-    except (CheckpointError, ConfigError) as error:
+    except (CheckpointError, ConfigError, ExportError) as error:
         sys.exit(f'{type(error).__name__}: {error}')
 
 
@@ -55,7 +56,8 @@ def read_config(path: str) -> Config:
     """
     try:
         return get_config(path) if '::' in path else Config.fromfile(path)
-    except (AssertionError, ImportError, OSError, ValueError) as error:  # mmengine asserts that it knows a package
+    # mmengine asserts that it knows a package, and has a TypeError for a dict over a base's string without _delete_.
+    except (AssertionError, ImportError, OSError, TypeError, ValueError) as error:
         raise ConfigError(
             f'{path} cannot be read ({error}): give the path of a config file or, of an installed package, something '
             'like mmdet::retinanet/retinanet_r50_fpn_1x_coco.py.'

@@ -7,7 +7,7 @@ tensors or says what is missing (``loading``).
 
 from .converting import ConversionReport, convert_checkpoint
 from .fetching import fetch_checkpoint
-from .loading import load_pretrained, load_trained_weights, pretrained_cfgs
+from .loading import load_pretrained, load_trained_weights, load_whole_model, pretrained_cfgs
 from .reading import CheckpointError, read_checkpoint
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     'fetch_checkpoint',
     'load_pretrained',
     'load_trained_weights',
+    'load_whole_model',
     'pretrained_cfgs',
     'read_checkpoint',
 ]

@@ -1,6 +1,7 @@
 """Weights go into a model, all of them or none: what mmengine only warns of is an error here."""
 
 import re
+from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
@@ -96,20 +97,21 @@ def _advice(expected: Shapes, received: StateDict, raw: StateDict) -> str:
     return 'Make sure that arch is that of the file, and the file complete (tools/convert_checkpoint.py checks it).'
 
 
-def load_trained_weights(runner: Runner, checkpoint: str) -> None:
-    """Load what a training has left into the model of a runner, every tensor of it.
+def load_whole_model(model: nn.Module, checkpoint: str) -> Any:
+    """Load what a training has left into a model, every tensor of it.
 
     Args:
-        runner: Whose model receives the weights. Its hooks are told once it starts: EMAHook tells the averaged weights
-            from the others then.
+        model: A classifier or detector.
         checkpoint: A local file, a URL or another scheme known to mmengine.
+
+    Returns:
+        What the file holds, as it was read.
 
     Raises:
         CheckpointError: If there is no such file, if it cannot be read, or if its names and shapes are not the model's.
     """
     content = fetch_checkpoint(checkpoint)
     state, _, _ = unwrap(content)
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     expected = shapes_of(model)
     problems = differences(expected, state)
     if unknown := [name for name in state if name not in expected]:
@@ -124,9 +126,22 @@ def load_trained_weights(runner: Runner, checkpoint: str) -> None:
     print_log(
         f'{len(expected)} of {len(expected)} tensors of {type(model).__name__} loaded from {checkpoint}.', 'current'
     )
+    return content
+
+
+def load_trained_weights(runner: Runner, checkpoint: str) -> None:
+    """Load what a training has left into the model of a runner, every tensor of it.
+
+    Args:
+        runner: Whose model receives the weights. Its hooks are told once it starts: EMAHook tells the averaged weights
+            from the others then.
+        checkpoint: As for :func:`load_whole_model`, which raises what is wrong with it.
+    """
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    content = load_whole_model(model, checkpoint)
     if 'state_dict' in content:
         others = {name.removeprefix('module.') for name in content.get('ema_state_dict', ()) if name != 'steps'}
-        if others and others != expected.keys():  # as after mmpretrain's reparameterize_model.py
+        if others and others != shapes_of(model).keys():  # as after mmpretrain's reparameterize_model.py
             del content['ema_state_dict']
             print_log(f'{checkpoint} has an ema_state_dict of another form of the model, which is not used.', 'current')
         runner.register_hook(_LoadedHook(content), priority='LOWEST')

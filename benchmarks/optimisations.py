@@ -1,0 +1,165 @@
+"""What each step of the deploy form and of training brings: the backbone with it and without it, in turns.
+
+    python benchmarks/optimisations.py --json docs/benchmarks/optimisations.json
+
+docs/performance.md says what was expected of each. Beside the times of training stands what autograd keeps for the
+backward pass, weights left out.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import timm
+import torch
+from rich.progress import track
+from timm.utils import reparameterize_model
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmevm.latency import environment
+from mmevm.latency.measuring import take_turns, warm_up
+from mmevm.models import EfficientViM, efficientvim
+from mmevm.models.layers import ConvNorm
+
+
+class Pointwise(nn.Module):
+    """A 1×1 convolution as a matrix product of tokens."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(conv.weight.flatten(1)), conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) in channels_last to the same."""
+        return nn.functional.linear(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
+
+
+def pointwise_as_linear(model: nn.Module) -> nn.Module:
+    """A copy whose 1×1 convolutions of whole maps are matrix products."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and '.se.' not in name:
+            model.set_submodule(name, Pointwise(module))
+    return model
+
+
+def forward(model: nn.Module, x: Tensor, setting: Callable = contextlib.nullcontext) -> None:
+    """One pass."""
+    with torch.no_grad(), setting():
+        model(x)
+
+
+def train(model: nn.Module, x: Tensor, setting: Callable = contextlib.nullcontext) -> None:
+    """One forward and backward pass."""
+    model.zero_grad()
+    with setting():
+        sum(out.sum() for out in model(x)).backward()
+
+
+def kept_for_backward(model: nn.Module, x: Tensor, setting: Callable = contextlib.nullcontext) -> int:
+    """Bytes that autograd keeps of one forward pass, each storage once, without the parameters."""
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+    storages = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with setting(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = model(x)
+    del outputs
+    return sum(storages.values())
+
+
+def inference(arch: str) -> dict[str, tuple]:
+    """Variants of a forward pass: model and what is set around it."""
+    trained = EfficientViM(arch).eval()
+    deployed = copy.deepcopy(trained)
+    deployed.switch_to_deploy()
+    peer = reparameterize_model(timm.create_model(f'efficientvim_{arch}', features_only=True).eval())
+    whole = partial(mock.patch.object, efficientvim, '_PIXELS_AT_ONCE', 2**62)
+    return {
+        'timm, reparameterised': (peer.to(memory_format=torch.channels_last),),
+        'as trained': (trained,),
+        'deployed': (deployed,),
+        'deployed, the batch as a whole': (deployed, whole),
+        'deployed, 1×1 convolutions as matrix products': (pointwise_as_linear(deployed),),
+    }
+
+
+def training(arch: str) -> dict[str, tuple]:
+    """Variants of training with BatchNorm's statistics fixed."""
+    peer = timm.create_model(f'efficientvim_{arch}', features_only=True).train()
+    for module in peer.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+    ours = EfficientViM(arch, norm_eval=True).train()
+    apart = partial(mock.patch.object, ConvNorm, '_has_fixed_statistics', lambda self: False)
+    return {
+        'timm': (peer,),
+        'norm_eval': (ours,),
+        'norm_eval, BatchNorm apart': (ours, apart),
+        'norm_eval, channels_last': (copy.deepcopy(ours).to(memory_format=torch.channels_last),),
+        'norm_eval, with_cp': (EfficientViM(arch, norm_eval=True, with_cp=True).train(),),
+    }
+
+
+def measure(step: Callable, variants: dict[str, tuple], x: Tensor, rounds: int) -> Iterator[tuple[str, list[float]]]:
+    """Seconds of each variant."""
+    calls = {name: partial(step, model, x, *setting) for name, (model, *setting) in variants.items()}
+    for call in calls.values():
+        warm_up(call)
+    seconds, errors = take_turns(calls, rounds)
+    if errors:
+        raise next(iter(errors.values()))
+    yield from seconds.items()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--arch', default='m4', choices=list(EfficientViM.arch_settings))
+    parser.add_argument('--size', type=int, default=512, help='side of the images in pixels')
+    parser.add_argument('--batch-size', type=int, nargs='+', default=[1, 16], help='of a forward pass')
+    parser.add_argument('--train-batch-size', type=int, default=8)
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads())
+    parser.add_argument('--rounds', type=int, default=15, help='how often each takes its turn')
+    parser.add_argument('--json', type=Path, help='write all times to this file')
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    results = []
+    steps = [('forward', forward, inference, size) for size in args.batch_size]
+    for task, step, make, batch_size in track([*steps, ('training', train, training, args.train_batch_size)]):
+        variants = make(args.arch)
+        x = torch.randn(batch_size, 3, args.size, args.size)
+        kept = {name: kept_for_backward(model, x, *setting) for name, (model, *setting) in variants.items()}
+        reference = None
+        for name, seconds in measure(step, variants, x, args.rounds):
+            milliseconds = 1e3 * statistics.median(seconds) / batch_size
+            reference = reference or milliseconds
+            row = dict(task=task, batch_size=batch_size, variant=name, seconds=seconds)
+            text = f'{task}, batch {batch_size}: {name}: {milliseconds:.1f} ms/image, {milliseconds / reference:.3f}'
+            if task == 'training':
+                row['kept_for_backward'] = kept[name]
+                text += f', keeps {kept[name] / batch_size / 1e6:.0f} MB/image'
+            results.append(row)
+            print(text)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        parts = dict(arguments=arguments, environment=environment(), results=results)
+        args.json.write_text(json.dumps(parts, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    main()
