@@ -43,6 +43,7 @@ setup(
         'huggingface_hub',
         'safetensors',
         'pycocotools>=2.0.7',
+        'rich',
     ],
     # The two families of OpenMMLab packages share their import names, so mmevm requires neither: it would overwrite
     # the one that is there.

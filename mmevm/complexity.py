@@ -112,7 +112,7 @@ def measure_complexity(model: nn.Module, inputs: Tensor | Sequence[int]) -> Comp
     """
     if not isinstance(inputs, Tensor):
         inputs = _random_input(model, inputs)
-    traced = _Traced(model)
+    traced = TensorFunction(model)
     analyzer = FlopAnalyzer(traced, (inputs,)).set_op_handle(**_HANDLES)
     analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     with _in_eval_mode(model), _counted_regions(model) as regions, torch.no_grad():
@@ -168,7 +168,7 @@ def padded_size(model: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
-class _Traced(nn.Module):
+class TensorFunction(nn.Module):
     """A model as a function from one tensor to a tuple of tensors, which is what can be traced."""
 
     def __init__(self, model: nn.Module) -> None:

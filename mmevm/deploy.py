@@ -31,4 +31,5 @@ def deploy(model: nn.Module) -> nn.Module:
         in_order = layer.with_norm and layer.order.index('norm') == layer.order.index('conv') + 1
         if in_order and isinstance(layer.norm, _BatchNorm) and uses[layer.conv] == 1:
             fuse_conv_bn(layer)
-    return model.eval()
+    model.eval()  # some of MMDetection's return nothing
+    return model
