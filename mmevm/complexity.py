@@ -176,6 +176,7 @@ class TensorFunction(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images (B, C, H, W) to all tensors that the model returns."""
         kwargs = {}
         if isinstance(self.model, DETECTORS):  # the default mode is 'tensor', and needs the size of each image
             size = tuple(int(length) for length in x.shape[-2:])
