@@ -11,7 +11,7 @@ import contextlib
 import copy
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -19,12 +19,13 @@ from unittest import mock
 import timm
 import torch
 from rich.progress import track
+from timm.layers import SqueezeExcite
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmevm.latency import environment
-from mmevm.latency.measuring import take_turns, warm_up
+from mmevm.latency.clock import take_turns, warm_up
 from mmevm.models import EfficientViM, efficientvim
 from mmevm.models.layers import ConvNorm
 
@@ -44,10 +45,24 @@ class Pointwise(nn.Module):
 def pointwise_as_linear(model: nn.Module) -> nn.Module:
     """A copy whose 1×1 convolutions of whole maps are matrix products."""
     model = copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and '.se.' not in name:
-            model.set_submodule(name, Pointwise(module))
+    for parent in list(model.modules()):
+        for name, module in parent.named_children():
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and not isinstance(parent, SqueezeExcite):
+                setattr(parent, name, Pointwise(module))
     return model
+
+
+class InParts(nn.Module):
+    """A model that takes a batch as mmevm's deploy form does: four images of 512×512 at a time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """As the model."""
+        parts = [self.model(part) for part in x.split(max(efficientvim._PIXELS_AT_ONCE // x[0, 0].numel(), 1))]
+        return [torch.cat(maps) for maps in zip(*parts, strict=True)]
 
 
 def forward(model: nn.Module, x: Tensor, setting: Callable = contextlib.nullcontext) -> None:
@@ -87,8 +102,10 @@ def inference(arch: str) -> dict[str, tuple]:
     deployed.switch_to_deploy()
     peer = reparameterize_model(timm.create_model(f'efficientvim_{arch}', features_only=True).eval())
     whole = partial(mock.patch.object, efficientvim, '_PIXELS_AT_ONCE', 2**62)
+    peer = peer.to(memory_format=torch.channels_last)
     return {
-        'timm, reparameterised': (peer.to(memory_format=torch.channels_last),),
+        'timm, reparameterised': (peer,),
+        'timm, reparameterised, in parts': (InParts(peer),),
         'as trained': (trained,),
         'deployed': (deployed,),
         'deployed, the batch as a whole': (deployed, whole),
@@ -106,6 +123,7 @@ def training(arch: str) -> dict[str, tuple]:
     apart = partial(mock.patch.object, ConvNorm, '_has_fixed_statistics', lambda self: False)
     return {
         'timm': (peer,),
+        'timm, channels_last': (copy.deepcopy(peer).to(memory_format=torch.channels_last),),
         'norm_eval': (ours,),
         'norm_eval, BatchNorm apart': (ours, apart),
         'norm_eval, channels_last': (copy.deepcopy(ours).to(memory_format=torch.channels_last),),
@@ -113,7 +131,7 @@ def training(arch: str) -> dict[str, tuple]:
     }
 
 
-def measure(step: Callable, variants: dict[str, tuple], x: Tensor, rounds: int) -> Iterator[tuple[str, list[float]]]:
+def measure(step: Callable, variants: dict[str, tuple], x: Tensor, rounds: int) -> dict[str, list[float]]:
     """Seconds of each variant."""
     calls = {name: partial(step, model, x, *setting) for name, (model, *setting) in variants.items()}
     for call in calls.values():
@@ -121,7 +139,7 @@ def measure(step: Callable, variants: dict[str, tuple], x: Tensor, rounds: int) 
     seconds, errors = take_turns(calls, rounds)
     if errors:
         raise next(iter(errors.values()))
-    yield from seconds.items()
+    return seconds
 
 
 def main() -> None:
@@ -143,16 +161,16 @@ def main() -> None:
     for task, step, make, batch_size in track([*steps, ('training', train, training, args.train_batch_size)]):
         variants = make(args.arch)
         x = torch.randn(batch_size, 3, args.size, args.size)
-        kept = {name: kept_for_backward(model, x, *setting) for name, (model, *setting) in variants.items()}
         reference = None
-        for name, seconds in measure(step, variants, x, args.rounds):
+        for name, seconds in measure(step, variants, x, args.rounds).items():
             milliseconds = 1e3 * statistics.median(seconds) / batch_size
             reference = reference or milliseconds
             row = dict(task=task, batch_size=batch_size, variant=name, seconds=seconds)
             text = f'{task}, batch {batch_size}: {name}: {milliseconds:.1f} ms/image, {milliseconds / reference:.3f}'
             if task == 'training':
-                row['kept_for_backward'] = kept[name]
-                text += f', keeps {kept[name] / batch_size / 1e6:.0f} MB/image'
+                model, *setting = variants[name]
+                row['kept_for_backward'] = kept_for_backward(model, x, *setting)
+                text += f', keeps {row["kept_for_backward"] / batch_size / 1e6:.0f} MB/image'
             results.append(row)
             print(text)
     if args.json:

@@ -72,8 +72,8 @@ def export_onnx(
         model: In eval mode; it takes one tensor and returns one, or tuples and lists of them, which the file has
             one after another.
         file: What to write. Weights are within it, so a model has to be smaller than 2 GB.
-        example: Images, (B, C, H, W), as the model takes them. With ``dynamic``, B, H and W should be greater than 1,
-            also as far as the model reduces them.
+        example: Images, (B, C, H, W), as the model takes them. With ``dynamic``, B, H and W are greater than 1, and so
+            should be those of every map within the model: the exporter takes a 1 for a constant.
         dynamic: Whether the file takes any B, H and W; else those of the example only, and an example of any shape.
         output_names: Names of the outputs, in order; None is ``output_0`` and so on.
         metadata: What else the file says of itself (``metadata_props``).

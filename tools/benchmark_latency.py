@@ -1,8 +1,8 @@
 """Time mmevm's models beside others, in turns, on this machine.
 
-Without arguments, what the left column of the paper's Table B is: backbones alone at 512×512, mmevm's m4 and each peer
-that timm has. That takes a few minutes, and some five on two cores of a CPU: a smaller --batch-size, fewer --rounds,
---no-memory or fewer --models make it shorter.
+Without arguments it times backbones alone at 512×512, as the latencies of the paper's Table B: mmevm's m4, and those of
+its peers that timm has. That takes a few minutes on two cores; a smaller --batch-size, fewer --rounds, --no-memory or
+fewer --models make it shorter.
 
 Weights are random, and nothing is downloaded. A model that fails, or an engine that is not installed, is a row that
 says why. Compare within a run: the speed of most machines drifts.
@@ -32,7 +32,8 @@ from mmevm.latency import (
     table,
     write_json,
 )
-from mmevm.latency.measuring import Setting, build, in_one_line
+from mmevm.latency.measuring import Setting, build, cuda_settings
+from mmevm.latency.results import in_one_line
 from mmevm.preflight import ConfigError
 
 
@@ -174,7 +175,7 @@ def break_down_all(args: argparse.Namespace, subjects: list[Subject], results: l
         print(f'\n{subject.name}, {args.resolution[0]}×{args.resolution[0]}, batch {batch_size}, {dtype}')
         try:
             model, x = build(subject, setting)
-            with torch.autocast(args.device, autocast) if autocast else contextlib.nullcontext():
+            with cuda_settings(), torch.autocast(args.device, autocast) if autocast else contextlib.nullcontext():
                 breakdown = break_down(model, x)
         except Exception as error:  # one model's failure is not the others'
             found[subject.name] = dict(error=in_one_line(error))

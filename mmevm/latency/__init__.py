@@ -1,6 +1,6 @@
 """How fast models are, on the machine at hand: mmevm's beside others, in turns.
 
-``tools/benchmark_latency.py`` is its command line; ``mmevm.latency.measuring`` says how it is measured. The
+``tools/benchmark_latency.py`` is its command line; ``measuring`` says how it is measured. The
 pictures are in ``mmevm.latency.plots``, which needs matplotlib.
 
 Example:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from mmevm.complexity import measure_complexity
 
@@ -521,7 +521,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _bytes(values: Any) -> int:
-    return sum(value.numel() * value.element_size() for value in tree_leaves(values) if isinstance(value, Tensor))
+    return sum(value.numel() * value.element_size() for value in tree_flatten(values)[0] if isinstance(value, Tensor))
 
 
 def _weight_bytes(module: nn.Module) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 # Of each dtype by name: that of weights and images, and that of autocast.
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
@@ -89,7 +89,7 @@ def _forward_and_backward(model: nn.Module, precision: Callable, x: Tensor) -> N
     with torch.enable_grad():
         with precision():
             outputs = model(x)
-        sum(out.sum() for out in tree_leaves(outputs) if isinstance(out, Tensor) and out.requires_grad).backward()
+        sum(out.sum() for out in tree_flatten(outputs)[0] if isinstance(out, Tensor) and out.requires_grad).backward()
 
 
 def _compile(model: nn.Module, x: Tensor, precision: Callable, training: bool) -> Call:
@@ -98,13 +98,13 @@ def _compile(model: nn.Module, x: Tensor, precision: Callable, training: bool) -
 
     # No CUDA graphs within: what they bring is the engine 'cudagraph'.
     mode = 'max-autotune-no-cudagraphs' if x.is_cuda else None
-    call = _eager(torch.compile(model, dynamic=False, mode=mode), x, precision, training)
     # Classes that many models share are compiled for each, and dynamo would give up in silence after a few.
     limit = 'recompile_limit' if hasattr(torch._dynamo.config, 'recompile_limit') else 'cache_size_limit'
     with (
         torch._dynamo.config.patch({limit: 1000}),
         torch._inductor.config.patch(freezing=not training),  # weights become constants, which is for inference alone
     ):
+        call = _eager(torch.compile(model, dynamic=False, mode=mode), x, precision, training)
         call(x)
     return call
 
@@ -146,7 +146,9 @@ def _onnxruntime(model: nn.Module, x: Tensor, threads: int | None, onnx_file: Pa
     options.intra_op_num_threads = threads or 0
     # Between calls its threads would spin, and take the cores from what has its turn next.
     options.add_session_config_entry('session.force_spinning_stop', '1')
-    session = onnxruntime.InferenceSession(onnx_file, options, providers=[provider])
+    # TF32 is off, as in PyTorch here.
+    of_provider = {'use_tf32': '0'} if x.is_cuda else {}
+    session = onnxruntime.InferenceSession(onnx_file, options, providers=[(provider, of_provider)])
     if provider not in session.get_providers():  # it only warns, and takes the CPU
         raise EngineError(f'onnxruntime could not start its {provider}: see its warning above.')
     (name,) = (put.name for put in session.get_inputs())

@@ -1,4 +1,4 @@
-"""The clock: many models in turns, after a warm-up, and the memory that each needs.
+"""From models and settings to rows.
 
 How it is measured:
 
@@ -9,31 +9,25 @@ How it is measured:
   but for 3 %, and half a second has passed. After a minute a note on the row says that it was still getting faster.
 - On CUDA the clock stops when the device has finished.
 - Weights are random and images normal noise, both the same for all and in each run.
+- Each model has the form for inference that its library gives it. mmevm's takes large batches in parts on a CPU, in
+  eager mode; BatchNorms that are left in other models are noted in their rows.
+- float32 is float32: TF32 is off on CUDA.
 - When memory does not suffice, the batch is halved until it does, and the row says the batch that was measured. On
   Linux a process is forbidden to take more than is there, as the kernel would grant it at first and kill it later.
-- Peak memory is what a model needs in all: weights, the batch, and what lives at once during a call. On the CPU it is
-  that of a process of its own, by Linux's high-water mark of memory in use, reset after a first call, less what the
-  process used before the model was built; the pages of the libraries are not in it as far as they were in use by then.
-  On CUDA it is that of PyTorch's allocator. What compiles has no figure on the CPU, and what has its own memory on CUDA
-  has none there.
+- Peak memory on the CPU is that of a process of its own (``memory``); on CUDA it is that of PyTorch's allocator. What
+  compiles has no figure on the CPU, and what has its own memory on CUDA has none there.
 """
 
 import contextlib
 import functools
 import gc
 import itertools
-import os
-import pickle
-import random
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +35,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmevm.complexity import measure_complexity
 
+from .clock import is_cuda, take_turns, time_call, warm_up
 from .engines import DTYPES, ENGINES, prepare
-from .results import Result
+from .memory import MemoryMeter, is_out_of_memory, within_available_memory
+from .results import Result, in_one_line
 from .subjects import Subject
 
-Key = TypeVar('Key', bound=Hashable)
-
-PROC = Path('/proc/self')
 ONNX_ENGINES = ('onnxruntime', 'openvino')
 # Engines whose memory can be told: on the CPU all but what compiles in the process, on CUDA what PyTorch allocates.
 ENGINES_WITH_MEMORY = dict(cpu=('eager', 'onnxruntime', 'openvino'), cuda=('eager', 'compile'))
@@ -127,241 +120,10 @@ def make_call(subject: Subject, setting: Setting, engine: str, onnx_file: Path |
     Returns:
         A function without arguments that computes all outputs for one batch.
     """
-    model, x = build(subject, setting, engine)
     threads = setting.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    model, x = build(subject, setting, engine)
     return partial(prepare(engine, model, x, setting.dtype, setting.training, threads, onnx_file), x)
-
-
-def time_call(call: Callable[[], Any], device: str = 'cpu') -> float:
-    """Seconds of one call, until the device has finished."""
-    _synchronise(device)
-    start = time.perf_counter()
-    outputs = call()
-    _synchronise(device)
-    seconds = time.perf_counter() - start
-    del outputs  # after the clock has stopped
-    return seconds
-
-
-def is_warm(seconds: Sequence[float], tolerance: float = 0.03) -> bool:
-    """Whether calls have stopped becoming faster.
-
-    Args:
-        seconds: Times of all calls so far, in order.
-        tolerance: How much faster than the fastest call of the earlier half that of the later may be. The fastest are
-            compared because whatever else a machine does only makes calls slower.
-
-    Example:
-        >>> is_warm([3.0, 1.0, 1.0]), is_warm([3.0, 1.0, 1.0, 1.0])
-        (False, True)
-    """
-    half = len(seconds) // 2
-    return half > 0 and len(seconds) > 2 and min(seconds[half:]) >= (1 - tolerance) * min(seconds[:half])
-
-
-def warm_up(
-    call: Callable[[], Any], device: str = 'cpu', at_least: float = 0.5, at_most: float = 60.0
-) -> tuple[list[float], bool]:
-    """Call until it is warm.
-
-    Args:
-        call: What to call.
-        device: Where it runs.
-        at_least: Seconds that it takes.
-        at_most: Seconds after which it ends, warm or not.
-
-    Returns:
-        The times of the calls, and whether they have become warm.
-    """
-    seconds: list[float] = []
-    start = time.perf_counter()
-    while True:
-        seconds.append(time_call(call, device))
-        elapsed = time.perf_counter() - start
-        warm = elapsed >= at_least and is_warm(seconds)
-        if warm or elapsed >= at_most:
-            return seconds, warm
-
-
-def take_turns(
-    calls: Mapping[Key, Callable[[], Any]],
-    rounds: int,
-    device: str = 'cpu',
-    after_call: Callable[[], None] | None = None,
-) -> tuple[dict[Key, list[float]], dict[Key, Exception]]:
-    """Time calls in rounds, each once in a round, in an order that changes from round to round.
-
-    Args:
-        calls: What to call, warm.
-        rounds: How often each has its turn.
-        device: Where they run.
-        after_call: Called after each, outside of its time.
-
-    Returns:
-        The seconds of each, round by round, of those that have ended all their calls; and why others have not.
-    """
-    order, draw = list(calls), random.Random(0)
-    seconds: dict[Key, list[float]] = {key: [] for key in calls}
-    errors: dict[Key, Exception] = {}
-    for _ in range(rounds):
-        draw.shuffle(order)
-        for key in order:
-            if key not in errors:
-                try:
-                    seconds[key].append(time_call(calls[key], device))
-                except Exception as error:
-                    errors[key] = error.with_traceback(None)  # which would keep what the call has allocated
-            if after_call is not None:
-                after_call()
-    return {key: times for key, times in seconds.items() if key not in errors}, errors
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory does not suffice, that of a GPU or of the machine."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return True
-    sentences = ("can't allocate memory", 'Cannot allocate memory', 'bad_alloc', 'bad allocation', 'out of memory')
-    return isinstance(error, RuntimeError) and any(sentence in str(error) for sentence in sentences)
-
-
-@contextlib.contextmanager
-def within_available_memory() -> Iterator[None]:
-    """Within, an allocation of more memory than the machine has left raises an error.
-
-    Otherwise Linux would grant it, and kill the process once it uses what it was granted. Elsewhere it does nothing.
-    """
-    available = available_memory()
-    if available is None:
-        yield
-        return
-    import resource  # which only Unix has
-
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = _status('VmData') + int(0.95 * available)
-    if before[1] != resource.RLIM_INFINITY:
-        limit = min(limit, before[1])
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)
-
-
-def available_memory() -> int | None:
-    """Bytes that can be taken without swapping, of the machine or of its container; None where Linux does not say."""
-    meminfo, cgroup = Path('/proc/meminfo'), Path('/sys/fs/cgroup')
-    if not meminfo.exists():
-        return None
-    available = _kilobytes(meminfo, 'MemAvailable')
-    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit, which is the word 'max'
-        limit = int((cgroup / 'memory.max').read_text())
-        statistics = dict(line.split() for line in (cgroup / 'memory.stat').read_text().splitlines())
-        used = int((cgroup / 'memory.current').read_text()) - int(statistics['inactive_file'])
-        available = min(available, max(limit - used, 0))
-    return available
-
-
-class MemoryMeter(contextlib.AbstractContextManager):
-    """Measures peak memory on the CPU, each time in a process of its own.
-
-    The processes are forked from one that has imported mmevm and computed nothing, which saves the imports.
-
-    Example:
-        >>> from functools import partial
-        >>> with MemoryMeter() as meter:
-        ...     peak, error = meter.measure(partial(partial, torch.ones, 50_000_000))
-        >>> round(peak / 1e6, -1)
-        200.0
-    """
-
-    def __init__(self) -> None:
-        self._server: subprocess.Popen | None = None
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def measure(
-        self, make: Callable[[], Callable[[], Any]], imports: Sequence[str] = ()
-    ) -> tuple[int | None, str | None]:
-        """Measure what making and making use of a function needs.
-
-        Args:
-            make: Returns the function; it is pickled.
-            imports: Modules to import before.
-
-        Returns:
-            Bytes at the peak of a call after the first, with everything that ``make`` keeps; or None, and why.
-        """
-        if not (PROC / 'clear_refs').exists():
-            return None, 'peak memory of the CPU is measured on Linux alone'
-        if self._server is None:
-            self._start()
-        try:
-            pickle.dump((pickle.dumps(make), tuple(imports)), self._server.stdin)
-            self._server.stdin.flush()
-            peak, error = pickle.load(self._answers)
-        except (EOFError, OSError):
-            self.close()
-            return None, 'the process that measures peak memory has died'
-        return peak, error
-
-    def close(self) -> None:
-        """End the process."""
-        if self._server is not None:
-            with contextlib.suppress(OSError):
-                self._server.stdin.close()
-            self._server.wait()
-            self._answers.close()
-            self._server = None
-
-    def _start(self) -> None:
-        answers, to_answers = os.pipe()
-        self._server = subprocess.Popen(
-            [sys.executable, '-c', f'from mmevm.latency import measuring; measuring._serve({to_answers})'],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=[to_answers],
-            env=os.environ | dict(PYTHONPATH=os.pathsep.join(path or os.getcwd() for path in sys.path)),
-        )
-        os.close(to_answers)
-        self._answers = os.fdopen(answers, 'rb')
-
-
-def _serve(to_answers: int) -> None:
-    """Measure, in a fork each, what comes in on standard input."""
-    while True:
-        try:
-            make, imports = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        child = os.fork()
-        if child == 0:
-            try:
-                answer = _peak_of_this_process(make, imports), None
-            except BaseException as error:
-                answer = None, in_one_line(error)
-            os.write(to_answers, pickle.dumps(answer))
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        if status:
-            os.write(to_answers, pickle.dumps((None, f'the process ended with {os.waitstatus_to_exitcode(status)}')))
-
-
-def _peak_of_this_process(make: bytes, imports: Sequence[str]) -> int:
-    for name in imports:
-        __import__(name)
-    make = pickle.loads(make)
-    with torch.no_grad():  # the pages of PyTorch's own code are not the model's
-        nn.functional.conv2d(torch.ones(1, 8, 16, 16), torch.ones(8, 8, 3, 3)).flatten(1) @ torch.ones(8 * 14 * 14, 8)
-    gc.collect()
-    before = _status('VmRSS')
-    with within_available_memory():
-        call = make()
-        call()
-        (PROC / 'clear_refs').write_text('5')  # resets the high-water mark
-        call()
-    return _status('VmHWM') - before
 
 
 def benchmark(
@@ -426,8 +188,8 @@ def benchmark(
         for resolution, dtype in itertools.product(resolutions, dtypes)
         for batch_size in batch_sizes or [default_batch_size(device, resolution)]
     ]
-    count = functools.cache(partial(_count, device=device))
-    with _threads_of_pytorch(threads), _tuned_convolutions(device), MemoryMeter() as meter:
+    count = functools.cache(partial(_count, device=device, deployed=deploy and not training))
+    with _threads_of_pytorch(threads), cuda_settings(), MemoryMeter() as meter:
         for i, setting in enumerate(settings):
             steps = len(rows) * (1 + rounds + memory)
             done = itertools.count(i * steps)
@@ -448,11 +210,6 @@ def default_batch_size(device: str, resolution: int) -> int:
 def default_rounds(device: str) -> int:
     """Rounds: enough for a median, in a few minutes on a CPU."""
     return 50 if torch.device(device).type == 'cuda' else 7
-
-
-def in_one_line(error: BaseException) -> str:
-    """An error's type and the first line of what it says."""
-    return ': '.join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def _measure(
@@ -497,10 +254,11 @@ def _measure(
             result.seconds = seconds.get(i, [])
             if i in errors:
                 result.error = in_one_line(errors[i])
-            elif result.seconds and meter is not None and not _on_cuda(setting.device):
+            elif result.seconds and meter is not None and not is_cuda(setting.device):
                 report(f'{subject.name}, {engine}: memory')
                 if engine in ENGINES_WITH_MEMORY['cpu']:
-                    setting_of_row = replace(setting, batch_size=result.batch_size)
+                    threads = torch.get_num_threads()
+                    setting_of_row = replace(setting, batch_size=result.batch_size, threads=threads)
                     make = partial(make_call, subject, setting_of_row, engine, _onnx_file(folders[subject], result))
                     result.peak_memory, error = meter.measure(make, [engine] if engine in ONNX_ENGINES else [])
                     result.notes += [f'no peak memory: {error}'] if error else []
@@ -511,8 +269,9 @@ def _get_ready(
     result: Result, subject: Subject, setting: Setting, folder: Path, measure_memory: bool
 ) -> Callable[[], Any] | None:
     """A warm call with the largest batch that memory suffices for, which is noted in the row; None if there is none."""
-    on_cuda = _on_cuda(setting.device)
+    on_cuda = is_cuda(setting.device)
     while True:
+        _free_memory(setting.device)  # of what was measured before, or of what did not fit
         setting = replace(setting, batch_size=result.batch_size)
         try:
             with within_available_memory():
@@ -531,43 +290,42 @@ def _get_ready(
                 result.error = in_one_line(error)
         # After the except clause, as the error's traceback keeps what the call has allocated.
         call = None
-        _free_memory(setting.device)
         if result.error:
             return None
         result.asked_batch_size = result.asked_batch_size or setting.batch_size
         result.batch_size //= 2
 
 
-def _count(subject: Subject, resolution: int, device: str) -> tuple[int | None, int | None, tuple[str, ...]]:
-    """Parameters and multiply-accumulates for one image, and notes on what is missing in them."""
+def _count(
+    subject: Subject, resolution: int, device: str, deployed: bool
+) -> tuple[int | None, int | None, tuple[str, ...]]:
+    """Parameters and multiply-accumulates for one image, and notes on these and on the form for inference."""
     params = None
     try:
         with within_available_memory():
             model = subject.build().to(device)
             params = sum(parameter.numel() for parameter in model.parameters())
             complexity = measure_complexity(model, (1, 3, resolution, resolution))
+            if deployed:
+                model = subject.deploy(model)
     except Exception as error:  # also of the model itself, which then has no times either
         return params, None, (f'FLOPs not counted: {in_one_line(error)}',)
-    unknown = ', '.join(sorted(complexity.unknown))
-    return params, complexity.flops, (f'FLOPs without {unknown}, unknown to the counter',) if unknown else ()
+    notes = []
+    if unknown := ', '.join(sorted(complexity.unknown)):
+        notes.append(f'FLOPs without {unknown}, unknown to the counter')
+    left = sum(isinstance(module, _BatchNorm) for module in model.modules())
+    if deployed and left:
+        notes.append(f'{left} BatchNorms are left in its form for inference')
+    return params, complexity.flops, tuple(notes)
 
 
 def _onnx_file(folder: Path, result: Result) -> Path:
     return folder / f'{result.batch_size}.onnx'
 
 
-def _on_cuda(device: str) -> bool:
-    return torch.device(device).type == 'cuda'
-
-
-def _synchronise(device: str) -> None:
-    if _on_cuda(device):
-        torch.cuda.synchronize(device)
-
-
 def _free_memory(device: str) -> None:
     gc.collect()
-    if _on_cuda(device):
+    if is_cuda(device):
         torch.cuda.empty_cache()
 
 
@@ -582,21 +340,12 @@ def _threads_of_pytorch(threads: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _tuned_convolutions(device: str) -> Iterator[None]:
-    """The sizes stay the same, so cuDNN may try what is fastest for them."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = before or _on_cuda(device)
+def cuda_settings() -> Iterator[None]:
+    """Within, cuDNN tries what is fastest for a size, and nothing takes TF32 for float32."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, False, False
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = before
-
-
-def _status(name: str) -> int:
-    """Bytes of an entry of this process's status."""
-    return _kilobytes(PROC / 'status', name)
-
-
-def _kilobytes(file: Path, name: str) -> int:
-    (line,) = [line for line in file.read_text().splitlines() if line.startswith(f'{name}:')]
-    return 1024 * int(line.split()[1])
+        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before

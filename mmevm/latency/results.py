@@ -192,10 +192,12 @@ def environment(device: str | torch.device = 'cpu') -> dict[str, Any]:
         gpu=torch.cuda.get_device_name(device) if on_cuda else None,
         cuda=torch.version.cuda if on_cuda else None,
         cudnn=torch.backends.cudnn.version() if on_cuda else None,
-        tf32=dict(cudnn=torch.backends.cudnn.allow_tf32, matmul=torch.backends.cuda.matmul.allow_tf32)
-        if on_cuda
-        else None,
     )
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error's type and the first line of what it says."""
+    return ': '.join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def cpu_name() -> str:

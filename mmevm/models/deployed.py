@@ -1,7 +1,8 @@
 """The deploy form of the backbone's parts: the same functions with their constants multiplied out, for inference.
 
-BatchNorm disappears into convolutions, convex gates into depthwise kernels and projections, LayerNorm's weight and bias
-into what follows it, shortcuts around depthwise convolutions into their kernels. All of it is algebra, done in float64.
+BatchNorm disappears into convolutions, convex gates into depthwise kernels and projections, shortcuts around depthwise
+convolutions into their kernels. All of it is algebra, done in float64. LayerNorm keeps its weight and bias: within what
+follows it they would be no cheaper, as the hidden states would need a bias that depends on the image.
 Maps are (B, C, H, W) in channels_last, where LayerNorm and the products over tokens need no copy.
 """
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .layers import ChannelLayerNorm, ConvNorm, PatchMerging, Stem
+from .layers import ConvNorm, PatchMerging, Stem
 from .mixers import HSMSSD
 
 
@@ -58,8 +59,8 @@ class DeployedBlock(nn.Module):
         self.out_hidden_states = out_hidden_states
 
         self.dwconv1 = _conv(*_gated_shortcut(block.dwconv1, gates[0], rests[0]), like=block.dwconv1.conv)
-        known = type(block.mixer) is HSMSSD and type(block.norm) is ChannelLayerNorm
-        self.mixer = (DeployedHSMSSD if known else DeployedMixer)(block.norm, block.mixer, gates[1] / rests[1])
+        mixer = DeployedHSMSSD if type(block.mixer) is HSMSSD else DeployedMixer
+        self.mixer = mixer(block.norm, block.mixer, gates[1] / rests[1])
 
         weight, bias = _gated_shortcut(block.dwconv2, gates[2], rests[2])
         self.dwconv2 = _conv(_times(weight, rests[1] * rests[3]), bias * rests[3], like=block.dwconv2.conv)
@@ -77,48 +78,40 @@ class DeployedBlock(nn.Module):
 
 
 class DeployedHSMSSD(nn.Module):
-    """LayerNorm, HSM-SSD, and the shortcut around them: x + r·HSMSSD(LayerNorm(x)).
+    """The norm, HSM-SSD, and the shortcut around them: x + r·HSMSSD(norm(x)).
 
-    LayerNorm's weight and bias are in the two projections that follow it. The second one is of sums of tokens, so the
-    bias comes with the sum of the tokens' importances. ``A``, which no output depends on, is gone.
+    ``A``, which no output depends on, is gone.
 
     Args:
-        norm: The LayerNorm before the mixer.
+        norm: The norm before the mixer.
         mixer: The mixer.
         ratio: r of each channel, (D,), in float64.
     """
 
-    def __init__(self, norm: ChannelLayerNorm, mixer: HSMSSD, ratio: Tensor) -> None:
+    def __init__(self, norm: nn.Module, mixer: HSMSSD, ratio: Tensor) -> None:
         super().__init__()
-        weight, bias = norm.weight.detach().double(), norm.bias.detach().double()
-        projection = mixer.BCdt_proj.conv.weight.detach().double().squeeze(2)  # (3·N, D)
-        hz = mixer.hz_proj.conv.weight.detach().double().squeeze(2)  # (2·D', D)
-        out = mixer.out_proj.conv.weight.detach().double().squeeze(2)  # (D, D')
+        projection = mixer.BCdt_proj.conv
+        self.norm = norm
         self.state_dim = mixer.state_dim
-        self.eps = norm.eps
-        self.BCdt_proj = _linear(projection * weight, projection @ bias)
-        self.dw = _conv(mixer.dw.conv.weight.detach(), None, like=mixer.dw.conv)
-        self.hz_proj = _linear(hz * weight, hz @ bias)
-        self.out_proj = _linear(_times(out, ratio), None)
+        self.BCdt_proj = nn.Conv2d(projection.in_channels, projection.out_channels, 1, bias=False)
+        self.BCdt_proj.weight = _parameter(projection.weight.unsqueeze(3))
+        self.dw = _conv(mixer.dw.conv.weight, None, like=mixer.dw.conv)
+        self.hz_proj = _linear(mixer.hz_proj.conv.weight.squeeze(2))
+        self.out_proj = _linear(_times(mixer.out_proj.conv.weight.detach().double().squeeze(2), ratio))
         self.D = _parameter(mixer.D)
         self.ratio = _parameter(ratio)
 
     def forward(self, x: Tensor, out_hidden_states: bool) -> tuple[Tensor, Tensor | None]:
         """(B, D, H, W), L = H·W, to the same in channels_last, and the hidden states (B, D, N) if they are wanted."""
-        batch, channels, height, width = x.shape
-        x = x.permute(0, 2, 3, 1).reshape(batch, -1, channels)  # (B, L, D)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        normed = F.layer_norm(x.to(wide), (channels,), eps=self.eps).to(x.dtype)
-        bcdt = self.BCdt_proj(normed).view(batch, height, width, -1).permute(0, 3, 1, 2)
-        b, c, dt = self.dw(bcdt).flatten(2).split(self.state_dim, dim=1)  # 3 × (B, N, L)
-        ab = (F.softmax(dt, dim=-1, dtype=wide) * b).to(x.dtype)  # (B, N, L)
-        h = ab @ normed  # (B, N, D)
-        hz = F.linear(h, self.hz_proj.weight) + ab.sum(2, keepdim=True) * self.hz_proj.bias
-        h, z = hz.chunk(2, dim=-1)  # 2 × (B, N, D')
+        normed = self.norm(x)
+        b, c, dt = self.dw(self.BCdt_proj(normed)).flatten(2).split(self.state_dim, dim=1)  # 3 × (B, N, L)
+        a = F.softmax(dt, dim=-1, dtype=torch.promote_types(dt.dtype, torch.float32))  # (B, N, L)
+        h = (a * b).to(x.dtype) @ _tokens(normed)  # (B, N, D)
+        h, z = self.hz_proj(h).chunk(2, dim=-1)  # 2 × (B, N, D')
         h = self.out_proj(h * (F.silu(z) + self.D))  # (B, N, D)
-        x = torch.baddbmm(x, c.transpose(1, 2).to(h.dtype), h)  # (B, L, D)
-        x = x.view(batch, height, width, channels).permute(0, 3, 1, 2)
-        return x, (h / self.ratio).transpose(1, 2) if out_hidden_states else None
+        y = torch.baddbmm(_tokens(x), c.transpose(1, 2).to(h.dtype), h)  # (B, L, D)
+        y = y.view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+        return y, (h / self.ratio).transpose(1, 2) if out_hidden_states else None
 
 
 class DeployedMixer(nn.Module):
@@ -226,9 +219,12 @@ def _conv(weight: Tensor, bias: Tensor | None, like: nn.Conv2d) -> nn.Conv2d:
     return conv
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+def _linear(weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight = _parameter(weight)
-    if bias is not None:
-        linear.bias = _parameter(bias)
     return linear
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) to (B, H·W, C), without a copy in channels_last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)

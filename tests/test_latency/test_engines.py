@@ -39,7 +39,7 @@ def x():
 
 def outputs(result):
     """All outputs as tensors, of whatever an engine returns."""
-    leaves = torch.utils._pytree.tree_leaves(result)
+    leaves = torch.utils._pytree.tree_flatten(result)[0]
     return [torch.as_tensor(leaf).float().cpu() for leaf in leaves]
 
 

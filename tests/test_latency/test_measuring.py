@@ -1,8 +1,6 @@
-"""The clock against a stopwatch, its turns and its warm-up, halved batches and memory, with models made for that."""
+"""Rows: times against a stopwatch, settings, halved batches and memory, with models made for that."""
 
 import functools
-import os
-import signal
 import statistics
 import time
 from collections.abc import Callable
@@ -13,24 +11,13 @@ import torch
 from torch import nn
 
 from mmevm.complexity import measure_complexity
-from mmevm.latency import Subject, benchmark, relative_times
-from mmevm.latency.measuring import (
-    MemoryMeter,
-    Setting,
-    available_memory,
-    build,
-    default_batch_size,
-    is_out_of_memory,
-    is_warm,
-    take_turns,
-    time_call,
-    warm_up,
-    within_available_memory,
-)
+from mmevm.latency import Subject, benchmark, memory, relative_times
+from mmevm.latency.clock import warm_up
+from mmevm.latency.measuring import Setting, build, default_batch_size
 from mmevm.models import EfficientViM
 
 MB = 10**6
-on_linux = pytest.mark.skipif(available_memory() is None, reason='needs /proc')
+on_linux = pytest.mark.skipif(memory.available_memory() is None, reason='needs /proc')
 
 
 @dataclass(frozen=True)
@@ -106,92 +93,12 @@ def test_times_are_those_of_a_stopwatch():
     assert relative_times([short, long], '0.02')[1] == pytest.approx(2, rel=0.1)
 
 
-def test_each_has_one_turn_in_a_round_and_the_order_changes():
-    calls, steps = [], []
-    seconds, errors = take_turns(
-        {name: functools.partial(calls.append, name) for name in 'abcd'},
-        20,
-        after_call=lambda: steps.append(len(calls)),
-    )
-    rounds = [tuple(calls[i : i + 4]) for i in range(0, 80, 4)]
-    assert {tuple(sorted(order)) for order in rounds} == {tuple('abcd')}
-    assert len(set(rounds)) > 5
-    assert {order[0] for order in rounds} == set('abcd')
-    assert {name: len(times) for name, times in seconds.items()} == dict.fromkeys('abcd', 20)
-    assert not errors
-    assert steps == list(range(1, 81))
-
-
-def test_what_fails_in_a_later_round_does_not_stop_the_others():
-    calls = []
-
-    def fail_at_the_third(name):
-        calls.append(name)
-        if name == 'bad' and calls.count(name) == 3:
-            raise ArithmeticError
-
-    seconds, errors = take_turns({name: functools.partial(fail_at_the_third, name) for name in ('good', 'bad')}, 5)
-    assert len(seconds.pop('good')) == 5
-    assert not seconds
-    assert isinstance(errors['bad'], ArithmeticError)
-    assert calls.count('bad') == 3
-
-
-@pytest.mark.parametrize(
-    ('seconds', 'warm'),
-    [
-        ([], False),
-        ([1.0, 1.0], False),
-        ([9, 1, 1], False),
-        ([9, 1, 1, 1], True),
-        ([1, 1, 1], True),
-        ([1, 1, 0.96], False),
-        ([1, 1, 0.98], True),
-        ([8, 4, 2, 1], False),
-        ([2, 2, 1, 2], False),
-        ([1, 2, 3, 4], True),
-        ([5, 1, 5, 5, 5, 5], True),  # an outlier of the machine slows a call down, and says nothing
-        ([0.99**i for i in range(40)], False),
-    ],
-)
-def test_warm_is_what_has_stopped_becoming_faster(seconds, warm):
-    assert is_warm(seconds) is warm
-
-
-def test_warm_up_calls_until_the_first_slow_calls_are_over():
-    pauses = iter([0.2, 0.1, 0.1])
-    seconds, warm = warm_up(lambda: time.sleep(next(pauses, 0.02)), at_least=0)
-    assert warm
-    assert len(seconds) == 8  # the first whose earlier half has a quick one too
-    assert sum(seconds) >= 0.4 + 5 * 0.02
-
-
-def test_warm_up_of_quick_calls_lasts_a_while_and_never_for_ever():
-    seconds, warm = warm_up(lambda: time.sleep(0.001), at_least=0.2)
-    assert warm
-    assert len(seconds) > 20
-    assert 0.1 < sum(seconds) < 0.3
-    pause = iter(0.8**i / 10 for i in range(1000))
-    seconds, warm = warm_up(lambda: time.sleep(next(pause)), at_least=0, at_most=0.2)
-    assert not warm
-    assert sum(seconds[:-1]) < 0.2
-    assert sum(seconds) > 0.15
-
-
 def test_a_row_says_that_its_warm_up_was_cut_short(monkeypatch):
     pause = iter(0.5 ** (i / 4) / 50 for i in range(1000))
     monkeypatch.setattr(warm_up, '__defaults__', ('cpu', 0.0, 0.05))
     (row,) = measure(stand_in('slowly', lambda x: time.sleep(next(pause))))
     assert 'still becoming faster' in ' '.join(row.notes)
     assert len(row.seconds) == 2
-
-
-def test_the_clock_stands_while_outputs_are_thrown_away():
-    class SlowToGo:
-        def __del__(self):
-            time.sleep(0.05)
-
-    assert time_call(SlowToGo) < 0.05
 
 
 def test_a_model_that_fails_is_a_row_that_says_why():
@@ -220,7 +127,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does():
     assert list(dict.fromkeys(batches)) == [1, 8, 4, 2]  # first one image, whose FLOPs are counted
     assert (small.batch_size, small.asked_batch_size, small.error) == (2, 8, None)
     assert (large.batch_size, large.asked_batch_size) == (8, None)
-    assert relative_times([small, large], 'large')[0] == pytest.approx(1, rel=0.3)  # of an image
+    assert relative_times([small, large], 'large')[0] == pytest.approx(1, rel=0.5)  # of an image
 
 
 @on_linux
@@ -232,37 +139,10 @@ def test_what_no_batch_fits_is_a_row_of_the_allocator_s_words():
 
 
 @on_linux
-def test_more_memory_than_is_there_is_an_error_and_not_the_end_of_the_process(monkeypatch):
-    monkeypatch.setattr('mmevm.latency.measuring.available_memory', lambda: 200 * MB)
-    with within_available_memory():
-        torch.ones(100 * MB // 4)
-        with pytest.raises(RuntimeError) as error:
-            torch.ones(300 * MB // 4)
-    assert is_out_of_memory(error.value)
-    torch.ones(300 * MB // 4)
+def test_a_batch_of_more_memory_than_is_there_is_halved_too(monkeypatch):
+    monkeypatch.setattr(memory, 'available_memory', lambda: 200 * MB)
     (row,) = measure(stand_in('large', lambda x: torch.ones(len(x) * 150 * MB // 4)), batch_sizes=[4])
     assert (row.batch_size, row.asked_batch_size) == (1, 4)
-
-
-@on_linux
-def test_available_memory_is_less_than_the_machine_has():
-    total = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    assert 0 < available_memory() < total
-
-
-@pytest.mark.parametrize(
-    ('error', 'expected'),
-    [
-        (torch.cuda.OutOfMemoryError('CUDA out of memory.'), True),
-        (MemoryError(), True),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
-        (RuntimeError('std::bad_alloc'), True),
-        (RuntimeError('mat1 and mat2 shapes cannot be multiplied'), False),
-        (ValueError('out of memory'), False),
-    ],
-)
-def test_errors_of_memory_are_told_from_others(error, expected):
-    assert is_out_of_memory(error) is expected
 
 
 @on_linux
@@ -270,31 +150,6 @@ def test_peak_memory_is_that_of_weights_and_of_a_call():
     (row,) = measure(StandIn('200 MB', module=Takes200MB), memory=True)
     assert 200 * MB < row.peak_memory < 260 * MB
     assert (row.error, row.notes) == (None, [])
-
-
-@on_linux
-def test_peak_memory_leaves_out_what_only_the_first_call_takes_and_survives_what_fails():
-    with MemoryMeter() as meter:
-        peak, error = meter.measure(functools.partial(_first_call_takes, 300 * MB, 50 * MB))
-        assert 50 * MB < peak < 110 * MB
-        assert error is None
-        assert meter.measure(functools.partial(int, 'x')) == (
-            None,
-            "ValueError: invalid literal for int() with base 10: 'x'",
-        )
-        peak, error = meter.measure(_killed)
-        assert peak is None
-        assert '-9' in error
-        assert meter.measure(functools.partial(_first_call_takes, MB, 50 * MB))[0] > 50 * MB
-
-
-def _first_call_takes(first, later):
-    sizes = iter([first, later])
-    return lambda: torch.ones(next(sizes) // 4).sum()
-
-
-def _killed():
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_there_is_a_row_for_each_combination_in_settings_that_go_together():
