@@ -11,7 +11,7 @@ says why. Compare within a run: the speed of most machines drifts.
 import argparse
 import contextlib
 import sys
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from mmevm.latency import (
     benchmark,
     break_down,
     environment,
+    plots,
     table,
     write_json,
 )
@@ -106,7 +107,7 @@ def parse_args() -> tuple[argparse.Namespace, list[Subject]]:
         help='model that the column `relative` divides by (default: efficientvim_m4, or else the first)',
     )
     out.add_argument('--json', type=Path, metavar='FILE', help='write all times to this file, setting by setting')
-    out.add_argument('--plot', type=Path, metavar='DIR', help='write pictures to this folder; needs matplotlib')
+    out.add_argument('--plot', type=Path, metavar='DIR', help='write pictures to this folder')
     out.add_argument(
         '--breakdown',
         action='store_true',
@@ -126,8 +127,6 @@ def parse_args() -> tuple[argparse.Namespace, list[Subject]]:
         parser.error('--deploy is the form for inference, which cannot be trained: leave out --deploy or --train.')
     if args.train and args.breakdown:
         parser.error('--breakdown is of inference: leave out --breakdown or --train.')
-    if args.plot and find_spec('matplotlib') is None:
-        parser.error('--plot needs matplotlib: pip install matplotlib.')
     args.deploy = not args.train if args.deploy is None else args.deploy
     if args.reference is None:
         args.reference = 'efficientvim_m4' if 'efficientvim_m4' in args.models else args.models[0]
@@ -187,21 +186,20 @@ def break_down_all(args: argparse.Namespace, subjects: list[Subject], results: l
 
 
 def plot(args: argparse.Namespace, results: list[Result], title: str) -> None:
-    from mmevm.latency import plots
-
-    def plot_latency(results: list[Result], file: Path, title: str) -> None:
-        plots.plot_latency(results, file, title, args.reference)
-
-    pictures = dict(latency=plot_latency, pareto=plots.plot_pareto)
+    pictures = dict(
+        latency=partial(plots.draw_latency, reference=args.reference),
+        top1=plots.draw_pareto,
+        box_ap=partial(plots.draw_pareto, accuracy='box_ap'),
+    )
     if len(set(args.resolution)) > 1:
-        pictures['resolution'] = plots.plot_resolution
+        pictures['resolution'] = plots.draw_resolution
     if len(set(args.batch_size or ())) > 1:
-        pictures['batch'] = plots.plot_batch
+        pictures['batch'] = plots.draw_batch
     args.plot.mkdir(parents=True, exist_ok=True)
     for name, draw in pictures.items():
         file = args.plot / f'{name}.png'
         try:
-            draw(results, file, title)
+            draw(results, title).savefig(file, dpi=120)
         except ValueError as error:
             print(f'{file} is not drawn: {error}')
 

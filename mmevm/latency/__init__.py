@@ -1,7 +1,7 @@
 """How fast models are, on the machine at hand: mmevm's beside others, in turns.
 
 ``tools/benchmark_latency.py`` is its command line; ``measuring`` says how it is measured. The
-pictures are in ``mmevm.latency.plots``, which needs matplotlib.
+pictures are in ``plots``.
 
 Example:
     >>> from mmevm.latency import benchmark, table

@@ -1,13 +1,11 @@
 """Pictures of what was measured: bars, lines against resolution and batch size, and accuracy against speed.
 
-Each ``plot_…`` writes what the ``draw_…`` of the same name returns. What has no times is named below a picture.
-matplotlib is needed, which mmevm does not install by itself.
+What has no times is named below a picture.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations, pairwise
-from pathlib import Path
 from textwrap import fill
 
 import numpy as np
@@ -67,18 +65,11 @@ _MASK_RCNN = {
     'poolformer_s12': 37.3,
     'efficientnet_b0': 31.9,
 }
-_RETINANET = {'m4': 38.8, 'efficientvim_m4': 38.8, 'shvit_s4': 38.8, 'pvt_v2_b0': 37.2}
 
 # What an accuracy is called on an axis, and the figures by model and resolution.
 ACCURACIES = {
     'top1': ('published ImageNet-1K top-1 (%)', TOP1),
-    'mask_rcnn': ('published box AP with Mask R-CNN', {model: {512: ap} for model, ap in _MASK_RCNN.items()}),
-    'retinanet': ('published box AP with RetinaNet', {model: {512: ap} for model, ap in _RETINANET.items()}),
-}
-
-SPEEDS = {
-    'throughput': ('images a second', lambda result: result.images_per_second),
-    'latency': ('ms per image', lambda result: result.milliseconds),
+    'box_ap': ('published box AP with Mask R-CNN', {model: {512: ap} for model, ap in _MASK_RCNN.items()}),
 }
 
 # What rows have in common if they are to be compared, in words.
@@ -88,77 +79,21 @@ _SETTINGS: dict[str, Callable[[Result], str]] = {
     'resolution': lambda row: f'{row.resolution}²',
     'dtype': lambda row: row.dtype,
     'training': lambda row: 'forward and backward' if row.training else 'forward',
+    'deployed': lambda row: 'form for inference' if row.deployed else 'as trained',
 }
 
 
-def plot_latency(results: Sequence[Result], file: str | Path, title: str = '', reference: str | None = None) -> None:
+def draw_latency(results: Sequence[Result], title: str = '', reference: str | None = None) -> Figure:
     """Draw milliseconds per image as bars, fastest first, with one panel for each setting.
 
     Args:
         results: Rows; what has no times is named below the bars.
-        file: Picture to write, of a format that its suffix names.
         title: What was measured, and on which device.
         reference: Model whose bars stand out; None is the first row's.
 
     Raises:
         ValueError: If no row has times.
     """
-    _write(draw_latency(results, title, reference), file)
-
-
-def plot_resolution(results: Sequence[Result], file: str | Path, title: str = '') -> None:
-    """Draw milliseconds per image, and microseconds per pixel, against the resolution (paper, Fig. 5).
-
-    Where two lines cross, by interpolation between logarithms, is marked and said below.
-
-    Args:
-        results: Rows of at least two resolutions; what has no times is named below the lines.
-        file: Picture to write, of a format that its suffix names.
-        title: What was measured, and on which device.
-
-    Raises:
-        ValueError: If rows with times have no two resolutions.
-    """
-    _write(draw_resolution(results, title), file)
-
-
-def plot_batch(results: Sequence[Result], file: str | Path, title: str = '') -> None:
-    """Draw milliseconds per image against the batch size.
-
-    Args:
-        results: Rows of at least two batch sizes; what has no times is named below the lines.
-        file: Picture to write, of a format that its suffix names.
-        title: What was measured, and on which device.
-
-    Raises:
-        ValueError: If rows with times have no two batch sizes.
-    """
-    _write(draw_batch(results, title), file)
-
-
-def plot_pareto(
-    results: Sequence[Result], file: str | Path, title: str = '', accuracy: str = 'top1', speed: str = 'throughput'
-) -> None:
-    """Draw a published accuracy against the measured speed, and the line of those that nothing beats in both.
-
-    A point is hollow if the accuracy was published for another resolution than was timed: that of the nearest one is
-    drawn.
-
-    Args:
-        results: Rows; what has no times or no published accuracy is named below the points.
-        file: Picture to write, of a format that its suffix names.
-        title: What was measured, and on which device.
-        accuracy: 'top1', 'mask_rcnn' or 'retinanet'.
-        speed: 'throughput' or 'latency'.
-
-    Raises:
-        ValueError: If no row has both, or an argument has another value.
-    """
-    _write(draw_pareto(results, title, accuracy, speed), file)
-
-
-def draw_latency(results: Sequence[Result], title: str = '', reference: str | None = None) -> Figure:
-    """See :func:`plot_latency`."""
     rows, notes = _timed(results)
     reference = reference or results[0].model
     common, differing = _settings(rows, _SETTINGS)
@@ -193,7 +128,17 @@ def draw_latency(results: Sequence[Result], title: str = '', reference: str | No
 
 
 def draw_resolution(results: Sequence[Result], title: str = '') -> Figure:
-    """See :func:`plot_resolution`."""
+    """Draw milliseconds per image, and microseconds per pixel, against the resolution (paper, Fig. 5).
+
+    Where two lines cross, by interpolation between logarithms, is marked and said below.
+
+    Args:
+        results: Rows of at least two resolutions; what has no times is named below the lines.
+        title: What was measured, and on which device.
+
+    Raises:
+        ValueError: If rows with times have no two resolutions.
+    """
     rows, notes = _timed(results)
     lines, common = _lines(rows, 'resolution', also='batch_size')
     figure = Figure(figsize=(11, 4.8), layout='constrained')
@@ -218,7 +163,15 @@ def draw_resolution(results: Sequence[Result], title: str = '') -> Figure:
 
 
 def draw_batch(results: Sequence[Result], title: str = '') -> Figure:
-    """See :func:`plot_batch`."""
+    """Draw milliseconds per image against the batch size.
+
+    Args:
+        results: Rows of at least two batch sizes; what has no times is named below the lines.
+        title: What was measured, and on which device.
+
+    Raises:
+        ValueError: If rows with times have no two batch sizes.
+    """
     rows, notes = _timed(results)
     lines, common = _lines(rows, 'batch_size', also='resolution')
     figure = Figure(figsize=(8.5, 4.8), layout='constrained')
@@ -229,14 +182,21 @@ def draw_batch(results: Sequence[Result], title: str = '') -> Figure:
     return _finished(figure, title, common, notes)
 
 
-def draw_pareto(
-    results: Sequence[Result], title: str = '', accuracy: str = 'top1', speed: str = 'throughput'
-) -> Figure:
-    """See :func:`plot_pareto`."""
-    for name, value, allowed in (('accuracy', accuracy, ACCURACIES), ('speed', speed, SPEEDS)):
-        if value not in allowed:
-            raise ValueError(f'{name}={value!r} is unknown: choose from {list(allowed)}.')
-    (accuracy_label, published), (speed_label, speed_of) = ACCURACIES[accuracy], SPEEDS[speed]
+def draw_pareto(results: Sequence[Result], title: str = '', accuracy: str = 'top1') -> Figure:
+    """Draw a published accuracy against the measured speed, and the line of those that nothing beats in both.
+
+    A point is hollow if the accuracy was published for another resolution than was timed: that of the nearest one is
+    drawn.
+
+    Args:
+        results: Rows; what has no times or no published accuracy is named below the points.
+        title: What was measured, and on which device.
+        accuracy: 'top1', or 'box_ap'.
+
+    Raises:
+        ValueError: If no row has both.
+    """
+    accuracy_label, published = ACCURACIES[accuracy]
     rows, notes = _timed(results)
     unpublished = dict.fromkeys(row.model for row in rows if row.model not in published)
     if unpublished:
@@ -254,25 +214,24 @@ def draw_pareto(
         series[_describe(row, differing)].append(row)
     figure = Figure(figsize=(8.5, 5.2), layout='constrained')
     axes = figure.subplots()
-    more = speed == 'throughput'
     for i, (setting, members) in enumerate(series.items()):
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         sides = [min(published[row.model], key=lambda side, row=row: abs(side - row.resolution)) for row in members]
-        points = [(speed_of(row), published[row.model][side]) for row, side in zip(members, sides, strict=True)]
-        front = find_front(points, more_is_better=more)
+        points = [(row.images_per_second, published[row.model][side]) for row, side in zip(members, sides, strict=True)]
+        front = find_front(points)
         for row, side, point in zip(members, sides, points, strict=True):
             filling = dict(markerfacecolor=colour if side == row.resolution else 'white', markeredgecolor=colour)
             axes.plot(*point, marker, markersize=8, label='_point', zorder=3, **filling)
             # Away from the line: it runs on the side that is better.
-            right, up = (more == (point in front)), point in front
-            beside = dict(xytext=(7 if right else -7, 4 if up else -12), ha='left' if right else 'right')
+            best = point in front
+            beside = dict(xytext=(7 if best else -7, 4 if best else -12), ha='left' if best else 'right')
             label = f'{_name(row)}, {row.resolution}²' if several else _name(row)
             axes.annotate(label, point, textcoords='offset points', fontsize=9, **beside)
             if side != row.resolution:
                 notes.append(f'{_name(row)} was timed at {row.resolution}², its accuracy is of {side}² (hollow).')
         axes.plot(*zip(*front, strict=True), color=colour, linewidth=1, label=setting)
     axes.set_xscale('log')
-    axes.set(xlabel=f'{speed_label}, measured', ylabel=accuracy_label)
+    axes.set(xlabel='images a second, measured', ylabel=accuracy_label)
     axes.margins(x=0.3, y=0.12)
     low, high = axes.get_ylim()
     missing = max(0, 2 - (high - low))  # a tenth of a percent is not to fill the picture
@@ -312,19 +271,10 @@ def find_crossings(
     return crossings
 
 
-def find_front(points: Iterable[tuple[float, float]], more_is_better: bool) -> list[tuple[float, float]]:
-    """The points (speed, accuracy) that no other beats in one without being worse in the other.
-
-    Args:
-        points: Points, in any order.
-        more_is_better: Whether more of the first number is better, as of images a second; otherwise less is.
-
-    Returns:
-        These points, best speed first.
-    """
-    sign = -1 if more_is_better else 1
+def find_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (speed, accuracy) that no other beats in one without being worse in the other, fastest first."""
     front = []
-    for point in sorted(set(points), key=lambda point: (sign * point[0], -point[1])):
+    for point in sorted(set(points), reverse=True):
         if not front or point[1] > front[-1][1]:
             front.append(point)
     return front
@@ -345,10 +295,7 @@ def _timed(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
 
 
 def _name(row: Result) -> str:
-    """The model and what is peculiar to it, in words."""
-    peculiar = dict(deployed=row.deployed, channels_last=row.channels_last, with_cp=row.with_cp)
-    words = ', '.join(word for word, applies in peculiar.items() if applies)
-    return f'{row.model} ({words})' if words else row.model
+    return f'{row.model} (with_cp)' if row.with_cp else row.model
 
 
 def _settings(rows: Sequence[Result], names: Iterable[str]) -> tuple[str, list[str]]:
@@ -423,7 +370,3 @@ def _finished(figure: Figure, title: str, common: str, notes: Sequence[str]) -> 
         text = '\n'.join(fill(note, int(width * 1.3)) for note in notes)
         figure.supxlabel(text, x=0.01, ha='left', fontsize=8, color='#333333')
     return figure
-
-
-def _write(figure: Figure, file: str | Path) -> None:
-    figure.savefig(file, dpi=120)

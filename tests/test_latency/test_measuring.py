@@ -113,6 +113,14 @@ def test_a_model_that_fails_is_a_row_that_says_why():
     assert (good.error, len(good.seconds)) == (None, 2)
 
 
+def test_what_a_form_for_inference_leaves_is_noted():
+    subject = StandIn('normed', module=lambda: nn.BatchNorm2d(3))
+    (row,) = measure(subject)
+    assert '1 BatchNorms are left in its form for inference' in row.notes
+    assert 'BatchNorms' not in ' '.join(note for row in measure(subject, deploy=False) for note in row.notes)
+    assert 'BatchNorms' not in ' '.join(note for row in measure(Subject('m1'), resolutions=[32]) for note in row.notes)
+
+
 def test_a_batch_that_does_not_fit_is_halved_until_it_does():
     batches = []
 

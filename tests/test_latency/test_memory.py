@@ -46,6 +46,12 @@ def test_errors_of_memory_are_told_from_others(error, expected):
     assert is_out_of_memory(error) is expected
 
 
+def test_onnxruntime_has_errors_of_its_own():
+    state = pytest.importorskip('onnxruntime.capi.onnxruntime_pybind11_state')
+    assert is_out_of_memory(state.RuntimeException('Failed to allocate memory for requested buffer of size 8'))
+    assert not is_out_of_memory(state.InvalidArgument('Got invalid dimensions for input'))
+
+
 @on_linux
 def test_peak_memory_leaves_out_what_only_the_first_call_takes_and_survives_what_fails():
     with MemoryMeter() as meter:

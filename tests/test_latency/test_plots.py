@@ -55,7 +55,7 @@ DRAWN = {
 @pytest.mark.parametrize('kind', DRAWN)
 def test_each_picture_is_written_as_a_png(kind, tmp_path):
     file = tmp_path / f'{kind}.png'
-    assert getattr(plots, f'plot_{kind}')(DRAWN[kind], file, title='on a toaster') is None
+    getattr(plots, f'draw_{kind}')(DRAWN[kind], title='on a toaster').savefig(file, dpi=120)
     height, width, _ = matplotlib.image.imread(file).shape
     assert width >= 900
     assert height >= 200
@@ -99,9 +99,9 @@ def test_the_reference_stands_out():
 def test_bars_of_different_settings_are_in_different_panels():
     results = [row(engine=engine, batch_size=size) for engine in ('eager', 'compile') for size in (1, 16)]
     figure = draw_latency([*results, row(deployed=True)])
-    titles = {axes.get_title(loc='left'): len(axes.patches) for axes in figure.axes}
-    assert titles == {'eager, batch 1': 2, 'eager, batch 16': 1, 'compile, batch 1': 1, 'compile, batch 16': 1}
-    assert 'm4 (deployed)' in words(figure)
+    titles = {axes.get_title(loc='left') for axes in figure.axes}
+    as_trained = {f'{engine}, batch {size}, as trained' for engine in ('eager', 'compile') for size in (1, 16)}
+    assert titles == {*as_trained, 'eager, batch 1, form for inference'}
 
 
 def test_a_batch_that_memory_halved_stays_with_its_peers():
@@ -158,11 +158,10 @@ def test_a_line_needs_two_points():
         draw_batch([row(), row('shvit_s4')])
 
 
-@pytest.mark.parametrize(('speed', 'expected'), [('throughput', 1e3 / 25), ('latency', 25)])
-def test_points_are_at_the_published_accuracy_and_the_measured_speed(speed, expected):
-    figure = draw_pareto([row('m3', 25, resolution=224)], speed=speed)
+def test_points_are_at_the_published_accuracy_and_the_measured_speed():
+    figure = draw_pareto([row('m3', 25, resolution=224)])
     (point,) = [line for line in figure.axes[0].lines if line.get_label() == '_point']
-    assert point.get_xydata()[0] == pytest.approx((expected, 77.6))
+    assert point.get_xydata()[0] == pytest.approx((1e3 / 25, 77.6))
     assert point.get_markerfacecolor() == point.get_markeredgecolor()
 
 
@@ -181,18 +180,11 @@ def test_models_without_a_published_accuracy_are_named():
         draw_pareto(results[1:])
 
 
-def test_accuracies_and_speeds_that_do_not_exist_are_named():
-    with pytest.raises(ValueError, match="accuracy='top5' is unknown: choose from"):
-        draw_pareto([row()], accuracy='top5')
-    with pytest.raises(ValueError, match="speed='haste' is unknown: choose from"):
-        draw_pareto([row()], speed='haste')
-
-
 def test_the_front_is_drawn_through_what_nothing_beats():
     results = [row('m1', 5, resolution=224), row('shvit_s1', 6, resolution=224), row('m3', 9, resolution=224)]
-    (axes,) = draw_pareto(results, speed='latency').axes
+    (axes,) = draw_pareto(results).axes
     (front,) = [line for line in axes.lines if line.get_label() != '_point']
-    assert front.get_xydata().tolist() == [pytest.approx((5, 72.9)), pytest.approx((9, 77.6))]
+    assert front.get_xydata().tolist() == [pytest.approx((1e3 / 5, 72.9)), pytest.approx((1e3 / 9, 77.6))]
 
 
 @pytest.mark.parametrize('accuracy', ACCURACIES)
@@ -226,17 +218,15 @@ def test_lines_cross_in_a_common_point_but_not_where_they_only_touch():
     assert len(find_crossings(line, [(1, 1), (10, 100), (100, 1)])) == 2
 
 
-@pytest.mark.parametrize('more', [True, False])
-def test_the_front_is_what_brute_force_finds(more):
+def test_the_front_is_what_brute_force_finds():
     random.seed(0)
     points = [(random.randint(1, 30), random.randint(1, 30)) for _ in range(60)]
 
     def beats(one, other):
-        faster_or_equal = one[0] >= other[0] if more else one[0] <= other[0]
-        return faster_or_equal and one[1] >= other[1] and one != other
+        return one[0] >= other[0] and one[1] >= other[1] and one != other
 
     expected = {point for point in points if not any(beats(other, point) for other in points)}
-    front = find_front(points, more_is_better=more)
+    front = find_front(points)
     assert set(front) == expected
     assert len(front) == len(expected)
-    assert [speed for speed, _ in front] == sorted((speed for speed, _ in front), reverse=more)
+    assert [speed for speed, _ in front] == sorted((speed for speed, _ in front), reverse=True)
