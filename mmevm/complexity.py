@@ -38,6 +38,8 @@ else:
 # Arguments by which modules fetch weights while they are built; those of an init_cfg wait for init_weights().
 FETCHING = ('pretrained', 'checkpoint_path', 'teacher_ckpt')
 
+POINTWISE, VIEW = 'pointwise', 'view'
+
 # At most a few operations an element, like those that torch itself tags as pointwise or declares as a view: by fvcore's
 # convention they cost nothing.
 ELEMENTWISE = {
@@ -239,13 +241,18 @@ def _note_regions(regions: dict[str, int], name: str, extractor: nn.Module, args
     regions[name] = len(rois)
 
 
-def _is_elementwise(name: str) -> bool:
-    if name in ELEMENTWISE:
-        return True
+def class_of_operator(name: str) -> str | None:
+    """What torch itself tags or declares an operator of ATen as: ``POINTWISE``, ``VIEW``, or None for anything else."""
     packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
     overloads = [getattr(packet, overload) for overload in packet.overloads()] if packet else []
+    if any(torch.Tag.pointwise in op.tags for op in overloads):
+        return POINTWISE
     aliases = [result.alias_info for op in overloads for result in op._schema.returns if result.alias_info]
-    return any(torch.Tag.pointwise in op.tags for op in overloads) or any(not alias.is_write for alias in aliases)
+    return VIEW if any(not alias.is_write for alias in aliases) else None
+
+
+def _is_elementwise(name: str) -> bool:
+    return name in ELEMENTWISE or class_of_operator(name) is not None
 
 
 def _shape(value: torch.Value) -> list[int]:

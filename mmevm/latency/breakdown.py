@@ -22,7 +22,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._pytree import tree_flatten
 
-from mmevm.complexity import measure_complexity
+from mmevm.complexity import POINTWISE, VIEW, class_of_operator, measure_complexity
+
+from .clock import is_cuda, synchronise, time_call
 
 WARM_UP = 3  # passes before any that count
 
@@ -74,18 +76,8 @@ KINDS = {
         *('stack', 'to', 'to_copy', 'to_dense', 'to_mkldnn', 'mkldnn_reorder_conv2d_weight'),
         *('channel_shuffle', 'flip', 'index', 'index_select', 'pixel_shuffle', 'pixel_unshuffle', 'roll'),
         *('empty', 'empty_like', 'empty_strided', 'fill', 'new_empty', 'new_zeros', 'resize', 'zeros', 'zeros_like'),
-        *(
-            'flatten',
-            'meshgrid',
-            'reshape',
-            'set',
-            'unsafe_view',
-            'unsafe_split',
-            'promote_types',
-            'result_type',
-            'as_strided',
-            'chunk',
-        ),
+        *('as_strided', 'chunk', 'flatten', 'meshgrid', 'promote_types', 'reshape', 'result_type', 'set'),
+        *('unsafe_split', 'unsafe_view'),
     ),
 }
 _KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
@@ -290,7 +282,7 @@ def break_down(model: nn.Module, x: Tensor, rounds: int = 10) -> Breakdown:
         rate=rate,
         bandwidth=bandwidth,
         milliseconds=sum(part.milliseconds for part in parts),
-        unobserved=unobserved / 1e6,
+        unobserved=unobserved * 1e3,
         parts=tuple(parts),
         mixers=mixers,
         kinds=kinds,
@@ -357,11 +349,11 @@ class _Clock:
     def before(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.times.setdefault(name, [0])
         self.moved[name] = self.moved.get(name, 0) + _bytes((args, kwargs))
-        _synchronise(self.device)
+        synchronise(self.device)
         self.running.append([perf_counter_ns(), 0])
 
     def after(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        _synchronise(self.device)
+        synchronise(self.device)
         start, called = self.running.pop()
         elapsed = perf_counter_ns() - start
         self.times[name][-1] += elapsed - called
@@ -373,14 +365,14 @@ class _Clock:
 def _time_parts(
     model: nn.Module, x: Tensor, modules: Mapping[str, tuple[nn.Module, bool]], rounds: int
 ) -> tuple[float, dict[str, list[int]], dict[str, int]]:
-    """Nanoseconds of a pass without clocks, of each module in each round, and the bytes into and out of each module."""
+    """Seconds of a pass without clocks; of each module nanoseconds in each round, and bytes into and out of it."""
     clock, unobserved = _Clock(x.device), []
     for i in range(WARM_UP + rounds):  # in turn, so that both see the machine in the same states
         if i == WARM_UP:
             unobserved.clear()
             for times in clock.times.values():
                 times.clear()
-        unobserved.append(_nanoseconds(partial(model, x), x.device))
+        unobserved.append(time_call(partial(model, x), x.device))
         clock.start_round()
         with ExitStack() as hooks:
             for name, (module, _) in modules.items():
@@ -400,7 +392,7 @@ def _time_kinds(
         for _ in range(WARM_UP + rounds):
             with record_function(_ROUND):
                 model(x)
-                _synchronise(x.device)
+                synchronise(x.device)
 
     passes = {}  # (kind, None or operator, whether in a mixer) to microseconds, by the range of the round
     for event in profiler.events():
@@ -470,15 +462,10 @@ def _device_time(event: Any) -> float:
 def _kind(name: str) -> str:
     """Kind of an operator that the profiler calls so, such as 'aten::addmm'."""
     namespace, _, operator = name.rpartition('::')
-    known = _KIND_OF.get(operator.strip('_'))
-    packet = getattr(torch.ops.aten, operator, None) if namespace == 'aten' and operator.isidentifier() else None
-    if known or packet is None:
-        return known or OTHER
-    overloads = [getattr(packet, overload) for overload in packet.overloads()]
-    if any(torch.Tag.pointwise in overload.tags for overload in overloads):
-        return ELEMENTWISE
-    aliases = [result.alias_info for overload in overloads for result in overload._schema.returns]
-    return LAYOUT if any(alias and not alias.is_write for alias in aliases) else OTHER
+    if known := _KIND_OF.get(operator.strip('_')):
+        return known
+    declared = class_of_operator(operator) if namespace == 'aten' else None
+    return {POINTWISE: ELEMENTWISE, VIEW: LAYOUT}.get(declared, OTHER)
 
 
 def _measure_rates(x: Tensor) -> tuple[float, float, torch.dtype]:
@@ -498,24 +485,11 @@ def _measure_rates(x: Tensor) -> tuple[float, float, torch.dtype]:
 
 
 def _median_seconds(call: Callable[[], Any], device: torch.device) -> float:
-    return median([_nanoseconds(call, device) for _ in range(6)][1:]) / 1e9
-
-
-def _nanoseconds(call: Callable[[], Any], device: torch.device) -> int:
-    _synchronise(device)
-    start = perf_counter_ns()
-    call()
-    _synchronise(device)
-    return perf_counter_ns() - start
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
+    return median([time_call(call, device) for _ in range(6)][1:])
 
 
 def _device_name(device: torch.device) -> str:
-    if device.type == 'cuda':
+    if is_cuda(device):
         return torch.cuda.get_device_name(device)
     return f'{device.type} with {torch.get_num_threads()} threads'
 

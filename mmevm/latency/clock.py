@@ -10,17 +10,23 @@ import torch
 Key = TypeVar('Key', bound=Hashable)
 
 
-def is_cuda(device: str) -> bool:
-    """Whether a device's name is one of a GPU of CUDA's."""
+def is_cuda(device: str | torch.device) -> bool:
+    """Whether a device is a GPU of CUDA's."""
     return torch.device(device).type == 'cuda'
 
 
-def time_call(call: Callable[[], Any], device: str = 'cpu') -> float:
+def synchronise(device: str | torch.device) -> None:
+    """Wait until a GPU has done what it was given; a CPU has."""
+    if is_cuda(device):
+        torch.cuda.synchronize(device)
+
+
+def time_call(call: Callable[[], Any], device: str | torch.device = 'cpu') -> float:
     """Seconds of one call, until the device has finished."""
-    _synchronise(device)
+    synchronise(device)
     start = time.perf_counter()
     outputs = call()
-    _synchronise(device)
+    synchronise(device)
     seconds = time.perf_counter() - start
     del outputs  # after the clock has stopped
     return seconds
@@ -97,8 +103,3 @@ def take_turns(
             if after_call is not None:
                 after_call()
     return {key: times for key, times in seconds.items() if key not in errors}, errors
-
-
-def _synchronise(device: str) -> None:
-    if is_cuda(device):
-        torch.cuda.synchronize(device)
