@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,12 @@ def succeed(*arguments, cwd, **environment):
     result = run(*arguments, cwd=cwd, **environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
+
+
+def run_here(monkeypatch, tool, *arguments):
+    """A command line in this process, which saves its imports."""
+    monkeypatch.setattr(sys, 'argv', [tool.name, *map(str, arguments)])
+    runpy.run_path(str(tool), run_name='__main__')
 
 
 def the_sentence(result):

@@ -1,12 +1,10 @@
 """tools/benchmark_latency.py as a user starts it, and as a function where that is enough."""
 
 import json
-import runpy
-import sys
 
 import pytest
 import torch
-from command_line import ROOT, run, succeed
+from command_line import ROOT, run, run_here, succeed
 
 from mmevm.latency import read_json
 
@@ -19,8 +17,7 @@ def tool(monkeypatch, capsys):
     """The tool in this process: what it prints, or what it ends with."""
 
     def call(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['benchmark_latency.py', *map(str, arguments)])
-        runpy.run_path(str(TOOL), run_name='__main__')
+        run_here(monkeypatch, TOOL, *arguments)
         return capsys.readouterr().out
 
     return call

@@ -2,13 +2,12 @@
 
 import copy
 import re
-import runpy
 import sys
 from collections import Counter
 
 import pytest
 import torch
-from command_line import ROOT, succeed
+from command_line import ROOT, run_here, succeed
 from mmengine.config import Config
 from randomise import randomise
 from torch import nn
@@ -338,9 +337,8 @@ def export(monkeypatch, capsys, tmp_path):
 
     def call(*arguments):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, 'argv', ['export_onnx.py', *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(TOOL), run_name='__main__')
+            run_here(monkeypatch, TOOL, *arguments)
         assert list(tmp_path.glob('*.onnx')) == []
         return ended.value.code if isinstance(ended.value.code, str) else capsys.readouterr().err.splitlines()[-1]
 

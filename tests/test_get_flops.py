@@ -1,10 +1,7 @@
 """tools/get_flops.py as a user starts it, and as a function where that is enough."""
 
-import runpy
-import sys
-
 import pytest
-from command_line import ROOT, run
+from command_line import ROOT, run, run_here
 
 TOOL = ROOT / 'tools' / 'get_flops.py'
 CLASSIFIER = ROOT / 'configs' / 'classification' / 'evm_m1_in1k.py'
@@ -15,8 +12,7 @@ def get_flops(monkeypatch, capsys):
     """The tool in this process: what it prints, or what it ends with."""
 
     def call(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['get_flops.py', *map(str, arguments)])
-        runpy.run_path(str(TOOL), run_name='__main__')
+        run_here(monkeypatch, TOOL, *arguments)
         return capsys.readouterr().out
 
     return call
