@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from mmevm.checkpoints import convert_checkpoint, fetch_checkpoint
+from mmevm.checkpoints import convert_checkpoint, fetch_checkpoint, file_named
 from mmevm.cli import run
 
 
@@ -35,7 +35,9 @@ def save(checkpoint: dict, path: Path) -> None:
 
 def main() -> None:
     args = parse_args()
-    checkpoint, report = convert_checkpoint(fetch_checkpoint(args.src), args.weights)
+    content = fetch_checkpoint(args.src)
+    with file_named(args.src):
+        checkpoint, report = convert_checkpoint(content, args.weights)
     save(checkpoint, args.dst)
     print(report)
     print(f'written: {args.dst}')

@@ -2,22 +2,27 @@
 
 The bytes of a file are read without running anything (``reading``), wherever it is (``fetching``); names and shapes
 become those of mmevm's modules, and each of them is accounted for (``converting``); a model receives all of its
-tensors or says what is missing (``loading``).
+tensors or says what is missing (``loading``). A training's own checkpoint is looked at before mmengine resumes from it
+(``resumable``).
 """
 
 from .converting import ConversionReport, convert_checkpoint
 from .fetching import fetch_checkpoint
 from .loading import load_pretrained, load_trained_weights, load_whole_model, pretrained_cfgs
-from .reading import CheckpointError, read_checkpoint
+from .reading import CheckpointError, file_named, read_checkpoint
+from .resumable import check_training_checkpoint, training_globals
 
 __all__ = [
     'CheckpointError',
     'ConversionReport',
+    'check_training_checkpoint',
     'convert_checkpoint',
     'fetch_checkpoint',
+    'file_named',
     'load_pretrained',
     'load_trained_weights',
     'load_whole_model',
     'pretrained_cfgs',
     'read_checkpoint',
+    'training_globals',
 ]

@@ -104,7 +104,9 @@ def convert_checkpoint(checkpoint: Any, weights: str | None = None) -> tuple[dic
             + ('' if renamed or reshaped else " The names are mmevm's own: such a file can be used as it is.")
         )
 
-    meta = {'source': _source(old_state, bool(reshaped)), 'arch': arch, 'weights': weights}
+    check_values(state, [name for name in state if name.endswith('num_batches_tracked')])
+
+    meta: dict[str, Any] = {'source': _source(old_state, bool(reshaped)), 'arch': arch, 'weights': weights}
     old_meta = checkpoint.get('meta')
     if isinstance(old_meta, dict):
         if isinstance(old_meta.get('source'), str):  # converted before
@@ -155,12 +157,12 @@ def unwrap(checkpoint: Any, weights: str | None = None) -> tuple[StateDict, str 
         checkpoint = checkpoint[wrapper]
     state = {}
     for name, value in checkpoint.items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and isinstance(name, str):
             state[name] = value.detach()
         else:
-            left_out[name] = f'not a tensor, but {_kind(value)}'
+            left_out[str(name)] = f'not a named tensor, but {_kind(value)}'
     if not state:
-        raise CheckpointError(f'There are no tensors in this file, only {", ".join(left_out) or "an empty dict"}.')
+        raise CheckpointError(f'There are no tensors in this file, only {some(left_out) or "an empty dict"}.')
     if all(name.startswith('module.') for name in state):  # of DistributedDataParallel
         state = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
     return state, chosen, left_out
@@ -258,6 +260,27 @@ def differences(expected: Shapes, state: StateDict) -> list[str]:
     return problems
 
 
+def check_values(state: StateDict, counters: Iterable[str]) -> None:
+    """Refuse numbers that no training works with, and which it or an evaluation would only suffer from in silence.
+
+    Args:
+        state: Tensors that a model is to receive.
+        counters: Names of those that are whole numbers in it, such as ``num_batches_tracked``.
+    """
+    whole = [name for name in state if not state[name].is_floating_point() and name not in set(counters)]
+    if whole:
+        raise CheckpointError(
+            f'{len(whole)} tensors are of type {state[whole[0]].dtype}, where floating-point numbers are needed '
+            f'({some(whole)}): take the file as it was before it was quantised.'
+        )
+    infinite = [name for name, tensor in state.items() if not tensor.float().isfinite().all()]
+    if infinite:
+        raise CheckpointError(
+            f'{len(infinite)} tensors hold NaN or infinite numbers ({some(infinite)}), as after a training that '
+            'diverged: take an earlier checkpoint of it.'
+        )
+
+
 # What an architecture must hold
 
 
@@ -291,7 +314,7 @@ def _expected_head(state: StateDict, arch: str) -> Shapes:
     channels.append(channels[-1])
     classes = _size(state, 'head.heads.0.bias', default=1000)
     distilled = any(name.startswith(('head.heads_dist', 'head.weights_dist')) for name in state)
-    shapes = {f'head.norm.{i}.{leaf}': (c,) for i, c in enumerate(channels) for leaf in ('weight', 'bias')}
+    shapes: Shapes = {f'head.norm.{i}.{leaf}': (c,) for i, c in enumerate(channels) for leaf in ('weight', 'bias')}
     for suffix in ('', '_dist') if distilled else ('',):
         shapes[f'head.weights{suffix}'] = (len(channels),)
         for i, c in enumerate(channels):
@@ -306,14 +329,14 @@ def _expected_neck(state: StateDict, arch: str) -> Shapes:
     from mmevm.models.upsample_fpn import UpsampleFPN  # which imports mmdet: a classifier shall not need it
 
     def count(convs: str) -> int:
-        indices = [int(name.split('.')[2]) for name in state if re.match(rf'neck\.{convs}\.\d+\.', name)]
+        indices = [int(name.split('.')[2]) for name in state if re.match(rf'neck\.{convs}\.\d\.', name)]
         return max(indices, default=-1) + 1
 
     channels = _channels(arch)
     finer, levels = count('upsample_convs'), max(count('fpn_convs'), len(channels))
     coarser = state.get(f'neck.fpn_convs.{len(channels)}.conv.weight')
     on_input = coarser is not None and coarser.shape[1:2] == (channels[-1],)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device('meta'):  # a file may claim any size
         neck = UpsampleFPN(
             in_channels=channels,
             out_channels=_size(state, 'neck.lateral_convs.0.conv.bias', default=256),
@@ -343,7 +366,7 @@ def _expected_detector_heads(state: StateDict) -> Shapes:
     else:
         anchors = model.bbox_head.anchor_generator.scales_per_octave * len(model.bbox_head.anchor_generator.ratios)
         model.bbox_head.num_classes = _size(state, 'bbox_head.retina_cls.bias', default=80 * anchors) // anchors
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device('meta'):
         stock = MODELS.build(dict(model, _scope_='mmdet')).state_dict()
     has_masks = any(name.startswith('roi_head.mask_head.') for name in state)
     return {

@@ -12,17 +12,18 @@ import huggingface_hub
 import timm
 import torch
 from mmengine.dist import barrier, get_rank
+from mmengine.fileio import get_local_path
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from .converting import convert_checkpoint
-from .reading import CheckpointError, read_checkpoint
+from .reading import CheckpointError, file_named, read_checkpoint
 
 
 def fetch_checkpoint(checkpoint: str, map_location: str | None = None) -> Any:
     """Read a checkpoint from wherever it is.
 
     Args:
-        checkpoint: A local file, a URL, a ``timm://`` name or another scheme known to mmengine.
+        checkpoint: A local file, a URL, a ``timm://`` name, or what a file backend of mmengine has, such as ``s3://``.
         map_location: Device of the tensors; None is the CPU.
 
     Returns:
@@ -33,9 +34,24 @@ def fetch_checkpoint(checkpoint: str, map_location: str | None = None) -> Any:
     """
     if checkpoint.startswith(('http://', 'https://')):
         return read_checkpoint(_download(checkpoint), map_location)
-    if '://' in checkpoint:
-        return CheckpointLoader.load_checkpoint(checkpoint, map_location or 'cpu', logger='current')
+    if checkpoint.startswith('timm://'):
+        return load_from_timm(checkpoint, map_location)
+    if '://' in checkpoint:  # mmengine's CheckpointLoader would unpickle it
+        return _read_from_backend(checkpoint, map_location)
     return read_checkpoint(checkpoint, map_location)
+
+
+def _read_from_backend(uri: str, map_location: str | None) -> Any:
+    with contextlib.ExitStack() as stack:
+        try:
+            path = stack.enter_context(get_local_path(uri))
+        except Exception as error:  # of a backend or of what it is made of
+            raise CheckpointError(
+                f'{uri} cannot be had by a file backend of mmengine ({type(error).__name__}): fetch it elsewhere and '
+                'name the file.'
+            ) from error
+        with file_named(uri):
+            return read_checkpoint(path, map_location)
 
 
 def _download(url: str) -> Path:
@@ -77,7 +93,8 @@ def load_from_timm(filename: str, map_location: str | None = None) -> dict[str, 
             f'timm {timm.__version__} has no weights of the name {name!r}. It has: '
             f'{", ".join(names) or "none of EfficientViM, which came with timm 1.0.31"}.'
         )
-    where = dict(repo_id=timm.get_pretrained_cfg(name).hf_hub_id, filename='model.safetensors')
+    repository = timm.models.get_pretrained_cfg_value(name, 'hf_hub_id')
+    where: dict[str, Any] = dict(repo_id=repository, filename='model.safetensors')
     with _first_process_of_node_first():
         path = huggingface_hub.try_to_load_from_cache(**where)
         if not isinstance(path, str):

@@ -9,9 +9,9 @@ from mmengine.model import PretrainedInit, is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
-from .converting import Shapes, StateDict, differences, flat_norm, our_names, shapes_of, some, unwrap
+from .converting import Shapes, StateDict, check_values, differences, flat_norm, our_names, shapes_of, some, unwrap
 from .fetching import fetch_checkpoint
-from .reading import CheckpointError
+from .reading import CheckpointError, file_named
 
 
 def pretrained_cfgs(init_cfg: dict | list[dict] | None) -> list[dict]:
@@ -35,7 +35,7 @@ def load_pretrained(
 
     Args:
         module: What receives the weights.
-        checkpoint: A local file, a URL, a ``timm://`` name or another scheme known to mmengine.
+        checkpoint: What ``fetch_checkpoint`` takes: a local file, a URL, a ``timm://`` name and more.
         prefix: What the module's names begin with in the file, which may be plain for a backbone; None is 'backbone'.
         map_location: Device on which the file is read.
         class_dependent: Pattern of names whose shapes depend on the number of classes: if that is another one in the
@@ -45,8 +45,11 @@ def load_pretrained(
         CheckpointError: If there is no such file, if it cannot be read, or if a tensor of the module is missing in it
             or has another shape.
     """
-    raw, weights, _ = unwrap(fetch_checkpoint(checkpoint, map_location))
-    state = {name: raw[old] for old, name in our_names(raw).items()}  # a backbone's plain names now have 'backbone.'
+    content = fetch_checkpoint(checkpoint, map_location)
+    with file_named(checkpoint):
+        raw, weights, _ = unwrap(content)
+        names = our_names(raw)
+    state = {name: raw[old] for old, name in names.items()}  # a backbone's plain names now have 'backbone.'
     prefix = (prefix or 'backbone').rstrip('.') + '.'
     received = {
         name.removeprefix(prefix): flat_norm(name, tensor) for name, tensor in state.items() if name.startswith(prefix)
@@ -54,7 +57,11 @@ def load_pretrained(
     expected = shapes_of(module)
     network = type(module).__name__
     of_classes = [name for name in expected if class_dependent and re.match(class_dependent, name)]
-    other_classes = [name for name in of_classes if name in received and len(received[name]) != expected[name][0]]
+    other_classes = [
+        name
+        for name in of_classes
+        if name in received and received[name].dim() and len(received[name]) != expected[name][0]
+    ]
     if other_classes:
         there, here = len(received[other_classes[0]]), expected[other_classes[0]][0]
         print_log(
@@ -71,7 +78,10 @@ def load_pretrained(
             f'{"; ".join(problems)}. {_advice(expected, received, raw)} To train from random weights on purpose, set '
             'init_cfg=None (and norm_eval=False of a backbone).'
         )
-    module.load_state_dict({name: received[name] for name in expected}, strict=False)  # all that is expected is there
+    received = {name: received[name] for name in expected}
+    with file_named(checkpoint):
+        check_values(received, _counters(module))
+    module.load_state_dict(received, strict=False)  # all that is expected is there
 
     chosen = f" (its '{weights}' weights)" if weights else ''
     print_log(
@@ -85,14 +95,19 @@ def load_pretrained(
         )
 
 
+def _counters(module: nn.Module) -> list[str]:
+    return [name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()]
+
+
 def _advice(expected: Shapes, received: StateDict, raw: StateDict) -> str:
     if not received:
         return f'The names in the file are {some(raw)}: give their prefix as init_cfg.prefix, or another file.'
     stem = 'patch_embed.conv.0.conv.weight'
-    if stem in received and stem in expected and received[stem].shape[1:2] != expected[stem][1:2]:
+    images = received[stem].shape[1:2] if stem in received and stem in expected else None
+    if images and images != expected[stem][1:2]:
         return (
             f'The backbone takes images of {expected[stem][1]} channels (in_channels), the pretrained one of '
-            f'{received[stem].shape[1]}: adapt the weight of the first convolution in the file, or the images.'
+            f'{images[0]}: adapt the weight of the first convolution in the file, or the images.'
         )
     return 'Make sure that arch is that of the file, and the file complete (tools/convert_checkpoint.py checks it).'
 
@@ -101,8 +116,8 @@ def load_whole_model(model: nn.Module, checkpoint: str) -> Any:
     """Load what a training has left into a model, every tensor of it.
 
     Args:
-        model: A classifier or detector.
-        checkpoint: A local file, a URL or another scheme known to mmengine.
+        model: A classifier or detector, or a wrapper of one for several processes.
+        checkpoint: What ``fetch_checkpoint`` takes: a local file, a URL and more.
 
     Returns:
         What the file holds, as it was read.
@@ -110,8 +125,10 @@ def load_whole_model(model: nn.Module, checkpoint: str) -> Any:
     Raises:
         CheckpointError: If there is no such file, if it cannot be read, or if its names and shapes are not the model's.
     """
+    model = model.get_submodule('module') if is_model_wrapper(model) else model
     content = fetch_checkpoint(checkpoint)
-    state, _, _ = unwrap(content)
+    with file_named(checkpoint):
+        state, _, _ = unwrap(content)
     expected = shapes_of(model)
     problems = differences(expected, state)
     if unknown := [name for name in state if name not in expected]:
@@ -122,6 +139,8 @@ def load_whole_model(model: nn.Module, checkpoint: str) -> Any:
             f'{"; ".join(problems)}. Take the config it was trained with; '
             "a file of the authors' or of timm's goes through tools/convert_checkpoint.py first."
         )
+    with file_named(checkpoint):
+        check_values(state, _counters(model))
     model.load_state_dict(state)
     print_log(
         f'{len(expected)} of {len(expected)} tensors of {type(model).__name__} loaded from {checkpoint}.', 'current'
@@ -140,11 +159,24 @@ def load_trained_weights(runner: Runner, checkpoint: str) -> None:
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     content = load_whole_model(model, checkpoint)
     if 'state_dict' in content:
-        others = {name.removeprefix('module.') for name in content.get('ema_state_dict', ()) if name != 'steps'}
-        if others and others != shapes_of(model).keys():  # as after mmpretrain's reparameterize_model.py
+        if not _is_of(model, content.get('ema_state_dict')):  # as after mmpretrain's reparameterize_model.py
             del content['ema_state_dict']
             print_log(f'{checkpoint} has an ema_state_dict of another form of the model, which is not used.', 'current')
         runner.register_hook(_LoadedHook(content), priority='LOWEST')
+
+
+def _is_of(model: nn.Module, averaged: Any) -> bool:
+    """Whether EMAHook finds the model's tensors in what it has saved, or nothing."""
+    if not averaged:
+        return True
+    if not isinstance(averaged, dict):
+        return False
+    shapes = {
+        str(name).removeprefix('module.'): tuple(getattr(tensor, 'shape', ()))
+        for name, tensor in averaged.items()
+        if name != 'steps'
+    }
+    return shapes == shapes_of(model)
 
 
 class _LoadedHook(Hook):

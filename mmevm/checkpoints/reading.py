@@ -1,10 +1,14 @@
 """A file of weights becomes tensors, and nothing in it is run."""
 
+import contextlib
+import mmap
 import os
 import pickle
 import types
 import warnings
+import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,32 +37,91 @@ def read_checkpoint(path: str | os.PathLike, map_location: str | None = None) ->
         CheckpointError: If there is no such file, or if it is something else than weights, or damaged.
     """
     path, device = Path(path).expanduser(), map_location or 'cpu'
-    if path.is_dir():
-        raise CheckpointError(f'{path} is a directory: name the file of weights in it.')
-    if not path.is_file():
-        raise CheckpointError(f'There is no checkpoint {path}: check the path.')
-    content = path.read_bytes()
-    if not content:
-        raise CheckpointError(f'{path} is empty: fetch it again.')
-    if b'constants.pkl' in content:  # torch.load would hand such a file to torch.jit.load, which runs code
-        raise CheckpointError(f'{path} is a TorchScript program, not a checkpoint: ask its author for the state_dict.')
-    try:
-        if content[8:9] == b'{':  # safetensors: 8 bytes that give the length of a JSON header, and that header
+    layout = layout_of(path)
+    with damage_named(path):
+        if layout == 'safetensors':
             return safetensors.torch.load_file(path, device=device)
-        if content.startswith((b'PK\x03\x04', b'\x80')):
-            with warnings.catch_warnings():  # about old pickles: the reader of a log cannot act on these
-                warnings.simplefilter('ignore')
-                return torch.load(path, map_location=device, pickle_module=_INERT_PICKLE, weights_only=False)
-    except Exception as error:  # damaged bytes make the readers fail in any way there is
-        raise CheckpointError(f'{path} is cut off or damaged and cannot be read: fetch it again ({error}).') from error
-    kind = 'text, perhaps a web page in place of a download' if content[:512].isascii() else 'of no known format'
+        with warnings.catch_warnings():  # about old pickles: the reader of a log cannot act on these
+            warnings.simplefilter('ignore')
+            return torch.load(
+                path, map_location=device, pickle_module=pickle_module(InertUnpickler), weights_only=False
+            )
+
+
+def layout_of(path: Path) -> str:
+    """Tell 'zip' and 'legacy', of ``torch.save``, and 'safetensors' apart; a zip's bytes are those that were written.
+
+    Raises:
+        CheckpointError: If there is no such file, or if it is something else than weights, or damaged.
+    """
+    with damage_named(path):
+        if path.is_dir():
+            raise CheckpointError(f'{path} is a directory: name the file of weights in it.')
+        if not path.is_file():
+            raise CheckpointError(f'There is no checkpoint {path}: check the path.')
+        if not path.stat().st_size:
+            raise CheckpointError(f'{path} is empty: fetch it again.')
+        with path.open('rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            start, is_program = content[:512], content.find(b'constants.pkl') >= 0
+        if is_program:  # torch.load would hand it to torch.jit.load, which runs code
+            raise CheckpointError(
+                f'{path} is a TorchScript program, not a checkpoint: ask its author for the state_dict.'
+            )
+        if start[8:9] == b'{':  # 8 bytes that give the length of a JSON header, and that header
+            return 'safetensors'
+        if start.startswith(b'PK\x03\x04'):
+            _check_archive(path)
+            return 'zip'
+    if start.startswith(b'\x80'):
+        if torch.serialization.MAGIC_NUMBER.to_bytes(10, 'little') in start[:32]:
+            return 'legacy'
+        raise CheckpointError(f'{path} is a pickle that torch.save has not written, and cannot be read: save it so.')
+    kind = 'text, perhaps a web page in place of a download' if start.isascii() else 'of no known format'
     raise CheckpointError(f'{path} is {kind}: a file of torch.save (.pth, .pt, .bin) or of safetensors is needed.')
 
 
-class _Inert:
+def _check_archive(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if not any(name.endswith('/data.pkl') for name in names):
+            raise CheckpointError(
+                f'{path} is a zip archive that torch.save has not written, of {len(names)} files: a file of torch.save '
+                '(.pth, .pt, .bin) or of safetensors is needed.'
+            )
+        if damaged := archive.testzip():  # torch does not compare the checksums
+            raise ValueError(f'the bytes of {damaged} are not those that were written')
+
+
+@contextlib.contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """What a file's readers run into becomes a sentence."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f'{path} cannot be opened: {error.strerror or error}.') from error
+    except Exception as error:  # damaged bytes make the readers fail in any way there is
+        reason = ' '.join(str(error).split())
+        raise CheckpointError(f'{path} is cut off or damaged and cannot be read: fetch it again ({reason}).') from error
+
+
+@contextlib.contextmanager
+def file_named(checkpoint: str) -> Iterator[None]:
+    """What is said of a file's content begins with its name."""
+    try:
+        yield
+    except CheckpointError as error:
+        if checkpoint in str(error):
+            raise
+        raise CheckpointError(f'{checkpoint}: {error}') from error
+
+
+class Inert:
     """In place of an object whose class is not admitted: accepts all that unpickling does to it, and does nothing."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> '_Inert':
+    def __new__(cls, *args: Any, **kwargs: Any) -> 'Inert':
+        """Take whatever a class may be created with."""
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -86,7 +149,7 @@ class _Admitted:
 
 
 # A parameter, or a tensor that carries attributes, is read as the tensor within.
-_ADMITTED = {
+ADMITTED = {
     'collections.OrderedDict': OrderedDict,
     'torch.Size': torch.Size,
     'torch._utils._rebuild_tensor': torch._utils._rebuild_tensor,
@@ -98,20 +161,25 @@ _ADMITTED = {
 }
 
 
-class _InertUnpickler(pickle.Unpickler):
+class InertUnpickler(pickle.Unpickler):
     """Admits what tensors and plain containers are made of. torch.load itself adds the storages."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Give what a pickle names, or a shell in its place."""
         path = f'{module}.{name}'.replace('__builtin__.', 'builtins.')  # as protocol 2 writes it
-        if path in _ADMITTED:
-            return _Admitted(_ADMITTED[path])
+        if path in ADMITTED:
+            return _Admitted(ADMITTED[path])
         if module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        return type(path, (_Inert,), {})
+        return self.unknown(path)
+
+    def unknown(self, path: str) -> Any:
+        """Give what stands in place of an object that is not admitted."""
+        return type(path, (Inert,), {})
 
 
-_INERT_PICKLE = types.SimpleNamespace(
-    __name__='inert_pickle',
-    Unpickler=_InertUnpickler,
-    load=lambda file, **kwargs: _InertUnpickler(file, **kwargs).load(),
-)
+def pickle_module(unpickler: type[pickle.Unpickler]) -> types.SimpleNamespace:
+    """What ``torch.load`` takes in place of the module pickle."""
+    return types.SimpleNamespace(
+        __name__=unpickler.__name__, Unpickler=unpickler, load=lambda file, **kwargs: unpickler(file, **kwargs).load()
+    )
