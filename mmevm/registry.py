@@ -5,8 +5,10 @@ Whenever an OpenMMLab config says ``type='mmevm.X'``, mmengine imports ``mmevm.r
 """
 
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import LOOPS as MMENGINE_LOOPS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import Registry
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmevm', locations=['mmevm.models'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmevm', locations=['mmevm.hooks'])
+LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='mmevm', locations=['mmevm.training'])

@@ -10,13 +10,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+ENVIRONMENT = dict(
+    PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]),
+    OMP_NUM_THREADS='1',
+    CUDA_VISIBLE_DEVICES='',
+)
+
+
 def run(*arguments, cwd, **environment):
-    paths = [str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
-    environment = dict(PYTHONPATH=os.pathsep.join(paths), OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', **environment)
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    environment = os.environ | ENVIRONMENT | environment
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def succeed(*arguments, cwd, **environment):

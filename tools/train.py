@@ -1,16 +1,13 @@
 """Train a detector or a classifier from an MMEngine config."""
 
 import argparse
-from logging import WARNING
-from pathlib import Path
 
 import torch
-from mmengine.logging import print_log
-from mmengine.runner import find_latest_checkpoint
 
-from mmevm.checkpoints import CheckpointError
+from mmevm.checkpoints import load_whole_model
 from mmevm.cli import add_common_arguments, build_runner, load_config, run
 from mmevm.preflight import ConfigError, check_config
+from mmevm.training import make_resumable, resume
 
 
 def parse_args() -> argparse.Namespace:
@@ -26,7 +23,7 @@ def parse_args() -> argparse.Namespace:
         '--resume',
         nargs='?',
         const='auto',
-        help='continue from this checkpoint or, without a value, from the latest one in the work dir',
+        help='continue from this checkpoint or, without a value, from the last whole one in the work dir',
     )
     add_common_arguments(parser)
     args = parser.parse_args()
@@ -47,21 +44,16 @@ def main() -> None:
                 'say: add auto_scale_lr=dict(base_batch_size=…) to it.'
             )
         cfg.auto_scale_lr.enable = True
+    make_resumable(cfg)
     if args.resume:
-        if args.resume != 'auto' and '://' not in args.resume and not Path(args.resume).is_file():
-            raise CheckpointError(f'There is no checkpoint {args.resume} to resume from: check the path.')
-        cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
-        if (cfg.load_from or find_latest_checkpoint(cfg.work_dir)) is None:
-            print_log(f'There is nothing in {cfg.work_dir} to resume from: the training starts anew.', level=WARNING)
-        else:
-            for part in (cfg.model, cfg.model.get('backbone'), cfg.model.get('head')):
-                if part and part.get('init_cfg'):
-                    part.init_cfg = None  # pretrained weights would be fetched, and overwritten
+        resume(cfg, None if args.resume == 'auto' else args.resume)
     if not torch.cuda.is_available():
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='mmevm.PeakMemoryHook')]
     check_config(cfg, ['train', 'val'])
-    build_runner(cfg).train()
+    runner = build_runner(cfg)
+    if cfg.get('resume'):
+        load_whole_model(runner.model, cfg.load_from)  # of a file of another model mmengine would only warn
+    runner.train()
 
 
 if __name__ == '__main__':

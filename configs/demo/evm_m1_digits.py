@@ -56,6 +56,6 @@ custom_hooks = [
 ]
 default_hooks = dict(
     logger=dict(interval=10),
-    checkpoint=dict(interval=3, max_keep_ckpts=1),
+    checkpoint=dict(interval=3, max_keep_ckpts=2),
     visualization=dict(rescale_factor=4),  # pictures of 256² pixels
 )

@@ -69,7 +69,7 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', by_epoch=False, begin=100, end=max_iters, T_max=max_iters - 100, eta_min=0),
 ]
 default_hooks = dict(
-    logger=dict(interval=20, log_metric_by_epoch=False), checkpoint=dict(by_epoch=False, interval=250, max_keep_ckpts=1)
+    logger=dict(interval=20, log_metric_by_epoch=False), checkpoint=dict(by_epoch=False, interval=250, max_keep_ckpts=2)
 )
 log_processor = dict(by_epoch=False)
 visualizer = dict(line_width=2, alpha=0.4)
