@@ -5,11 +5,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from command_line import ROOT, run, the_sentence
 from mmdet.datasets import CocoDataset
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 
-from mmevm.cli import replace_data_root
+from mmevm.cli import read_config, replace_data_root
 from mmevm.preflight import ConfigError, check_config
+from mmevm.preflight.arguments import check_arguments
+from mmevm.preflight.model import check_model
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 DATASET = 'train_dataloader.dataset'
@@ -213,10 +218,9 @@ def test_a_local_backend_is_checked(cfg):
     assert 'there is no /nowhere/' in refusal(cfg)
 
 
-@pytest.mark.parametrize('kind', ['BaseDetDataset', 'NotRegisteredAnywhere'])
-def test_unknown_classes_are_not_checked(cfg, kind):
+def test_unknown_classes_are_not_checked(cfg):
     dataset = cfg.train_dataloader.dataset
-    dataset.type = kind
+    dataset.type = 'BaseDetDataset'
     dataset.pop('metainfo')
     cfg.model.roi_head.bbox_head.num_classes = 80
     check_config(cfg, ['train'])
@@ -373,3 +377,254 @@ def test_demo_config_is_accepted_on_its_data(tmp_path):
     check_config(cfg, ['train', 'val', 'test'])
     cfg.model.roi_head.mask_head.num_classes = 80
     assert 'model.roi_head.mask_head.num_classes=80' in refusal(cfg)
+
+
+DEMOS = {
+    'detector': Config.fromfile(CONFIGS / 'demo/maskrcnn_evm_m1_shapes.py'),
+    'classifier': Config.fromfile(CONFIGS / 'demo/evm_m1_digits.py'),
+}
+EFFICIENTVIM = 'EfficientViM cannot be built: '
+NECK = 'model.neck.in_channels'
+
+# What is changed in a demo's config, and how the sentence begins.
+MISTAKES = [
+    ('model.backbone.ach', 'm4', "model.backbone.ach: EfficientViM has no argument 'ach' (did you mean 'arch'?)"),
+    (
+        'model.backbone.out_indicies',
+        (0, 1),
+        "model.backbone.out_indicies: EfficientViM has no argument 'out_indicies' (did you mean 'out_indices'?); it "
+        'takes arch, deploy, drop_path_rate, frozen_stages, in_channels, ',
+    ),
+    ('model.backbone.arch', 'm5', f"model.backbone: {EFFICIENTVIM}arch='m5' is unknown: choose from ['m1', 'm2', "),
+    ('model.backbone.arch', ('m1',), f"model.backbone: {EFFICIENTVIM}arch=('m1',) is unknown: choose from ['m1', "),
+    ('model.backbone.out_indices', (0, 3), f'model.backbone: {EFFICIENTVIM}out_indices=(0, 3): give one or more of [0'),
+    ('model.backbone.out_indices', (1, 0), f'model.backbone: {EFFICIENTVIM}out_indices=(1, 0): give one or more of [0'),
+    ('model.backbone.out_indices', 2, f'model.backbone: {EFFICIENTVIM}out_indices=2: give a tuple or list, such as'),
+    ('model.backbone.frozen_stages', 9, f'model.backbone: {EFFICIENTVIM}frozen_stages=9: −1 (nothing), 0 (the stem)'),
+    ('model.backbone.drop_path_rate', 2, f'model.backbone: {EFFICIENTVIM}drop_path_rate=2: a probability from 0 to'),
+    (
+        'model.backbone.type',
+        'mmevm.EfficentViM',
+        "model.backbone.type='mmevm.EfficentViM' is not registered (did you mean 'mmevm.EfficientViM'?)",
+    ),
+    (
+        'model.backbone.type',
+        'EfficientViM',
+        "model.backbone.type='EfficientViM' is not registered (did you mean 'mmevm.EfficientViM'?)",
+    ),
+    ('model.backbone', (dict(type='mmevm.EfficientViM'),), 'model.backbone is a tuple of one: take away the comma'),
+    ('model.backbone.norm_cfg', dict(type='BNN'), "model.backbone.norm_cfg.type='BNN' is not registered (did you"),
+    (
+        'model.backbone.mixer_cfg',
+        dict(type='mmevm.HSMSDD'),
+        "model.backbone.mixer_cfg.type='mmevm.HSMSDD' is not registered (did you mean 'mmevm.HSMSSD'?)",
+    ),
+    (
+        'model.backbone.mixer_cfg',
+        dict(type='mmevm.HSMSSD', expand=2),
+        "model.backbone.mixer_cfg.expand: HSMSSD has no argument 'expand' (did you mean 'ssd_expand'?)",
+    ),
+    ('model.backbone.arch', 'm4', f'{NECK}=[128, 192, 320], but model.backbone gives 3 maps of 224, 320, 512'),
+    ('model.backbone.out_indices', (0, 1), f'{NECK}=[128, 192, 320], but model.backbone gives 2 maps of 128, 192 chan'),
+    (
+        NECK,
+        [224, 320, 512],
+        f'{NECK}=[224, 320, 512], but model.backbone gives 3 maps of 128, 192, 320 channels: set {NECK}=[128, 192,',
+    ),
+    (
+        'model.neck',
+        dict(type='FPN', in_channels=[256, 512, 1024], out_channels=64, num_outs=5),
+        f'{NECK}=[256, 512, 1024], but model.backbone gives 3 maps of 128, 192, 320 channels: ',
+    ),
+    ('model.neck', None, 'model.rpn_head.in_channels=64, but model.backbone gives 3 maps of 128, 192, 320 channels:'),
+    ('model.neck.in_channel', 64, "model.neck.in_channel: UpsampleFPN has no argument 'in_channel' (did you mean 'in_"),
+    ('model.neck.num_outs', 4, 'model.neck: UpsampleFPN cannot be built: num_outs=4 levels cannot hold'),
+    ('model.neck.num_outs', 6, 'model.rpn_head: its anchors or points are for 5 maps, of strides 4, 8, 16, 32, 64,'),
+    ('model.neck.add_extra_convs', 'on_inputs', 'model.neck: UpsampleFPN cannot be built: AssertionError: assert'),
+    ('model.rpn_head.anchor_generator.strides', [4, 8], 'model.rpn_head: its anchors or points are for 2 maps, of'),
+    (
+        'model.neck.out_channels',
+        128,
+        'model.rpn_head.in_channels=64, but model.neck gives 5 maps of 128 channels: set',
+    ),
+    ('model.rpn_head.in_channels', 256, 'model.rpn_head.in_channels=256, but model.neck gives 5 maps of 64 channels: '),
+    (
+        'model.rpn_head.loss_cls.use_sigmoids',
+        True,
+        "model.rpn_head.loss_cls.use_sigmoids: CrossEntropyLoss has no argument 'use_sigmoids' (did you mean",
+    ),
+    (
+        'model.rpn_head.loss_cls.type',
+        'CrossEntropy',
+        "model.rpn_head.loss_cls.type='CrossEntropy' is not registered (did you mean 'CrossEntropyLoss'?)",
+    ),
+    (
+        'model.roi_head.bbox_roi_extractor.out_channels',
+        256,
+        'model.roi_head.bbox_roi_extractor.out_channels=256, but model.neck gives maps of 64 channels: set',
+    ),
+    (
+        'model.roi_head.mask_roi_extractor.featmap_strides',
+        [4, 8, 16, 32, 64, 128],
+        'model.roi_head.mask_roi_extractor.featmap_strides=[4, 8, 16, 32, 64, 128] are of 6 maps, but model.neck',
+    ),
+    (
+        'model.roi_head.bbox_head.in_channels',
+        256,
+        'model.roi_head.bbox_head.in_channels=256, but model.roi_head.bbox_roi_extractor.out_channels=64: set',
+    ),
+    (
+        'model.roi_head.mask_head.in_channels',
+        256,
+        'model.roi_head.mask_head.in_channels=256, but model.roi_head.mask_roi_extractor.out_channels=64: set',
+    ),
+    (
+        'model.roi_head.bbox_head.num_clases',
+        1,
+        "model.roi_head.bbox_head.num_clases: Shared2FCBBoxHead has no argument 'num_clases' (did you mean",
+    ),
+    (
+        'model.train_cfg.rcnn.assigner.pos_iou_th',
+        0.5,
+        "model.train_cfg.rcnn.assigner.pos_iou_th: MaxIoUAssigner has no argument 'pos_iou_th' (did you mean",
+    ),
+    ('model.data_preprocessor.means', [1], "model.data_preprocessor.means: DetDataPreprocessor has no argument"),
+    ('model.typ', 'MaskRCNN', "model.typ: MaskRCNN has no argument 'typ'"),
+    ('optim_wrapper.optimizer.learning_rate', 1, "optim_wrapper.optimizer.learning_rate: AdamW has no argument 'learn"),
+    ('optim_wrapper.optimizer.type', 'AdmW', "optim_wrapper.optimizer.type='AdmW' is not registered (did you mean 'Ad"),
+    ('optim_wrapper.clip_gradient', {}, "optim_wrapper.clip_gradient: OptimWrapper has no argument 'clip_gradient'"),
+    ('optim_wrapper.type', 'OptimWraper', "optim_wrapper.type='OptimWraper' is not registered (did you mean"),
+    ('param_scheduler.0.start_facter', 1, "param_scheduler.0.start_facter: LinearLR has no argument 'start_facter'"),
+    ('param_scheduler.1.type', 'CosineLR', "param_scheduler.1.type='CosineLR' is not registered (did you mean"),
+    ('train_cfg.max_iter', 3, "train_cfg.max_iter: IterBasedTrainLoop has no argument 'max_iter' (did you mean"),
+    ('train_cfg.type', 'IterBasedLoop', "train_cfg.type='IterBasedLoop' is not registered (did you mean"),
+    ('train_dataloader.batchsize', 1, "train_dataloader.batchsize: DataLoader has no argument 'batchsize' (did you"),
+    ('train_dataloader.sampler.type', 'Infinite', "train_dataloader.sampler.type='Infinite' is not registered (did"),
+    (f'{DATASET}.type', 'COCODataset', f"{DATASET}.type='COCODataset' is not registered (did you mean 'CocoDataset'?)"),
+    (f'{DATASET}.anno_file', 'x', f"{DATASET}.anno_file: CocoDataset has no argument 'anno_file' (did you mean"),
+    (f'{DATASET}.pipeline.2.type', 'Rezise', f"{DATASET}.pipeline.2.type='Rezise' is not registered (did you mean"),
+    (f'{DATASET}.pipeline.2.scales', 3, f"{DATASET}.pipeline.2.scales: Resize has no argument 'scales' (did you mean"),
+    ('val_evaluator.metrics', 'bbox', "val_evaluator.metrics: CocoMetric has no argument 'metrics' (did you mean"),
+    ('custom_hooks', [dict(type='EMAHok')], "custom_hooks.0.type='EMAHok' is not registered (did you mean 'EMAHook'?)"),
+    ('default_hooks.timer.intervals', 1, "default_hooks.timer.intervals: IterTimerHook has no argument 'intervals'"),
+    ('visualizer.vis_backends.0.type', 'LocalBackend', "visualizer.vis_backends.0.type='LocalBackend' is not"),
+]  # fmt: skip
+MISTAKES_OF_CLASSIFIERS = [
+    (
+        'model.head.in_channels',
+        [1, 2],
+        'model.head.in_channels=[1, 2], but model.backbone gives 4 maps of 128, 192, 320, 320 channels: set',
+    ),
+    ('model.backbone.out_hidden_states', False, 'model.head.in_channels=[128, 192, 320, 320], but model.backbone'),
+    (
+        'model.head',
+        dict(type='LinearClsHead', num_classes=10, in_channels=512),
+        'model.head.in_channels=512, but model.backbone gives 4 maps of 128, 192, 320, 320 channels: set',
+    ),
+    (
+        'model.train_cfg.augments',
+        [dict(type='MixUp')],
+        "model.train_cfg.augments.0.type='MixUp' is not registered (did you mean 'Mixup'?)",
+    ),
+    ('data_preprocessor.to_one_hot', True, "data_preprocessor.to_one_hot: ClsDataPreprocessor has no argument"),
+    ('custom_hooks.1.begins', 1, "custom_hooks.1.begins: MESAHook has no argument 'begins' (did you mean 'begin'?)"),
+]  # fmt: skip
+
+
+def check_modules(cfg):
+    check_arguments(cfg, ['train', 'val', 'test'])
+    check_model(cfg)
+
+
+def changed(demo, key, value):
+    cfg = Config(DEMOS[demo].to_dict())
+    *path, last = key.split('.')
+    part = cfg
+    for name in path:
+        part = part[int(name)] if name.isdigit() else part[name]
+    part[last] = value
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ('demo', 'key', 'value', 'sentence'),
+    [('detector', *case) for case in MISTAKES] + [('classifier', *case) for case in MISTAKES_OF_CLASSIFIERS],
+)
+def test_mistakes_that_a_person_makes(demo, key, value, sentence):
+    cfg = changed(demo, key, value)
+    before = cfg.to_dict()
+    with pytest.raises(ConfigError) as error:
+        check_modules(cfg)
+    assert str(error.value).startswith(sentence)
+    assert '\n' not in str(error.value)
+    assert cfg.to_dict() == before
+
+
+@pytest.mark.slow
+def test_mistakes_end_the_command_line_before_anything_is_built(tmp_path):
+    for split in ('train', 'val'):
+        (tmp_path / f'data/{split}').mkdir(parents=True)
+        write_annotations(tmp_path / f'data/annotations/instances_{split}.json', ['shape'])
+    arguments = [CONFIGS / 'demo/maskrcnn_evm_m1_shapes.py', '--data-root', 'data', '--work-dir', 'work']
+    options = ['--cfg-options', 'model.backbone.out_indices=(0,3)']
+    sentence = the_sentence(run(ROOT / 'tools/train.py', *arguments, *options, cwd=tmp_path))
+    assert sentence.startswith('ConfigError: model.backbone: EfficientViM cannot be built: out_indices=')
+    assert not (tmp_path / 'work').exists()
+
+
+def test_strides_that_are_hardly_meant_are_a_warning(caplog):
+    cfg = changed('detector', 'model.neck.num_upsamples', 1)
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    try:
+        check_model(cfg)
+        check_model(DEMOS['detector'])
+    finally:
+        logger.removeHandler(caplog.handler)
+    (message,) = {record.getMessage() for record in caplog.records if 'strides' in record.getMessage()}
+    assert message.startswith(
+        'model.rpn_head: its anchors or points are for maps of strides 4, 8, 16, 32, 64, but model.neck gives maps of '
+        'strides 8, 16, 32, 64, 128'
+    )
+
+
+def test_the_trial_leaves_no_trace():
+    """Neither in the stream of random numbers, nor in modules that are built later."""
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    check_model(DEMOS['detector'])
+    assert torch.rand(3).equal(expected)
+    with pytest.raises(ConfigError):
+        check_model(changed('detector', 'model.neck.num_outs', 1))
+    assert torch.nn.Linear(1, 1).weight.device.type == 'cpu'
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        *(
+            'retinanet/retinanet_r50_fpn_1x_coco',
+            'faster_rcnn/faster-rcnn_r50_fpn_1x_coco',
+            'atss/atss_r50_fpn_1x_coco',
+        ),
+        *('mask_rcnn/mask-rcnn_r50_fpn_1x_coco', 'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco'),
+        *('fcos/fcos_r50-caffe_fpn_gn-head_1x_coco', 'rtmdet/rtmdet_tiny_8xb32-300e_coco', 'gfl/gfl_r50_fpn_1x_coco'),
+        *('deformable_detr/deformable-detr_r50_16xb2-50e_coco', 'yolox/yolox_s_8xb8-300e_coco', 'ssd/ssd300_coco'),
+        *('tood/tood_r50_fpn_1x_coco', 'libra_rcnn/libra-faster-rcnn_r50_fpn_1x_coco', 'htc/htc_r50_fpn_1x_coco'),
+        *(
+            'sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco',
+            'dyhead/atss_r50_fpn_dyhead_1x_coco',
+            'detr/detr_r50_8xb2-150e_coco',
+        ),
+    ],
+)
+def test_stock_configs_are_accepted(name):
+    check_modules(read_config(f'mmdet::{name}.py'))
+
+
+@pytest.mark.parametrize('path', sorted(CONFIGS.rglob('*evm_*.py')), ids=lambda path: path.stem)
+def test_own_configs_are_accepted(path):
+    if '_base_' in path.parts:
+        return
+    check_modules(Config.fromfile(path))

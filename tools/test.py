@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mmevm.checkpoints import load_trained_weights
 from mmevm.cli import add_common_arguments, build_runner, load_config, run
-from mmevm.preflight import ConfigError, check_config
+from mmevm.preflight import ConfigError, check_annotations, check_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -52,6 +52,7 @@ def main() -> None:
             dict(draw=True, test_out_dir=folder) if detection else dict(enable=True, interval=1, out_dir=folder)
         )
     check_config(cfg, ['test'])
+    check_annotations(cfg, ['test'])
     cfg.load_from, cfg.resume = None, False  # the checkpoint of the command line, and all of it
     runner = build_runner(cfg)
     load_trained_weights(runner, args.checkpoint)

@@ -6,7 +6,7 @@ import torch
 
 from mmevm.checkpoints import load_whole_model
 from mmevm.cli import add_common_arguments, build_runner, load_config, run
-from mmevm.preflight import ConfigError, check_config
+from mmevm.preflight import ConfigError, check_annotations, check_config
 from mmevm.training import make_resumable, resume
 
 
@@ -50,7 +50,10 @@ def main() -> None:
     if not torch.cuda.is_available():
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='mmevm.PeakMemoryHook')]
     check_config(cfg, ['train', 'val'])
+    left_out = check_annotations(cfg, ['train', 'val'])
     runner = build_runner(cfg)
+    for sentence in left_out:
+        runner.logger.info(sentence)
     if cfg.get('resume'):
         load_whole_model(runner.model, cfg.load_from)  # of a file of another model mmengine would only warn
     runner.train()

@@ -15,8 +15,10 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from mmevm.errors import ExplainedError
 
-class CheckpointError(RuntimeError):
+
+class CheckpointError(ExplainedError):
     """A checkpoint cannot be read, is not recognised or does not hold what it must; the message says what to do."""
 
 

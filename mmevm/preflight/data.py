@@ -1,4 +1,4 @@
-"""Mistakes of a config, found before anything is built: what else would end a run hours later, or train on nothing."""
+"""Whether the data is there, and whether its classes are those of the annotations and of the model."""
 
 import json
 import mmap
@@ -11,16 +11,16 @@ from mmengine.config import Config
 from mmengine.fileio import list_from_file
 from mmengine.registry import DATASETS
 
+from .errors import ConfigError, some
+
 # Modules whose `num_classes` is the number of classes of the dataset.
 CLASSIFYING = ('bbox_head', 'mask_head', 'head')
+# What mmpretrain takes for an image.
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif')
 
 
-class ConfigError(RuntimeError):
-    """A config that cannot be meant as it is; the message names the key and what to do."""
-
-
-def check_config(cfg: Config, splits: Sequence[str]) -> None:
-    """Make sure that the data is there and that its classes are those of the annotations and of the model.
+def check_data(cfg: Config, splits: Sequence[str]) -> None:
+    """Make sure that the data of some splits is there, and that its classes are those of annotations and model.
 
     Args:
         cfg: A config for mmengine's runner.
@@ -35,9 +35,9 @@ def check_config(cfg: Config, splits: Sequence[str]) -> None:
         loader = cfg.get(f'{split}_dataloader')
         if loader is None:
             continue
-        for key, dataset in _datasets(loader['dataset'], f'{split}_dataloader.dataset'):
+        for key, dataset in datasets(loader['dataset'], f'{split}_dataloader.dataset'):
             _check_files(key, dataset)
-            classes = _classes(dataset, scope)
+            classes = classes_of(dataset, scope)
             if scope == 'mmpretrain' and (folders := _class_folders(key, dataset, scope, training=split == 'train')):
                 class_folders[key] = folders
                 _check_same_folders(class_folders)
@@ -49,36 +49,38 @@ def check_config(cfg: Config, splits: Sequence[str]) -> None:
         evaluators = cfg.get(f'{split}_evaluator') or []
         for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
             _check_topk(f'{split}_evaluator', evaluator, cfg['model'])
-            if evaluator.get('ann_file') and _is_missing(evaluator['ann_file'], evaluator):
+            if evaluator.get('ann_file') and is_missing(evaluator['ann_file'], evaluator):
                 raise ConfigError(
                     f'{split}_evaluator.ann_file: there is no {evaluator["ann_file"]}. It has to name the '
                     f'annotations of {split}_dataloader; --data-root DIR changes both.'
                 )
 
 
-def _datasets(dataset: dict, key: str) -> Iterator[tuple[str, dict]]:
+def datasets(dataset: dict, key: str) -> Iterator[tuple[str, dict]]:
     """The datasets within wrappers such as RepeatDataset or ConcatDataset."""
     if 'dataset' in dataset:
-        yield from _datasets(dataset['dataset'], f'{key}.dataset')
+        yield from datasets(dataset['dataset'], f'{key}.dataset')
     elif 'datasets' in dataset:
         for i, part in enumerate(dataset['datasets']):
-            yield from _datasets(part, f'{key}.datasets.{i}')
+            yield from datasets(part, f'{key}.datasets.{i}')
     else:
         yield key, dataset
 
 
-def _join(dataset: dict, path: str) -> str:
+def join_path(dataset: dict, path: str) -> str:
+    """A path below the root of a dataset, as mmengine joins it."""
     root = dataset.get('data_root') or ''
     return path if '://' in path or not root else f'{root.rstrip("/")}/{path}' if not path.startswith('/') else path
 
 
-def _is_remote(path: str, owner: dict) -> bool:
+def is_remote(path: str, owner: dict) -> bool:
     """Whether mmengine reads a path from elsewhere: by its own scheme, or by a backend that may map it to another."""
     return '://' in path or (owner.get('backend_args') or {}).get('backend', 'local') != 'local'
 
 
-def _is_missing(path: str, owner: dict) -> bool:
-    return not _is_remote(path, owner) and not Path(path).exists()
+def is_missing(path: str, owner: dict) -> bool:
+    """Whether a local path is not there."""
+    return not is_remote(path, owner) and not Path(path).exists()
 
 
 def _check_files(key: str, dataset: dict) -> None:
@@ -88,8 +90,8 @@ def _check_files(key: str, dataset: dict) -> None:
     if dataset.get('ann_file'):
         wanted['ann_file'] = dataset['ann_file']
     for name, path in wanted.items():
-        path = _join(dataset, path)
-        if _is_missing(path, dataset):
+        path = join_path(dataset, path)
+        if is_missing(path, dataset):
             raise ConfigError(
                 f'{key}.{name}: there is no {path}. Put the data there, or a link to it (for COCO: '
                 'ln -s /path/to/coco data/coco), name its place with --data-root DIR, or change '
@@ -97,37 +99,44 @@ def _check_files(key: str, dataset: dict) -> None:
             )
 
 
-def _kind(name: str | type, scope: str | None) -> Any:
+def kind_of(name: str | type, scope: str | None) -> Any:
     """The class of a dataset's type."""
     with DATASETS.switch_scope_and_registry(scope) as registry:
         return name if isinstance(name, type) else registry.get(name)
 
 
-def _classes(dataset: dict, scope: str | None) -> tuple[str, ...] | None:
+def classes_of(dataset: dict, scope: str | None) -> tuple[str, ...] | None:
+    """The classes of a dataset, given or of its type; None if neither names any."""
     classes = (dataset.get('metainfo') or {}).get('classes')
     if classes is None:
-        classes = getattr(_kind(dataset['type'], scope), 'METAINFO', {}).get('classes')
+        classes = getattr(kind_of(dataset['type'], scope), 'METAINFO', {}).get('classes')
     if isinstance(classes, str):  # the name of the only class, or of a file with one name a line
         classes = list_from_file(classes) if Path(classes).is_file() else [classes]
     return None if classes is None else tuple(classes)
 
 
-def _class_folders(key: str, dataset: dict, scope: str, training: bool) -> tuple[str, ...] | None:
-    """The folders after which mmpretrain numbers its classes; None if they come from a list of files, or elsewhere."""
-    kind, by_folders = _kind(dataset['type'], scope), _kind('CustomDataset', scope)
+def folder_of_classes(dataset: dict, scope: str | None) -> str | None:
+    """Where mmpretrain looks for one folder for each class; None if it reads a list of files, or from elsewhere."""
+    kind, by_folders = kind_of(dataset['type'], scope), kind_of('CustomDataset', scope)
     if not (isinstance(kind, type) and issubclass(kind, by_folders)) or not dataset.get('with_label', True):
         return None
     split = dataset.get('split') or ''
-    if kind is by_folders and split:
-        raise ConfigError(
-            f"{key}: a CustomDataset has no split={split!r}, which comes from the config's _base_: give the dataset "
-            f'_delete_=True, and data_prefix={split!r}.'
-        )
-    if split == 'test' or dataset.get('ann_file') or (split and Path(_join(dataset, f'meta/{split}.txt')).exists()):
+    if split == 'test' or dataset.get('ann_file') or (split and Path(join_path(dataset, f'meta/{split}.txt')).exists()):
         return None
     prefix = dataset.get('data_prefix') or split
-    root = _join(dataset, prefix.get('img_path', '') if isinstance(prefix, dict) else prefix)
-    if _is_remote(root, dataset):
+    root = join_path(dataset, prefix.get('img_path', '') if isinstance(prefix, dict) else prefix)
+    return None if is_remote(root, dataset) else root
+
+
+def _class_folders(key: str, dataset: dict, scope: str, training: bool) -> tuple[str, ...] | None:
+    """The folders after which mmpretrain numbers its classes; None if they come from elsewhere."""
+    if dataset.get('split') and kind_of(dataset['type'], scope) is kind_of('CustomDataset', scope):
+        raise ConfigError(
+            f"{key}: a CustomDataset has no split={dataset['split']!r}, which comes from the config's _base_: give the "
+            f'dataset _delete_=True, and data_prefix={dataset["split"]!r}.'
+        )
+    root = folder_of_classes(dataset, scope)
+    if root is None:
         return None
     if not Path(root).is_dir():
         raise ConfigError(
@@ -137,11 +146,11 @@ def _class_folders(key: str, dataset: dict, scope: str, training: bool) -> tuple
     folders = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir()))
     if not folders:
         raise ConfigError(f'{key}: {root} has no folders, but needs one for each class.')
-    suffixes = tuple(dataset.get('extensions') or ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif'))
+    suffixes = tuple(dataset.get('extensions') or SUFFIXES)
     empty = [name for name in folders if not _has_image(Path(root, name), suffixes)]
     if empty and training:
         raise ConfigError(
-            f'{key}: {len(empty)} of the {len(folders)} folders of classes in {root} have no image, {_some(empty)}: '
+            f'{key}: {len(empty)} of the {len(folders)} folders of classes in {root} have no image, {some(empty)}: '
             f'fill them (with files of {", ".join(suffixes)}), or remove them and set num_classes.'
         )
     return folders
@@ -157,14 +166,14 @@ def _has_image(folder: Path, suffixes: tuple[str, ...]) -> bool:
 def _check_names_of_folders(key: str, classes: tuple[str, ...], folders: tuple[str, ...]) -> None:
     if len(classes) != len(folders):
         raise ConfigError(
-            f'{key} has {len(classes)} classes ({_some(classes)}), but {len(folders)} folders of them '
-            f'({_some(folders)}): give it metainfo=dict(classes=…), or replace it by dict(_delete_=True, '
+            f'{key} has {len(classes)} classes ({some(classes)}), but {len(folders)} folders of them '
+            f'({some(folders)}): give it metainfo=dict(classes=…), or replace it by dict(_delete_=True, '
             "type='CustomDataset', data_root=…, data_prefix=…, pipeline=…), which names its classes after the folders."
         )
     if classes != folders and sorted(classes) == list(folders):
         raise ConfigError(
-            f'{key}: a label is the number of the sorted folders ({_some(folders)}), but metainfo.classes has another '
-            f'order ({_some(classes)}): give it that of the folders, or leave it out.'
+            f'{key}: a label is the number of the sorted folders ({some(folders)}), but metainfo.classes has another '
+            f'order ({some(classes)}): give it that of the folders, or leave it out.'
         )
 
 
@@ -174,24 +183,26 @@ def _check_same_folders(class_folders: dict[str, tuple[str, ...]]) -> None:
         differing = sorted(set(folders) ^ set(expected))
         if differing:
             raise ConfigError(
-                f'{first} and {key} have different folders of classes ({_some(differing)} are in one of them only), '
+                f'{first} and {key} have different folders of classes ({some(differing)} are in one of them only), '
                 'so their labels, the numbers of the sorted folders, would mean different things: make them the same; '
                 'a folder of evaluation may be empty.'
             )
 
 
 def _check_annotated_classes(key: str, dataset: dict, classes: tuple[str, ...]) -> None:
-    path = _join(dataset, dataset.get('ann_file') or '')
-    if not path.endswith('.json') or _is_remote(path, dataset):
+    path = join_path(dataset, dataset.get('ann_file') or '')
+    if not path.endswith('.json') or is_remote(path, dataset):
         return
     if not Path(path).stat().st_size:
         raise ConfigError(f'{key}.ann_file: {path} is empty: fetch it or write it again.')
     annotated = _category_names(path)
-    unknown = [name for name in classes if annotated is not None and name not in annotated]
+    if annotated is None:
+        return
+    unknown = [name for name in classes if name not in annotated]
     if unknown:
         raise ConfigError(
-            f'{key}: {len(unknown)} of its {len(classes)} classes, {_some(unknown)}, are not among the categories of '
-            f'{path}, which are {_some(annotated)}; their objects would silently be skipped. '
+            f'{key}: {len(unknown)} of its {len(classes)} classes, {some(unknown)}, are not among the categories of '
+            f'{path}, which are {some(annotated)}; their objects would silently be skipped. '
             f'Set {key}.metainfo.classes to these names.'
         )
 
@@ -223,7 +234,7 @@ def _check_num_classes(key: str, classes: tuple[str, ...], cfg: Config) -> None:
     for name, head in [*_heads(cfg['model'], 'model'), *counted]:
         if head['num_classes'] != len(classes):
             raise ConfigError(
-                f'{name}.num_classes={head["num_classes"]}, but {key} has {len(classes)} classes ({_some(classes)}): '
+                f'{name}.num_classes={head["num_classes"]}, but {key} has {len(classes)} classes ({some(classes)}): '
                 f'set {name}.num_classes={len(classes)} or correct {key}.metainfo.classes.'
             )
 
@@ -248,7 +259,3 @@ def _heads(value: Any, key: str) -> Iterator[tuple[str, dict]]:
     elif isinstance(value, (list, tuple)):
         for i, item in enumerate(value):
             yield from _heads(item, f'{key}.{i}')
-
-
-def _some(names: Sequence[str], limit: int = 6) -> str:
-    return ', '.join(map(repr, names[:limit])) + (', …' if len(names) > limit else '')
