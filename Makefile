@@ -20,7 +20,7 @@ endif
 endif
 endif
 
-.PHONY: env demo demo-classification test lint
+.PHONY: env demo demo-classification test lint audit
 
 env: $(INSTALLED)
 
@@ -38,8 +38,13 @@ demo-classification: env
 
 # Two processes of one thread each: a file's tests stay together, because they share what they have trained.
 test: env
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --cov
 
 lint: env
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# Known vulnerabilities of the installed packages, from osv.dev.
+audit: env
+	$(VENV)/bin/pip-audit --local --vulnerability-service osv --progress-spinner off

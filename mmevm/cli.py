@@ -3,25 +3,31 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
+from mmengine.dist import all_gather_object
 from mmengine.hub import get_config
 from mmengine.runner import Runner
 
-from .checkpoints import CheckpointError
-from .export import ExportError
+from .errors import ExplainedError
 from .preflight import ConfigError
 
 
 def run(main: Callable[[], None]) -> None:
     """Run a command line; of an error that its sentence explains, print the sentence alone and exit with 1."""
+    if torch.distributed.is_torchelastic_launched():
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        main = record(main)  # torchrun's last words are then the error of the process that failed first
     try:
         main()
-    except (CheckpointError, ConfigError, ExportError) as error:
+    except ExplainedError as error:
         sys.exit(f'{type(error).__name__}: {error}')
 
 
@@ -94,12 +100,68 @@ def _set_loader_defaults(cfg: Config) -> None:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the runner of a config, be it for several processes without GPUs, for which mmengine's own has no way."""
+    """Build the runner of a config, be it for several processes without GPUs, for which mmengine's own has no way.
+
+    Raises:
+        ConfigError: If ``cfg.launcher`` is not what has started this process, or if the processes have different
+            configs.
+    """
+    _check_launcher(cfg.launcher)
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':
-        torch.distributed.init_process_group('gloo')
+        timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')  # in seconds, as mmengine has it
+        torch.distributed.init_process_group('gloo', timeout=timeout and timedelta(seconds=timeout))
         default = dict(broadcast_buffers=False, find_unused_parameters=cfg.get('find_unused_parameters', False))
         cfg.model_wrapper_cfg = dict(cfg.get('model_wrapper_cfg') or default, device_ids=None)
-    return Runner.from_cfg(cfg)
+    runner = Runner.from_cfg(cfg)
+    _check_same_config(cfg)
+    return runner
+
+
+def _check_launcher(launcher: str) -> None:
+    started = os.environ.get('WORLD_SIZE', '1') if torch.distributed.is_torchelastic_launched() else '1'
+    if launcher == 'none' and started != '1':
+        raise ConfigError(
+            f'torchrun has started {started} processes, but each would work for itself and overwrite the files of the '
+            'others: add --launcher pytorch.'
+        )
+    if launcher == 'pytorch' and 'RANK' not in os.environ:
+        raise ConfigError(
+            '--launcher pytorch: this process was not started by torchrun. Start torchrun --nproc-per-node N in place '
+            'of python, or leave --launcher out.'
+        )
+    if launcher in ('slurm', 'mpi') and get_device() == 'cpu':
+        raise ConfigError(
+            f'--launcher {launcher} needs GPUs. Without them, let it start one torchrun a node, and give --launcher '
+            'pytorch.'
+        )
+
+
+def _check_same_config(cfg: Config) -> None:
+    """Processes of other iterations or other weights would wait for each other, or spoil each other's gradients."""
+    mine = dict(_entries(cfg.to_dict()))
+    first, *others = all_gather_object(mine)
+    for rank, other in enumerate(others, start=1):
+        keys = [key for key in sorted(first.keys() | other.keys()) if first.get(key) != other.get(key)]
+        if keys:
+            raise ConfigError(
+                f'Process {rank} has another config than process 0: '
+                + '; '.join(f'{key} is {other.get(key)}, not {first.get(key)}' for key in keys[:5])
+                + ('; and so on' if keys[5:] else '')
+                + '. All nodes need the same files and command, and a work dir that they share.'
+            )
+
+
+def _entries(value: Any, key: str = '') -> Iterator[tuple[str, str]]:
+    """The values of a config by their dotted keys. Folders are left out: a node may have its own for the data."""
+    if isinstance(value, (dict, list, tuple)):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _entries(item, f'{key}.{name}' if key else str(name))
+    elif key == 'load_from':
+        yield key, str(value and Path(value).name)
+    elif isinstance(value, str) and ('/' in value or key in ('data_root', 'work_dir')):
+        yield key, 'a path'
+    else:
+        yield key, repr(value) if isinstance(value, (bool, int, float, str)) else type(value).__name__
 
 
 def replace_data_root(cfg: Config, data_root: str) -> Config:
@@ -116,7 +178,7 @@ def replace_data_root(cfg: Config, data_root: str) -> Config:
         raise ConfigError('--data-root replaces the data_root of the config, but this config has none.')
     new = os.path.expanduser(data_root).rstrip('/') + '/'
 
-    def replace(value):
+    def replace(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: replace(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):

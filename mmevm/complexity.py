@@ -30,8 +30,8 @@ if find_spec('mmdet') is not None:  # classification alone needs no MMDetection
     from mmdet.models.roi_heads.roi_extractors import BaseRoIExtractor
     from mmdet.structures import DetDataSample
 
-    DETECTORS: tuple[type, ...] = (BaseDetector,)
-    ROI_EXTRACTORS: tuple[type, ...] = (BaseRoIExtractor,)
+    DETECTORS: tuple[type[nn.Module], ...] = (BaseDetector,)
+    ROI_EXTRACTORS: tuple[type[nn.Module], ...] = (BaseRoIExtractor,)
 else:
     DETECTORS = ROI_EXTRACTORS = ()
 
@@ -179,11 +179,11 @@ class TensorFunction(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images (B, C, H, W) to all tensors that the model returns."""
-        kwargs = {}
+        kwargs: dict[str, Any] = {}
         if isinstance(self.model, DETECTORS):  # the default mode is 'tensor', and needs the size of each image
             size = tuple(int(length) for length in x.shape[-2:])
-            metainfo = dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size)
-            metainfo['scale_factor'] = (1.0, 1.0)
+            shapes = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), size)
+            metainfo = dict(shapes, scale_factor=(1.0, 1.0))
             kwargs['data_samples'] = [DetDataSample(metainfo=metainfo) for _ in range(len(x))]
         outputs = tuple(_tensors(self.model(x, **kwargs)))
         if not outputs:  # the tracer drops all that no output depends on
@@ -228,7 +228,7 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _counted_regions(model: nn.Module) -> Iterator[dict[str, int]]:
     """Note how many regions each RoI extractor is given."""
-    regions = {}
+    regions: dict[str, int] = {}
     with ExitStack() as hooks:
         for name, module in model.named_modules():
             if isinstance(module, ROI_EXTRACTORS):
@@ -256,7 +256,7 @@ def _is_elementwise(name: str) -> bool:
 
 
 def _shape(value: torch.Value) -> list[int]:
-    return value.type().sizes()
+    return value.type().sizes()  # type: ignore[attr-defined]  # of a tensor the type is a TensorType
 
 
 def _attention(inputs: list[torch.Value], outputs: list[torch.Value]) -> int:

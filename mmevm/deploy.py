@@ -23,8 +23,9 @@ def deploy(model: nn.Module) -> nn.Module:
         ValueError: If a norm of an ``EfficientViM`` is no BatchNorm.
     """
     for module in list(model.modules()):
-        if hasattr(module, 'switch_to_deploy'):
-            module.switch_to_deploy()
+        switch_to_deploy = getattr(module, 'switch_to_deploy', None)
+        if switch_to_deploy is not None:
+            switch_to_deploy()
     layers = {module for module in model.modules() if isinstance(module, ConvModule)}
     uses = Counter(layer.conv for layer in layers)
     for layer in layers:

@@ -13,7 +13,7 @@ import inspect
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from .complexity import DETECTORS
+from .errors import ExplainedError
 from .preflight import ConfigError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ PARTS = ('backbone', 'neck', 'model')
 EXAMPLE_SIZE = (256, 384)
 
 
-class ExportError(RuntimeError):
+class ExportError(ExplainedError):
     """A model that cannot be written as ONNX, or whose file does not do what it does; the message says where."""
 
 
@@ -130,7 +131,7 @@ def export_onnx(
 
 
 def check_onnx(
-    file: str | os.PathLike, reference: nn.Module, images: Sequence[Tensor], tolerance: float = TOLERANCE
+    file: str | os.PathLike, reference: nn.Module, images: Iterable[Tensor], tolerance: float = TOLERANCE
 ) -> float:
     """Compare a file with a model, in ONNX Runtime on the CPU.
 
@@ -259,7 +260,7 @@ class ModelPart(nn.Module):
                 f'--part model is for classifiers and one-stage detectors, not for a {kind}, whose heads depend on the '
                 'regions that are found in an image: take neck.'
             )
-        self.model = model
+        self.model: Any = model  # their libraries have no types
         self.training = model.training
 
     def forward(self, image: Tensor) -> Any:
@@ -314,7 +315,7 @@ def _check_packages() -> None:
         raise ExportError(
             f"ONNX export needs {', '.join(missing)}, not installed here: pip install 'mmevm[export]' has all of it."
         )
-    if TorchVersion(torch.__version__) < (2, 7):  # the first whose exporter takes names of dynamic sizes
+    if TorchVersion(torch.__version__) < '2.7':  # the first whose exporter takes names of dynamic sizes
         raise ExportError(f'ONNX export needs PyTorch 2.7 or later, and this is {torch.__version__}.')
 
 
@@ -359,7 +360,7 @@ def _to_onnx(
                 dynamic_shapes=(DYNAMIC,) if dynamic else None,
                 verbose=False,
             )
-        written = program.model_proto
+        written = program.model_proto  # type: ignore[union-attr]  # None is what the older exporter returns
     except Exception as error:  # whatever the exporter, or the model under it, raises
         raise ExportError(f'{name} cannot be written as ONNX: {_gist(_root(error))}') from error
     for node in written.graph.node:

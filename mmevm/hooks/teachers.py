@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseModule, is_model_wrapper
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from mmevm.checkpoints import CheckpointError, fetch_checkpoint, pretrained_cfgs
 from mmevm.checkpoints.converting import differences, shapes_of, some, unwrap
 from mmevm.preflight import ConfigError
 from mmevm.registry import HOOKS
+
+if TYPE_CHECKING:  # classification needs MMPretrain, the other hooks do not
+    from mmevm.models import TaughtImageClassifier
 
 
 @HOOKS.register_module()
@@ -50,7 +54,7 @@ class MESAHook(Hook):
             )
         self.teacher = _teacher(averages[0].ema_model.module)
 
-    def before_train_iter(self, runner: Runner, *args, **kwargs) -> None:
+    def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         """Begin when it is time, which on resuming may be at once."""
         student = _student(runner, self)
         if student.teacher is None and runner.iter >= self.begin * runner.max_iters:
@@ -103,7 +107,7 @@ class DistillationHook(Hook):
         _student(runner, self).teacher = None
 
 
-def _student(runner: Runner, hook: Hook) -> nn.Module:
+def _student(runner: Runner, hook: Hook) -> 'TaughtImageClassifier':
     student = runner.model.module if is_model_wrapper(runner.model) else runner.model
     if not (hasattr(student, 'teacher') and hasattr(getattr(student, 'head', None), 'distilled')):
         raise ConfigError(
@@ -113,7 +117,7 @@ def _student(runner: Runner, hook: Hook) -> nn.Module:
     return student
 
 
-def _build(cfg: dict) -> nn.Module:
+def _build(cfg: dict) -> BaseModule:
     try:
         return MODELS.build(cfg)
     except OSError as error:  # of the hub, whose errors are of this kind, or of a file

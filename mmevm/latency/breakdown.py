@@ -6,7 +6,7 @@ take at rates which are measured on the same machine just before.
 """
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -81,6 +81,8 @@ KINDS = {
     ),
 }
 _KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
+
+Operation = tuple[str, str | None, bool]  # its kind, its name if that is OTHER, whether within a mixer
 
 _ROUND = 'mmevm.breakdown.round'
 _MIXER = 'mmevm.breakdown.mixer'
@@ -189,7 +191,7 @@ class Breakdown:
 
     def _parts_as_text(self, title: str, parts: tuple[Part, ...]) -> str:
         total = sum(part.milliseconds for part in parts)
-        rows = [(title, 'ms', 'share', 'MMAC', 'MB', 'floor ms', '× floor', 'bound by')]
+        rows: list[tuple[str, ...]] = [(title, 'ms', 'share', 'MMAC', 'MB', 'floor ms', '× floor', 'bound by')]
         for part in parts:
             row = [
                 part.label,
@@ -197,11 +199,11 @@ class Breakdown:
                 f'{part.milliseconds / total:.1%}',
                 f'{part.flops / 1e6:.1f}',
             ]
-            if part.own:
+            if part.bytes is None or part.floor is None:
                 row += [''] * 4
             else:
                 times = f'{part.milliseconds / part.floor:.1f}' if part.floor else ''
-                row += [f'{part.bytes / 1e6:.2f}', f'{part.floor:.3f}', times, part.bound]
+                row += [f'{part.bytes / 1e6:.2f}', f'{part.floor:.3f}', times, part.bound or '']
             rows.append(tuple(row))
         floors = sum(part.floor or 0 for part in parts)
         moved, flops = sum(part.bytes or 0 for part in parts), sum(part.flops for part in parts)
@@ -221,7 +223,7 @@ class Breakdown:
             rows.append(tuple(row))
         text = _aligned(rows)
         if self.unknown:
-            names = sorted(self.unknown, key=self.unknown.get, reverse=True)
+            names = sorted(self.unknown, key=self.unknown.__getitem__, reverse=True)
             text += f'\n\nUnder {OTHER!r}: {", ".join(names)}.'
         return text
 
@@ -269,11 +271,16 @@ def break_down(model: nn.Module, x: Tensor, rounds: int = 10) -> Breakdown:
     for name in times:
         module, opened = modules[name]
         own = opened and any(other != name and _is_within(other, name) for other in times)
-        size = None if own else moved[name] + _weight_bytes(module)
-        floors = {} if own else dict(arithmetic=flops[name] / rate * 1e3, memory=size / bandwidth * 1e3)
-        bound = max(floors, key=floors.get, default=None)
         milliseconds = median(times[name]) / 1e6
-        parts.append(Part(name, type(module).__name__, own, milliseconds, flops[name], size, floors.get(bound), bound))
+        size: int | None = None
+        floor: float | None = None
+        bound: str | None = None
+        if not own:
+            size = moved[name] + _weight_bytes(module)
+            floors = dict(arithmetic=flops[name] / rate * 1e3, memory=size / bandwidth * 1e3)
+            bound = max(floors, key=floors.__getitem__)
+            floor = floors[bound]
+        parts.append(Part(name, type(module).__name__, own, milliseconds, flops[name], size, floor, bound))
     return Breakdown(
         device=_device_name(x.device),
         dtype=str(dtype).removeprefix('torch.'),
@@ -293,7 +300,8 @@ def break_down(model: nn.Module, x: Tensor, rounds: int = 10) -> Breakdown:
 
 def _parts(model: nn.Module) -> dict[str, tuple[nn.Module, bool]]:
     """Modules that get a clock, owners before what is within, and whether they are opened up."""
-    parts, closed = {}, []
+    parts: dict[str, tuple[nn.Module, bool]] = {}
+    closed: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, IDLE) or any(_is_within(name, other) for other in closed):
             continue
@@ -315,7 +323,7 @@ def _is_within(name: str, owner: str) -> bool:
 
 
 def _outermost(names: Iterator[str]) -> tuple[str, ...]:
-    kept = []
+    kept: list[str] = []
     for name in names:
         if not any(_is_within(name, other) for other in kept):
             kept.append(name)
@@ -337,9 +345,9 @@ class _Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.times = {}  # nanoseconds of each round by name, in the order of the first calls
-        self.moved = {}  # bytes into and out of each module in the last round
-        self.running = []  # [start, nanoseconds of what it has called] of each module that is running
+        self.times: dict[str, list[int]] = {}  # nanoseconds of each round by name, in the order of the first calls
+        self.moved: dict[str, int] = {}  # bytes into and out of each module in the last round
+        self.running: list[list[int]] = []  # [start, nanoseconds of what it has called] of each that is running
 
     def start_round(self) -> None:
         self.moved.clear()
@@ -366,7 +374,8 @@ def _time_parts(
     model: nn.Module, x: Tensor, modules: Mapping[str, tuple[nn.Module, bool]], rounds: int
 ) -> tuple[float, dict[str, list[int]], dict[str, int]]:
     """Seconds of a pass without clocks; of each module nanoseconds in each round, and bytes into and out of it."""
-    clock, unobserved = _Clock(x.device), []
+    clock = _Clock(x.device)
+    unobserved: list[float] = []
     for i in range(WARM_UP + rounds):  # in turn, so that both see the machine in the same states
         if i == WARM_UP:
             unobserved.clear()
@@ -394,7 +403,7 @@ def _time_kinds(
                 model(x)
                 synchronise(x.device)
 
-    passes = {}  # (kind, None or operator, whether in a mixer) to microseconds, by the range of the round
+    passes: dict[float, dict[Operation, float]] = {}  # microseconds, by the start of the round
     for event in profiler.events():
         if event.device_type != DeviceType.CPU or event.is_async:
             continue
@@ -406,16 +415,19 @@ def _time_kinds(
         in_mixer = any(owner.name == _MIXER for owner in owners)
         kind = BETWEEN if event.name in (_ROUND, _MIXER) else _kind(event.name)
         if spent > 0:
-            passes.setdefault(start, Counter())[kind, event.name if kind == OTHER else None, in_mixer] += spent
-    counted = [passes.get(start, Counter()) for start in sorted(passes)[WARM_UP:]]
+            passes.setdefault(start, defaultdict(float))[kind, event.name if kind == OTHER else None, in_mixer] += spent
+    counted = [passes[start] for start in sorted(passes)[WARM_UP:]]
     all_keys = list(dict.fromkeys(key for times in counted for key in times))
 
     def medians(key_of: Callable[[str, str | None, bool], str | None]) -> dict[str, float]:
         groups = defaultdict(list)
         for key in all_keys:
-            if key_of(*key) is not None:
-                groups[key_of(*key)].append(key)
-        return {name: median(sum(t[key] for key in keys) for t in counted) / 1e3 for name, keys in groups.items()}
+            if (name := key_of(*key)) is not None:
+                groups[name].append(key)
+        return {
+            name: median(sum(times.get(key, 0) for key in keys) for times in counted) / 1e3
+            for name, keys in groups.items()
+        }
 
     order = [*KINDS, BETWEEN, OTHER]
     kinds = medians(lambda kind, operator, in_mixer: kind)
@@ -465,7 +477,7 @@ def _kind(name: str) -> str:
     if known := _KIND_OF.get(operator.strip('_')):
         return known
     declared = class_of_operator(operator) if namespace == 'aten' else None
-    return {POINTWISE: ELEMENTWISE, VIEW: LAYOUT}.get(declared, OTHER)
+    return {POINTWISE: ELEMENTWISE, VIEW: LAYOUT, None: OTHER}[declared]
 
 
 def _measure_rates(x: Tensor) -> tuple[float, float, torch.dtype]:
@@ -516,7 +528,7 @@ def _starred(name: str, keep: int) -> str:
 def _together(name: str, parts: list[Part]) -> Part:
     first = parts[0]
     kinds = dict.fromkeys(part.kind for part in parts)
-    bounds = Counter()
+    bounds: dict[str | None, float] = defaultdict(float)
     for part in parts:
         bounds[part.bound] += part.floor or 0
     return Part(
@@ -525,9 +537,9 @@ def _together(name: str, parts: list[Part]) -> Part:
         own=first.own,
         milliseconds=sum(part.milliseconds for part in parts),
         flops=sum(part.flops for part in parts),
-        bytes=None if first.own else sum(part.bytes for part in parts),
-        floor=None if first.own else sum(part.floor for part in parts),
-        bound=bounds.most_common(1)[0][0],
+        bytes=None if first.own else sum(part.bytes or 0 for part in parts),
+        floor=None if first.own else sum(part.floor or 0 for part in parts),
+        bound=max(bounds, key=bounds.__getitem__),
     )
 
 

@@ -89,7 +89,9 @@ def _forward_and_backward(model: nn.Module, precision: Callable, x: Tensor) -> N
     with torch.enable_grad():
         with precision():
             outputs = model(x)
-        sum(out.sum() for out in tree_flatten(outputs)[0] if isinstance(out, Tensor) and out.requires_grad).backward()
+        tensors = (out for out in tree_flatten(outputs)[0] if isinstance(out, Tensor) and out.requires_grad)
+        loss: Any = sum(out.sum() for out in tensors)
+        loss.backward()
 
 
 def _compile(model: nn.Module, x: Tensor, precision: Callable, training: bool) -> Call:
@@ -104,7 +106,8 @@ def _compile(model: nn.Module, x: Tensor, precision: Callable, training: bool) -
         torch._dynamo.config.patch({limit: 1000}),
         torch._inductor.config.patch(freezing=not training),  # weights become constants, which is for inference alone
     ):
-        call = _eager(torch.compile(model, dynamic=False, mode=mode), x, precision, training)
+        compiled = torch.compile(model, dynamic=False, mode=mode)
+        call = _eager(compiled, x, precision, training)  # type: ignore[arg-type]  # of a module it is one
         call(x)
     return call
 
@@ -175,7 +178,8 @@ def _openvino(model: nn.Module, x: Tensor, threads: int | None, onnx_file: Path)
     import openvino
 
     _export(model, x, onnx_file)
-    options = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32'}  # else bfloat16 where a CPU has it
+    # Without the second it would compute in bfloat16 where a CPU has that.
+    options: dict[str, Any] = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32'}
     if threads:
         options['INFERENCE_NUM_THREADS'] = threads
     request = openvino.compile_model(onnx_file, 'CPU', options).create_infer_request()

@@ -23,7 +23,7 @@ import functools
 import gc
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -104,7 +104,7 @@ def build(subject: Subject, setting: Setting, engine: str = 'eager') -> tuple[nn
         setting.batch_size, 3, setting.resolution, setting.resolution, generator=torch.Generator().manual_seed(0)
     )
     layout = torch.channels_last if setting.is_channels_last(engine) else torch.contiguous_format
-    form = dict(device=setting.device, dtype=DTYPES[setting.dtype][0], memory_format=layout)
+    form: dict[str, Any] = dict(device=setting.device, dtype=DTYPES[setting.dtype][0], memory_format=layout)
     return model.to(**form), x.to(**form)
 
 
@@ -176,7 +176,9 @@ def benchmark(
     for name, numbers in dict(resolutions=resolutions, batch_sizes=batch_sizes or (), rounds=[rounds]).items():
         if any(number < 1 for number in numbers):
             raise ValueError(f'{name} are numbers from 1 on, not {list(numbers)}.')
-    for name, values, known in [('dtypes', dtypes, DTYPES), ('engines', engines, ENGINES)]:
+    choices: list[tuple[str, Sequence[str], Collection[str]]]
+    choices = [('dtypes', dtypes, DTYPES), ('engines', engines, ENGINES)]
+    for name, values, known in choices:
         if unknown := [value for value in values if value not in known]:
             raise ValueError(f'{name}: {", ".join(unknown)} is none of {", ".join(known)}.')
     if torch.device(device).type == 'cuda' and not torch.cuda.is_available():
@@ -270,6 +272,7 @@ def _get_ready(
 ) -> Callable[[], Any] | None:
     """A warm call with the largest batch that memory suffices for, which is noted in the row; None if there is none."""
     on_cuda = is_cuda(setting.device)
+    call: Callable[[], Any] | None
     while True:
         _free_memory(setting.device)  # of what was measured before, or of what did not fit
         setting = replace(setting, batch_size=result.batch_size)

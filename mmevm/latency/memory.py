@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import nn
@@ -72,6 +72,12 @@ def available_memory() -> int | None:
     return available
 
 
+class _Server(NamedTuple):
+    process: subprocess.Popen
+    questions: BinaryIO
+    answers: BinaryIO
+
+
 class MemoryMeter(contextlib.AbstractContextManager):
     """Measures peak memory on the CPU, each time in a process of its own.
 
@@ -86,7 +92,7 @@ class MemoryMeter(contextlib.AbstractContextManager):
     """
 
     def __init__(self) -> None:
-        self._server: subprocess.Popen | None = None
+        self._server: _Server | None = None
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -106,11 +112,11 @@ class MemoryMeter(contextlib.AbstractContextManager):
         if not (PROC / 'clear_refs').exists():
             return None, 'peak memory of the CPU is measured on Linux alone'
         if self._server is None:
-            self._start()
+            self._server = _start_server()
         try:
-            pickle.dump((pickle.dumps(make), tuple(imports)), self._server.stdin)
-            self._server.stdin.flush()
-            peak, error = pickle.load(self._answers)
+            pickle.dump((pickle.dumps(make), tuple(imports)), self._server.questions)
+            self._server.questions.flush()
+            peak, error = pickle.load(self._server.answers)
         except (EOFError, OSError):
             self.close()
             return None, 'the process that measures peak memory has died'
@@ -120,23 +126,26 @@ class MemoryMeter(contextlib.AbstractContextManager):
         """End the process."""
         if self._server is not None:
             with contextlib.suppress(OSError):
-                self._server.stdin.close()
-            self._server.wait()
-            self._answers.close()
+                self._server.questions.close()
+            self._server.process.wait()
+            self._server.answers.close()
             self._server = None
 
-    def _start(self) -> None:
-        answers, to_answers = os.pipe()
-        self._server = subprocess.Popen(
-            [sys.executable, '-c', f'from mmevm.latency import memory; memory._serve({to_answers})'],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=[to_answers],
-            env=os.environ | dict(PYTHONPATH=os.pathsep.join(path or os.getcwd() for path in sys.path)),
-        )
-        os.close(to_answers)
-        self._answers = os.fdopen(answers, 'rb')
+
+def _start_server() -> _Server:
+    from_questions, questions = os.pipe()
+    answers, to_answers = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, '-c', f'from mmevm.latency import memory; memory._serve({to_answers})'],
+        stdin=from_questions,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=[to_answers],
+        env=os.environ | dict(PYTHONPATH=os.pathsep.join(path or os.getcwd() for path in sys.path)),
+    )
+    os.close(from_questions)
+    os.close(to_answers)
+    return _Server(process, os.fdopen(questions, 'wb'), os.fdopen(answers, 'rb'))
 
 
 def _serve(to_answers: int) -> None:
@@ -148,6 +157,7 @@ def _serve(to_answers: int) -> None:
             return
         child = os.fork()
         if child == 0:
+            answer: tuple[int | None, str | None]
             try:
                 answer = _peak_of_this_process(make, imports), None
             except BaseException as error:
@@ -159,10 +169,10 @@ def _serve(to_answers: int) -> None:
             os.write(to_answers, pickle.dumps((None, f'the process ended with {os.waitstatus_to_exitcode(status)}')))
 
 
-def _peak_of_this_process(make: bytes, imports: Sequence[str]) -> int:
+def _peak_of_this_process(pickled: bytes, imports: Sequence[str]) -> int:
     for name in imports:
         __import__(name)
-    make = pickle.loads(make)
+    make = pickle.loads(pickled)
     with torch.no_grad():  # the pages of PyTorch's own code are not the model's
         nn.functional.conv2d(torch.ones(1, 8, 16, 16), torch.ones(8, 8, 3, 3)).flatten(1) @ torch.ones(8 * 14 * 14, 8)
     gc.collect()

@@ -6,7 +6,9 @@ What has no times is named below a picture.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations, pairwise
+from math import nan
 from textwrap import fill
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -105,11 +107,11 @@ def draw_latency(results: Sequence[Result], title: str = '', reference: str | No
     heights = [len(panel) + 0.6 for panel in panels.values()]
     all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (setting, panel) in zip(all_axes, panels.items(), strict=True):
-        panel.sort(key=lambda row: row.milliseconds)
+        panel.sort(key=_milliseconds)
         names = [_name(row) for row in panel]
-        times = [row.milliseconds for row in panel]
+        times = [_milliseconds(row) for row in panel]
         colours = [COLOURS[1] if row.model == reference else COLOURS[0] for row in panel]
-        spreads = [row.milliseconds * (row.spread or 0) for row in panel]
+        spreads = [time * (row.spread or 0) for time, row in zip(times, panel, strict=True)]
         places = range(len(panel))  # by number: rows of the same name are rows all the same
         axes.barh(places, times, xerr=spreads, color=colours, height=0.7, error_kw=dict(ecolor='#333333', capsize=2))
         for place, time, spread in zip(places, times, spreads, strict=True):
@@ -143,8 +145,8 @@ def draw_resolution(results: Sequence[Result], title: str = '') -> Figure:
     lines, common = _lines(rows, 'resolution', also='batch_size')
     figure = Figure(figsize=(11, 4.8), layout='constrained')
     whole, each = figure.subplots(1, 2)
-    for axes, unit in ((whole, lambda row: 1.0), (each, lambda row: 1e3 / row.resolution**2)):
-        _draw_lines(axes, lines, 'resolution', lambda row, unit=unit: row.milliseconds * unit(row))
+    _draw_lines(whole, lines, 'resolution', _milliseconds)
+    _draw_lines(each, lines, 'resolution', lambda row: 1e3 * _milliseconds(row) / row.resolution**2)
     whole.set(xlabel='pixels of a side', ylabel='ms per image')
     each.set(xlabel='pixels of a side', ylabel='µs per pixel')
 
@@ -154,7 +156,7 @@ def draw_resolution(results: Sequence[Result], title: str = '') -> Figure:
         for place in find_crossings(_points(lines[first]), _points(lines[second]))
     ]
     for i, (side, time, first, second) in enumerate(sorted(crossings)):
-        beside = dict(xytext=(8, -14)) if i % 2 else dict(xytext=(-8, 8), ha='right')
+        beside: dict[str, Any] = dict(xytext=(8, -14)) if i % 2 else dict(xytext=(-8, 8), ha='right')
         whole.plot(side, time, 'o', color='black', markersize=12, fillstyle='none', label='_crossing')
         whole.annotate(f'{side:.0f}²', (side, time), textcoords='offset points', fontsize=9, **beside)
         notes.append(f'{first} and {second} cross at {side:.0f}².')
@@ -176,7 +178,7 @@ def draw_batch(results: Sequence[Result], title: str = '') -> Figure:
     lines, common = _lines(rows, 'batch_size', also='resolution')
     figure = Figure(figsize=(8.5, 4.8), layout='constrained')
     axes = figure.subplots()
-    _draw_lines(axes, lines, 'batch_size', lambda row: row.milliseconds)
+    _draw_lines(axes, lines, 'batch_size', _milliseconds)
     axes.set(xlabel='images in a batch', ylabel='ms per image')
     figure.legend(*axes.get_legend_handles_labels(), loc='outside right upper', frameon=False)
     return _finished(figure, title, common, notes)
@@ -216,15 +218,21 @@ def draw_pareto(results: Sequence[Result], title: str = '', accuracy: str = 'top
     axes = figure.subplots()
     for i, (setting, members) in enumerate(series.items()):
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        sides = [min(published[row.model], key=lambda side, row=row: abs(side - row.resolution)) for row in members]
-        points = [(row.images_per_second, published[row.model][side]) for row, side in zip(members, sides, strict=True)]
+        sides = [_nearest(row.resolution, published[row.model]) for row in members]
+        points = [
+            (1e3 / _milliseconds(row), published[row.model][side]) for row, side in zip(members, sides, strict=True)
+        ]
         front = find_front(points)
         for row, side, point in zip(members, sides, points, strict=True):
-            filling = dict(markerfacecolor=colour if side == row.resolution else 'white', markeredgecolor=colour)
+            filling: dict[str, Any] = dict(
+                markerfacecolor=colour if side == row.resolution else 'white', markeredgecolor=colour
+            )
             axes.plot(*point, marker, markersize=8, label='_point', zorder=3, **filling)
             # Away from the line: it runs on the side that is better.
             best = point in front
-            beside = dict(xytext=(7 if best else -7, 4 if best else -12), ha='left' if best else 'right')
+            beside: dict[str, Any] = dict(
+                xytext=(7 if best else -7, 4 if best else -12), ha='left' if best else 'right'
+            )
             label = f'{_name(row)}, {row.resolution}²' if several else _name(row)
             axes.annotate(label, point, textcoords='offset points', fontsize=9, **beside)
             if side != row.resolution:
@@ -273,7 +281,7 @@ def find_crossings(
 
 def find_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     """The points (speed, accuracy) that no other beats in one without being worse in the other, fastest first."""
-    front = []
+    front: list[tuple[float, float]] = []
     for point in sorted(set(points), reverse=True):
         if not front or point[1] > front[-1][1]:
             front.append(point)
@@ -292,6 +300,15 @@ def _timed(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
         places = (f'{row.batch_size} of {_name(row)} at {row.resolution}²' for row in halved)
         notes.append(f'Batches are smaller where memory did not suffice: {", ".join(places)}.')
     return rows, notes
+
+
+def _milliseconds(row: Result) -> float:
+    """Of a row of :func:`_timed`."""
+    return row.milliseconds or nan
+
+
+def _nearest(resolution: int, sides: Iterable[int]) -> int:
+    return min(sides, key=lambda side: abs(side - resolution))
 
 
 def _name(row: Result) -> str:
@@ -336,7 +353,9 @@ def _draw_lines(axes: Axes, lines: dict[str, list[Result]], along: str, value: C
         sides = [getattr(row, along) for row in rows]
         values = [value(row) for row in rows]
         errors = [y * (row.spread or 0) for y, row in zip(values, rows, strict=True)]
-        style = dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=5, capsize=2)
+        style: dict[str, Any] = dict(
+            color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=5, capsize=2
+        )
         axes.errorbar(sides, values, errors, label=name, linestyle=('-', '--')[i // len(COLOURS) % 2], **style)
     axes.loglog()
     axes.grid(alpha=0.3, which='both')
@@ -360,7 +379,7 @@ def _plain_numbers(axes: Axes) -> None:
 
 
 def _points(rows: Sequence[Result]) -> list[tuple[float, float]]:
-    return [(row.resolution, row.milliseconds) for row in rows]
+    return [(row.resolution, _milliseconds(row)) for row in rows]
 
 
 def _finished(figure: Figure, title: str, common: str, notes: Sequence[str]) -> Figure:

@@ -78,7 +78,8 @@ class Result:
     @property
     def images_per_second(self) -> float | None:
         """Images a second at the median time; None if there are no times."""
-        return 1e3 / self.milliseconds if self.seconds else None
+        milliseconds = self.milliseconds
+        return None if milliseconds is None else 1e3 / milliseconds
 
     @property
     def setting(self) -> tuple:
@@ -104,10 +105,7 @@ def relative_times(results: Sequence[Result], reference: str) -> list[float | No
     if not times:
         models = ', '.join(dict.fromkeys(result.model for result in results))
         raise ValueError(f'The reference {reference!r} is none of the models that were measured: {models}.')
-    return [
-        result.milliseconds / times[result.setting] if result.seconds and times.get(result.setting) else None
-        for result in results
-    ]
+    return [_ratio(result.milliseconds, times.get(result.setting)) for result in results]
 
 
 def table(results: Sequence[Result], reference: str) -> str:
@@ -222,6 +220,10 @@ def git_commit() -> str | None:
         return git('describe', '--always', '--dirty', '--abbrev=40', '--exclude=*')
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _ratio(time: float | None, of_reference: float | None) -> float | None:
+    return time / of_reference if time is not None and of_reference else None
 
 
 def _version(name: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -86,6 +87,7 @@ class Subject:
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
+            model: nn.Module
             if self.is_ours:
                 model = EfficientViM(self.name, with_cp=self.recomputes)
             elif self.is_config:
@@ -115,7 +117,7 @@ class Subject:
             cfg.model.backbone.with_cp = True
         model = build_without_weights(cfg)
         if self.part == 'backbone':
-            return model.backbone
+            return model.get_submodule('backbone')
         # A two-stage detector asks for the sizes of the images.
         return TensorFunction(model) if isinstance(model, DETECTORS) else model
 
@@ -125,7 +127,7 @@ class _LastMap(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model  # what else than a module timm's have in common has no type
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model.forward_features(x)

@@ -28,7 +28,8 @@ def ms_deform_attn_forward(
     Returns:
         (B, queries, heads · channels).
     """
-    output = 0
+    batch, _, heads, channels = value.shape
+    output = widen(value).new_zeros(batch, sampling_locations.shape[1], heads * channels)
     for level, shape, keys in _levels(value_spatial_shapes, value_level_start_index):
         output = output + _attend(
             widen(value[:, keys]),
@@ -54,10 +55,10 @@ def ms_deform_attn_backward(
     """Gradients of :func:`ms_deform_attn_forward`, written to the three tensors ``grad_…``."""
     for level, shape, keys in _levels(value_spatial_shapes, value_level_start_index):
         index = (slice(None), slice(None), slice(None), level)
-        inputs = (value[:, keys], sampling_locations[index], attention_weights[index])
-        inputs = [widen(tensor).detach().requires_grad_() for tensor in inputs]
+        parts = (value[:, keys], sampling_locations[index], attention_weights[index])
+        inputs = [widen(tensor).detach().requires_grad_() for tensor in parts]
         with torch.enable_grad():
-            output = _attend(*inputs, shape)
+            output = _attend(inputs[0], inputs[1], inputs[2], shape)
         grads = torch.autograd.grad(output, inputs, grad_output.to(output.dtype))
         grad_value[:, keys] = grads[0].to(grad_value.dtype)
         grad_sampling_loc[index] = grads[1].to(grad_sampling_loc.dtype)

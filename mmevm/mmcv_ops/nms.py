@@ -43,7 +43,7 @@ def softnms(
     moved = _move_corner(widen(boxes), offset)
     scores = scores.to(moved.dtype)
     alive = torch.ones_like(scores, dtype=torch.bool)
-    kept = []
+    kept: list[Tensor] = []
     while alive.any():
         best = scores.masked_fill(~alive, -torch.inf).argmax()
         dets[len(kept), :4], dets[len(kept), 4] = boxes[best], scores[best]

@@ -6,13 +6,19 @@ follows it they would be no cheaper, as the hidden states would need a bias that
 Maps are (B, C, H, W) in channels_last, where LayerNorm and the products over tokens need no copy.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
-from .layers import ConvNorm, PatchMerging, Stem
+from .layers import ConvNorm, PatchMerging, Stem, items
 from .mixers import HSMSSD
+
+if TYPE_CHECKING:
+    from .efficientvim import Block  # which imports this module
 
 
 class DeployedStem(nn.Module):
@@ -24,8 +30,9 @@ class DeployedStem(nn.Module):
 
     def __init__(self, stem: Stem) -> None:
         super().__init__()
-        self.conv = nn.Sequential(*(_conv(*fold_norm(layer), like=layer.conv) for layer in stem.conv))
-        self.num_relus = sum(isinstance(layer.act, nn.ReLU) for layer in stem.conv)
+        layers = items(stem.conv, ConvNorm)
+        self.conv = nn.Sequential(*(_conv(*fold_norm(layer), like=layer.conv) for layer in layers))
+        self.num_relus = sum(isinstance(layer.act, nn.ReLU) for layer in layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, C, ceil(H/16), ceil(W/16)), in channels_last."""
@@ -48,18 +55,18 @@ class DeployedBlock(nn.Module):
         x ← (1−g₃)·x + g₃·ffn(x)       whose shortcut so is the bare input
 
     Args:
-        block: The ``Block`` it takes the weights of, of any mixer.
+        block: What it takes the weights of, with any mixer.
         out_hidden_states: Whether the mixer's hidden states are wanted.
     """
 
-    def __init__(self, block: nn.Module, out_hidden_states: bool) -> None:
+    def __init__(self, block: 'Block', out_hidden_states: bool) -> None:
         super().__init__()
         gates = block.alpha.detach().double().sigmoid()
         rests = (-block.alpha.detach().double()).sigmoid()  # 1 − g, without cancellation
         self.out_hidden_states = out_hidden_states
 
         self.dwconv1 = _conv(*_gated_shortcut(block.dwconv1, gates[0], rests[0]), like=block.dwconv1.conv)
-        mixer = DeployedHSMSSD if type(block.mixer) is HSMSSD else DeployedMixer
+        mixer: type[DeployedHSMSSD | DeployedMixer] = DeployedHSMSSD if type(block.mixer) is HSMSSD else DeployedMixer
         self.mixer = mixer(block.norm, block.mixer, gates[1] / rests[1])
 
         weight, bias = _gated_shortcut(block.dwconv2, gates[2], rests[2])
@@ -145,7 +152,8 @@ class DeployedPatchMerging(nn.Module):
 
     def __init__(self, downsample: PatchMerging) -> None:
         super().__init__()
-        expand, dwconv, self.se, reduce = downsample.conv
+        expand, dwconv, reduce = (layer for layer in downsample.conv if isinstance(layer, ConvNorm))
+        self.se = downsample.conv[2]
         one = torch.ones(())
         self.dwconv1 = _conv(*_gated_shortcut(downsample.dwconv1, one, one), like=downsample.dwconv1.conv)
         self.fc1 = _conv(*fold_norm(expand), like=expand.conv)
@@ -175,7 +183,7 @@ def fold_norm(layer: ConvNorm) -> tuple[Tensor, Tensor]:
     weight, norm = layer.conv.weight.detach().double(), layer.norm
     if isinstance(norm, nn.Identity):
         return weight, weight.new_zeros(len(weight))
-    if not isinstance(norm, _BatchNorm) or norm.running_var is None:
+    if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
         raise ValueError(f'{type(norm).__name__} cannot be folded into a convolution: only a BatchNorm can (norm_cfg).')
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     bias = -norm.running_mean.double() * scale
@@ -203,13 +211,13 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().float(), requires_grad=False)
 
 
-def _conv(weight: Tensor, bias: Tensor | None, like: nn.Conv2d) -> nn.Conv2d:
+def _conv(weight: Tensor, bias: Tensor | None, like: _ConvNd) -> nn.Conv2d:
     conv = nn.Conv2d(
         like.in_channels,
         like.out_channels,
-        like.kernel_size,
-        like.stride,
-        like.padding,
+        like.kernel_size[0],  # those of a ConvNorm are square
+        like.stride[0],
+        like.padding[0],
         groups=like.groups,
         bias=bias is not None,
     )

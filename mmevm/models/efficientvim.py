@@ -6,6 +6,8 @@ their numbers and weights came.
 
 import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from mmcv.cnn import build_norm_layer
@@ -19,11 +21,17 @@ from mmevm.checkpoints import load_pretrained, pretrained_cfgs
 from mmevm.registry import MODELS
 
 from .deployed import DeployedBlock, DeployedPatchMerging, DeployedStem
-from .layers import FFN, ConvNorm, PatchMerging, Stem
+from .layers import FFN, ConvNorm, PatchMerging, Stem, items
 
 _PIXELS_AT_ONCE = 4 * 512**2  # docs/performance.md
 
 _is_compiling = getattr(torch.compiler, 'is_compiling', torch.jit.is_tracing)  # torch 2.1 has only the latter
+
+
+def _is_autocast(device: str) -> bool:
+    if hasattr(torch, 'get_autocast_dtype'):  # torch 2.4, where each device came to be asked by its name
+        return torch.is_autocast_enabled(device)
+    return torch.is_autocast_cpu_enabled() if device == 'cpu' else torch.is_autocast_enabled()
 
 
 class Block(nn.Module):
@@ -98,7 +106,7 @@ class Stage(nn.Module):
     def __init__(self, blocks: Sequence[Block], downsample: PatchMerging | None, with_cp: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
+        self.downsample: PatchMerging | DeployedPatchMerging | None = downsample
         self.with_cp = with_cp
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -112,18 +120,18 @@ class Stage(nn.Module):
         """
         for block in self.blocks:
             if self.with_cp and torch.is_grad_enabled():
-                x, h = checkpoint(
-                    block,
-                    x,
-                    use_reentrant=False,
-                    context_fn=lambda block=block: (contextlib.nullcontext(), _RunningStatsKept(block)),
-                )
+                x, h = checkpoint(block, x, use_reentrant=False, context_fn=partial(_contexts, block))
             else:
                 x, h = block(x)
         return x, h
 
 
-class _RunningStatsKept(contextlib.AbstractContextManager):
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Those of a block's forward, and of the same forward again in the backward pass."""
+    return contextlib.nullcontext(), _RunningStatsKept(block)
+
+
+class _RunningStatsKept(AbstractContextManager):
     """Lets BatchNorm move copies of its running statistics: a recomputed forward must not move them a second time.
 
     It can be entered again, as each backward pass through a retained graph recomputes.
@@ -137,7 +145,7 @@ class _RunningStatsKept(contextlib.AbstractContextManager):
         for m in self.norms:
             m._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in m._buffers.items()}
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         for m, buffers in zip(self.norms, self.kept, strict=True):
             m._buffers = buffers
 
@@ -244,7 +252,7 @@ class EfficientViM(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
 
-        self.patch_embed = Stem(in_channels, embed_dims[0], norm_cfg)
+        self.patch_embed: Stem | DeployedStem = Stem(in_channels, embed_dims[0], norm_cfg)
         drop_paths = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
         self.stages = nn.ModuleList(
             Stage(
@@ -273,20 +281,36 @@ class EfficientViM(BaseModule):
             ceil(W/s)) for each of ``out_indices``. C is of ``out_channels``, s of ``out_strides``.
 
         Raises:
-            ValueError: If the hidden states are wanted of a mixer that has none.
+            ValueError: If ``x`` is not such a batch, or the hidden states are wanted of a mixer that has none.
         """
-        if self.deploy and x.device.type == 'cpu' and not torch.jit.is_tracing() and not _is_compiling():
-            # So few images at a time that what lies between two layers stays in the cache.
-            images = max(_PIXELS_AT_ONCE // max(x.shape[2] * x.shape[3], 1), 1)
-            if len(x) > images:
-                parts = [self._extract(part) for part in x.split(images)]
-                return tuple(torch.cat(outs) for outs in zip(*parts, strict=True))
+        if not torch.jit.is_tracing() and not _is_compiling():
+            self._check_images(x)
+            if self.deploy and x.device.type == 'cpu':
+                # So few images at a time that what lies between two layers stays in the cache.
+                images = max(_PIXELS_AT_ONCE // (x.shape[2] * x.shape[3]), 1)
+                if len(x) > images:
+                    parts = [self._extract(part) for part in x.split(images)]
+                    return tuple(torch.cat(outs) for outs in zip(*parts, strict=True))
         return self._extract(x)
+
+    def _check_images(self, x: Tensor) -> None:
+        weight = next(self.patch_embed.parameters())  # of the first convolution
+        wanted = f'EfficientViM takes a tensor of images (B, {weight.shape[1]}, H, W)'
+        if not isinstance(x, Tensor):
+            raise ValueError(f'{wanted}, not a {type(x).__name__}: torch.stack joins images of one size.')
+        if x.ndim != 4 or x.shape[1] != weight.shape[1] or 0 in x.shape[2:]:
+            raise ValueError(f'{wanted} with at least one pixel, not {tuple(x.shape)}.')
+        # Autocast converts what it is given, but integers.
+        if not x.is_floating_point() or (x.dtype != weight.dtype and not _is_autocast(x.device.type)):
+            raise ValueError(
+                f'{wanted} of {weight.dtype} as its weights are, not of {x.dtype}: convert them by '
+                f'x.to({weight.dtype}), and normalise them as in training.'
+            )
 
     def _extract(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.patch_embed(x)
         hidden_states, maps = [], []
-        for i, stage in enumerate(self.stages):
+        for i, stage in enumerate(items(self.stages, Stage)):
             x, h = stage(x)
             if self.out_hidden_states:
                 if h is None:
@@ -323,19 +347,23 @@ class EfficientViM(BaseModule):
         Raises:
             ValueError: If a norm of ``norm_cfg`` is no BatchNorm.
         """
-        if self.deploy:
+        if isinstance(self.patch_embed, DeployedStem):
             return
         patch_embed = DeployedStem(self.patch_embed)
         stages = [
             (
-                [DeployedBlock(block, self.out_hidden_states and block is stage.blocks[-1]) for block in stage.blocks],
-                stage.downsample and DeployedPatchMerging(stage.downsample),
+                stage,
+                [
+                    DeployedBlock(block, self.out_hidden_states and block is stage.blocks[-1])
+                    for block in items(stage.blocks, Block)
+                ],
+                DeployedPatchMerging(stage.downsample) if isinstance(stage.downsample, PatchMerging) else None,
             )
-            for stage in self.stages
+            for stage in items(self.stages, Stage)
         ]
         device = next(self.parameters()).device
         self.patch_embed = patch_embed
-        for stage, (blocks, downsample) in zip(self.stages, stages, strict=True):
+        for stage, blocks, downsample in stages:
             stage.blocks, stage.downsample = nn.ModuleList(blocks), downsample
         self.to(device).eval().requires_grad_(False)
         self.deploy = True

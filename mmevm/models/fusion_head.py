@@ -1,6 +1,7 @@
 """Classification by multi-stage fusion of hidden states."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +99,7 @@ class FusionClsHead(ClsHead):
             teacher's, else their mean.
         """
         logits = self._logits(self.pre_logits(feats))
-        if not self.distilled:
+        if len(logits) == 1:
             return logits[0]
         return logits if self.training else (logits[0] + logits[1]) / 2
 
@@ -129,7 +130,7 @@ class FusionClsHead(ClsHead):
         feats: tuple[Tensor, ...],
         data_samples: list[DataSample],
         teacher_logits: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
         """Compare with the labels and, where there is one, with a teacher's answer.
 
@@ -159,7 +160,7 @@ class FusionClsHead(ClsHead):
             )
         losses = self._get_loss(logits[0], data_samples, **kwargs)
         losses['loss_cls'] = losses.pop('loss')
-        if self.distilled:
+        if len(logits) == 2:
             losses['loss_cls'] = losses['loss_cls'] / 2
             losses['loss_distill'] = F.cross_entropy(logits[1], teacher_logits.argmax(1)) / 2
         else:
@@ -188,12 +189,12 @@ class FusionClsHead(ClsHead):
             load_pretrained(self, **{'prefix': 'head', **cfg}, class_dependent=r'heads(_dist)?\.')
         self._is_init = True
 
-    def _logits(self, pooled: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _logits(self, pooled: tuple[Tensor, ...]) -> tuple[Tensor] | tuple[Tensor, Tensor]:
         """(B, K) of the classifiers that learn from labels and, if distilled, of those that learn from a teacher."""
-        logits = (_fuse(pooled, self.heads, self.weights),)
-        if self.distilled:
-            logits += (_fuse(pooled, self.heads_dist, self.weights_dist),)
-        return logits
+        logits = _fuse(pooled, self.heads, self.weights)
+        if not self.distilled:
+            return (logits,)
+        return logits, _fuse(pooled, self.heads_dist, self.weights_dist)
 
 
 def _fuse(pooled: tuple[Tensor, ...], heads: nn.ModuleList, weights: Tensor) -> Tensor:

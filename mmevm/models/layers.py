@@ -3,6 +3,9 @@
 Attribute names are those of the authors' checkpoints, so that weights can be followed by eye.
 """
 
+from collections.abc import Iterable
+from typing import TypeVar, cast
+
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_conv_layer, build_norm_layer
@@ -10,8 +13,16 @@ from mmcv.cnn.bricks.conv_module import efficient_conv_bn_eval_forward
 from timm.layers import SqueezeExcite
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from mmevm.registry import MODELS
+
+M = TypeVar('M', bound=nn.Module)
+
+
+def items(container: nn.ModuleList | nn.Sequential, kind: type[M]) -> Iterable[M]:
+    """The modules in a container, of which torch's types tell no more than that they are modules."""
+    return cast('Iterable[M]', container)
 
 
 class ConvNorm(nn.Module):
@@ -31,6 +42,9 @@ class ConvNorm(nn.Module):
         relu: Whether a ReLU follows.
         conv_cfg: mmcv's config of the convolution; None is ``Conv2d``.
     """
+
+    conv: _ConvNd
+    norm: nn.Module
 
     def __init__(
         self,
@@ -55,7 +69,7 @@ class ConvNorm(nn.Module):
             bias=False,
         )
         self.norm = build_norm_layer(norm_cfg, out_channels)[1] if norm_cfg else nn.Identity()
-        self.act = nn.ReLU(inplace=True) if relu else nn.Identity()
+        self.act: nn.Module = nn.ReLU(inplace=True) if relu else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, …) to (B, out_channels, …)."""

@@ -44,6 +44,7 @@ class HSMSSD(nn.Module):
         self.out_proj = ConvNorm(inner, channels, 1, conv_cfg=conv1d)
         # The paper's â is the same for all tokens, so the softmax over tokens cancels it: no output depends on it. It
         # is kept, without a gradient, because checkpoints hold it; with one, DDP would call it unused.
+        self.A: nn.Parameter | None
         self.A = nn.Parameter(torch.empty(state_dim).uniform_(1, 16), requires_grad=False)
         self.D = nn.Parameter(torch.ones(1))
 

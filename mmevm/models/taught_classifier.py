@@ -30,6 +30,7 @@ class TaughtImageClassifier(ImageClassifier):
     """
 
     teacher: Callable[[Tensor], Tensor] | None = None
+    init_cfg: dict | list[dict] | None  # of mmengine's BaseModule, which has no types
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != 'teacher'}  # copies have none

@@ -113,8 +113,8 @@ class UpsampleFPN(FPN):
                 f'The backbone gives maps of {channels} channels, but the neck has in_channels={self.in_channels}: '
                 'set that to what the backbone gives.'
             )
-        inputs = [norm(x) for norm, x in zip(self.pre_norms, inputs, strict=True)]
-        laterals = [conv(x) for conv, x in zip(self.lateral_convs, inputs, strict=True)]
+        normed = [norm(x) for norm, x in zip(self.pre_norms, inputs, strict=True)]
+        laterals = [conv(x) for conv, x in zip(self.lateral_convs, normed, strict=True)]
         for i in range(len(laterals) - 1, 0, -1):
             laterals[i - 1] = laterals[i - 1] + F.interpolate(laterals[i], size=laterals[i - 1].shape[-2:])
 
@@ -125,7 +125,7 @@ class UpsampleFPN(FPN):
             finer.append(conv(x))
         # `fpn_convs` holds one convolution for each map and, behind these, those of the coarser levels.
         levels = [conv(x) for conv, x in zip(self.fpn_convs, laterals, strict=False)]
-        return (*reversed(finer), *levels, *self._coarser_levels(inputs[-1], laterals[-1], levels[-1]))
+        return (*reversed(finer), *levels, *self._coarser_levels(normed[-1], laterals[-1], levels[-1]))
 
     def _coarser_levels(self, last_input: Tensor, last_lateral: Tensor, last_level: Tensor) -> list[Tensor]:
         coarser = []
