@@ -971,3 +971,30 @@ def test_tool_leaves_nothing_behind_when_the_disk_is_full(tool, tmp_path, monkey
     with pytest.raises(OSError, match=r'File exists|Not a directory'):
         tool.main()
     shutil.copy(source, tmp_path / 'full')  # still what it was: a file
+
+
+# What reading must not do, and where it puts what it reads
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_tensors_go_to_the_device_that_is_asked_for(tmp_path, zipped):
+    path = tmp_path / 'x.pth'
+    torch.save({'w': torch.ones(2)}, path, _use_new_zipfile_serialization=zipped)
+    assert read_checkpoint(path)['w'].device.type == 'cpu'
+    assert read_checkpoint(path, 'meta')['w'].device.type == 'meta'
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('zipped', [True, False])
+def test_of_the_module_torch_only_types_are_given(tmp_path, zipped):
+    path = tmp_path / 'x.pth'
+    content = {'w': torch.ones(1), 'dtype': torch.half, 'evil': Call(torch.set_default_dtype, torch.double)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    before = torch.get_default_dtype()
+    try:
+        read = read_checkpoint(path)
+        assert torch.get_default_dtype() == before
+    finally:
+        torch.set_default_dtype(before)
+    assert read['dtype'] is torch.half
+    assert torch.equal(read['w'], torch.ones(1))

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from mmcv.ops import DeformConv2dPack, ModulatedDeformConv2dPack, SAConv2d, deform_conv2d, modulated_deform_conv2d
 from torch import Tensor
 
+from mmevm.mmcv_ops.ext import deform_conv_backward_parameters
+
 pytestmark = pytest.mark.usefixtures('each_device')
 
 # Atomic additions on a GPU come in any order.
@@ -86,6 +88,39 @@ def test_weight_alone_gets_its_gradient() -> None:
     maps, offset, _, weight, _ = make_inputs(*GEOMETRIES[0])
     weight.requires_grad_()
     assert gradcheck(lambda w: deform_conv2d(maps, offset, w, *GEOMETRIES[0]), (weight,), fast_mode=True)
+
+
+@pytest.mark.parametrize('geometry', GEOMETRIES)
+def test_gradients_of_weights_add_up(geometry: tuple) -> None:
+    """Called directly, because mmcv itself asks for each gradient once, and whole."""
+    maps, offset, _, weight, _ = make_inputs(*geometry)
+    output = deform_conv2d(maps, offset, weight.requires_grad_(), *geometry)
+    grad = torch.rand_like(output)
+    (expected,) = torch.autograd.grad(output, weight, grad)
+    (dH, dW), (padH, padW), (dilationH, dilationW) = (pair(value) for value in geometry[:3])
+    total = torch.ones_like(expected)
+    for scale in (1.0, 0.25):
+        deform_conv_backward_parameters(
+            maps,
+            offset,
+            grad,
+            total,
+            columns=maps.new_empty(0),
+            ones=maps.new_empty(0),
+            kW=2,
+            kH=3,
+            dW=dW,
+            dH=dH,
+            padW=padW,
+            padH=padH,
+            dilationW=dilationW,
+            dilationH=dilationH,
+            group=geometry[3],
+            deformable_group=geometry[4],
+            scale=scale,
+            im2col_step=2,
+        )
+    torch.testing.assert_close(total, 1 + 1.25 * expected)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])

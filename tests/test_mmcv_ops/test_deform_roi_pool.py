@@ -45,15 +45,53 @@ def test_without_offsets_it_is_roi_align(ratio: int) -> None:
     maps, rois, _ = make_inputs()
     maps.requires_grad_()
     results = deform_roi_pool(maps, rois, None, SIZE, SCALE, ratio), roi_align(maps, rois, SIZE, SCALE, ratio)
-    torch.testing.assert_close(*results)
-    torch.testing.assert_close(*(torch.autograd.grad((result**2).sum(), maps) for result in results))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+    grads = [torch.autograd.grad((result**2).sum(), maps)[0] for result in results]
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (1, 2), (2, 1), (3, 2)])
+def test_on_maps_of_few_pixels_it_is_roi_align(shape: tuple[int, int]) -> None:
+    maps = torch.rand(2, 2, *shape, dtype=torch.float64)
+    rois = torch.tensor([[0, -1.3, -0.9, 2.1, 1.7], [1, 0.2, 0.1, 1.9, 2.4]], dtype=torch.float64)
+    torch.testing.assert_close(deform_roi_pool(maps, rois, None, SIZE, 1.0, 2), roi_align(maps, rois, SIZE, 1.0, 2))
+
+
+@pytest.mark.parametrize(('y', 'x'), [(-1, 4), (10, 4), (3, -1), (3, 12)])
+def test_one_pixel_beyond_the_border_is_the_border_and_the_next_is_nothing(y: int, x: int) -> None:
+    maps, _, _ = make_inputs()  # 10 × 12 pixels
+    outwards = torch.tensor([(x == 12) - (x == -1), (y == 10) - (y == -1)])
+    centre = torch.stack([torch.tensor([x, y]), torch.tensor([x, y]) + 0.25 * outwards]) + 0.5
+    rois = torch.cat([torch.zeros(2, 1), centre - 2, centre + 2], dim=1).double()
+    at_border, beyond = deform_roi_pool(maps, rois, None, 1, 1.0, 1).flatten(1)
+    torch.testing.assert_close(at_border, maps[0, :, min(max(y, 0), 9), min(max(x, 0), 11)])
+    assert not beyond.any()
+
+
+def test_a_roi_is_of_its_image() -> None:
+    maps, rois, offset = make_inputs()
+    rois = rois[[0, 0, 0, 0]]
+    rois[:, 0] = torch.tensor([1, 0, 0, 1])
+    inputs = maps.requires_grad_(), offset[[0, 1, 2, 0]].requires_grad_()
+    together = deform_roi_pool(inputs[0], rois, inputs[1], SIZE, SCALE, 2, GAMMA)
+    alone = torch.cat(
+        [
+            deform_roi_pool(
+                maps[[image]], torch.cat([rois.new_zeros(1), roi])[None], shift[None], SIZE, SCALE, 2, GAMMA
+            )
+            for (image, *_), roi, shift in zip(rois.int().tolist(), rois[:, 1:], inputs[1], strict=True)
+        ]
+    )
+    torch.testing.assert_close(together, alone)
+    grads = [torch.autograd.grad((result**2).sum(), inputs) for result in (together, alone)]
+    torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize('ratio', [0, 2])
 def test_gradients(ratio: int) -> None:
     maps, rois, offset = make_inputs()
     inputs = maps.requires_grad_(), offset.requires_grad_()
-    assert gradcheck(lambda x, o: deform_roi_pool(x, rois, o, SIZE, SCALE, ratio, GAMMA), inputs)
+    assert gradcheck(lambda x, o: deform_roi_pool(x, rois, o, SIZE, SCALE, ratio, GAMMA), inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize('pack', [DeformRoIPoolPack, ModulatedDeformRoIPoolPack])
@@ -77,3 +115,34 @@ def test_half_precision() -> None:
     pooled = deform_roi_pool(maps, rois, offset, SIZE, SCALE, 2, GAMMA)
     expected = deform_roi_pool(maps.float(), rois.float(), offset.float(), SIZE, SCALE, 2, GAMMA)
     torch.testing.assert_close(pooled, expected.half())
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_gradients_in_half_precision(dtype: torch.dtype) -> None:
+    maps, rois, offset = (tensor.to(dtype) for tensor in make_inputs())
+    inputs = maps.requires_grad_(), offset.requires_grad_()
+    pooled = deform_roi_pool(maps, rois, offset, SIZE, SCALE, 2, GAMMA)
+    expected = deform_roi_pool(maps.float(), rois.float(), offset.float(), SIZE, SCALE, 2, GAMMA)
+    grads, expected_grads = (torch.autograd.grad(result.sum(), inputs) for result in (pooled, expected))
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert grad.dtype == dtype
+        torch.testing.assert_close(grad, expected_grad)
+
+
+def test_a_point_has_nothing_to_sample() -> None:
+    maps, _, offset = make_inputs()
+    inputs = maps.requires_grad_(), offset.requires_grad_()
+    points = torch.tensor([[0, 5.0, 7, 5, 7], [1, 3, 4, 9, 4], [1, 8, 2, 8, 9]], dtype=torch.float64)
+    pooled = deform_roi_pool(maps, points, offset, SIZE, SCALE, 0, GAMMA)
+    assert not pooled.any()
+    assert not any(grad.any() for grad in torch.autograd.grad(pooled.sum(), inputs))
+
+
+def test_rois_in_half_precision_lose_nothing_more() -> None:
+    """This one is 1024.5 pixels high, which asks for 513 samples in each of 2 bins; half precision makes 1024 of it."""
+    maps = torch.rand(1, 2, 1100, 3).requires_grad_()
+    roi = torch.tensor([[0, 0.5, 0.5, 2, 1025]], dtype=torch.float16)
+    results = [deform_roi_pool(maps, kind, None, (2, 1)) for kind in (roi, roi.float())]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    grads = [torch.autograd.grad((result**2).sum(), maps)[0] for result in results]
+    torch.testing.assert_close(*grads, rtol=0, atol=0)

@@ -41,6 +41,23 @@ def test_an_operator_that_is_missing_says_what_to_do() -> None:
         mmcv.ops.nms_rotated(torch.rand(2, 5), torch.rand(2), 0.5)
 
 
+def test_the_advice_about_a_missing_operator_is_whole() -> None:
+    with pytest.raises(NotImplementedError) as error:
+        ext.border_align_forward(torch.rand(2, 5), pool_size=10)
+    assert re.fullmatch(
+        r"'border_align_forward' is an operator of mmcv's compiled module mmcv\._ext, which this mmcv came without, "
+        r"and mmevm's stand-in does not have it \(docs/mmcv_ops\.md lists .*\)\. Install an mmcv with its operators: "
+        r'a wheel made for your versions of torch and CUDA, or a build from source with a C\+\+ compiler, '
+        r"MMCV_WITH_OPS=1 and pip's --no-build-isolation\.",
+        str(error.value),
+    )
+
+
+def test_environment_reports_name_the_stand_in_and_no_cuda() -> None:
+    assert mmcv.ops.get_compiler_version() == "none (mmevm's stand-in for mmcv._ext)"
+    assert mmcv.ops.get_compiling_cuda_version() == 'not available'
+
+
 def test_module_attributes_are_not_operators() -> None:
     with pytest.raises(AttributeError, match='__path__'):
         ext.__path__  # noqa: B018

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import mmevm
+from mmevm.mmcv_ops import ext, register
+from mmevm.mmcv_ops.finder import StandInFinder
 
 ROOT = Path(mmevm.__file__).parents[1]
 
@@ -58,6 +60,20 @@ for name in ('mmcv.other', 'mmcv._ext2', 'other._ext', '_ext'):
     assert found is None, name
 """
     run(code, other_mmcv)
+
+
+def test_the_finder_names_the_file_of_the_stand_in() -> None:
+    spec = StandInFinder.find_spec('mmcv._ext', ['anywhere'])
+    assert (spec.name, spec.origin) == ('mmcv._ext', ext.__file__)
+    assert StandInFinder.find_spec('mmcv.ops', ['anywhere']) is None
+
+
+def test_registering_again_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = [finder for finder in sys.meta_path if finder is not StandInFinder]
+    monkeypatch.setattr(sys, 'meta_path', others.copy())
+    for _ in range(2):
+        register()
+        assert sys.meta_path == [*others, StandInFinder]
 
 
 def test_registering_imports_nothing_heavy() -> None:

@@ -17,3 +17,11 @@ def test_equals_the_dense_convolution_where_the_mask_is(kernel, padding) -> None
 def test_nothing_is_computed_without_a_mask() -> None:
     module = MaskedConv2d(4, 6, 3, padding=1)
     assert not module(torch.rand(1, 4, 9, 7), torch.zeros(1, 9, 7)).any()
+
+
+def test_in_mixed_precision() -> None:
+    module = MaskedConv2d(4, 6, 3, padding=1)
+    maps, mask = torch.rand(1, 4, 9, 7), torch.rand(1, 9, 7) > 0.6
+    with torch.no_grad(), torch.autocast(maps.device.type, torch.bfloat16):
+        mixed = module(maps, mask)
+    torch.testing.assert_close(mixed.float(), module(maps, mask), rtol=0.02, atol=0.02)

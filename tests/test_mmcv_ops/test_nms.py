@@ -119,6 +119,14 @@ def test_soft_nms_of_boxes_without_area_is_finite() -> None:
     assert dets[:, 4].tolist() == pytest.approx([0.9, 0.8, 0.7])
 
 
+@pytest.mark.parametrize(('method', 'kept'), [('naive', [0.875, 0.125]), ('linear', [0.875, 0.25, 0.125])])
+def test_soft_nms_lowers_scores_at_the_threshold_and_keeps_the_lowest_score(method: str, kept: list[float]) -> None:
+    boxes = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 2], [8, 8, 9, 9]])  # an overlap of 1/2
+    scores = torch.tensor([0.875, 0.5, 0.125])
+    dets, _ = soft_nms(boxes, scores, 0.5, min_score=0.125, method=method)
+    assert dets[:, 4].tolist() == kept
+
+
 def test_soft_nms_takes_arrays() -> None:
     boxes, scores = random_boxes(20)
     dets, kept = soft_nms(boxes.cpu().numpy(), scores.cpu().numpy(), 0.3)
@@ -138,6 +146,11 @@ def test_nms_match_groups_kept_and_suppressed() -> None:
     assert [group.tolist() for group in groups] == expected
     assert any(len(group) > 1 for group in groups)
     assert nms_match(torch.zeros(0, 5), 0.3) == []
+
+
+def test_nms_match_suppresses_at_the_threshold() -> None:
+    boxes = torch.tensor([[0.0, 0, 4, 4, 0.9], [0, 0, 4, 2, 0.8], [0, 0, 4, 1, 0.7]])  # the first two overlap by 1/2
+    assert [group.tolist() for group in nms_match(boxes, 0.5)] == [[0, 1], [2]]
 
 
 @pytest.mark.parametrize('top_k', [2, 100])
@@ -165,6 +178,7 @@ def test_line_nms_keeps_lanes_that_are_apart(top_k: int) -> None:
         left = [i for i in left if i not in group]
 
     keep, number, parent = line_nms_forward(lanes, scores, 35, top_k)
+    assert keep.dtype == parent.dtype == torch.long
     assert number == len(kept) < number_of_lanes
     assert keep.tolist() == kept + [0] * (number_of_lanes - len(kept))
     assert parent.tolist() == parents

@@ -8,6 +8,7 @@ from mmcv.ops import RoIAlign, RoIPool, roi_align, roi_pool
 from torch import Tensor
 
 from mmevm.mmcv_ops import grids
+from mmevm.mmcv_ops.ext import roi_pool_forward
 
 pytestmark = pytest.mark.usefixtures('each_device')
 
@@ -24,6 +25,7 @@ def make_rois() -> Tensor:
         [0, 60.0, 60.0, 70.0, 72.0],  # outside
         [1, 5.2, 5.1, 5.9, 21.4],  # thin
         [0, 1.2, 0.7, 27.8, 19.9],
+        [1, 20.4, 1.3, 26.9, 14.8],  # far from the diagonal
     ]
     return torch.tensor(rois, dtype=torch.float64)
 
@@ -66,13 +68,17 @@ def test_roi_align_is_the_average_or_maximum_of_bilinear_samples(
         torch.testing.assert_close(pooled, expected)
 
 
+@pytest.mark.parametrize('size', [(3, 2), (1, 1)])
 @pytest.mark.parametrize('mode', ['avg', 'max'])
-def test_roi_align_of_a_point(mode: str, bilinear_with_border: Callable) -> None:
+def test_roi_align_of_a_point(mode: str, size: tuple[int, int], bilinear_with_border: Callable) -> None:
     """Unaligned, it is taken for one pixel; aligned, there is nothing to sample."""
     maps, roi = features(), torch.tensor([[0, 5.0, 7, 5, 7]], dtype=torch.float64)
-    expected = align_by_definition(maps[0], roi[0, 1:], (3, 2), 0, mode, False, bilinear_with_border)
-    torch.testing.assert_close(roi_align(maps, roi, (3, 2), SCALE, 0, mode, False)[0], expected)
-    assert not roi_align(maps, roi, (3, 2), SCALE, 0, mode, True).any()
+    expected = align_by_definition(maps[0], roi[0, 1:], size, 0, mode, False, bilinear_with_border)
+    torch.testing.assert_close(roi_align(maps, roi, size, SCALE, 0, mode, False)[0], expected)
+    pooled = roi_align(maps.requires_grad_(), roi, size, SCALE, 0, mode, True)
+    pooled.sum().backward()
+    assert not pooled.any()
+    assert not maps.grad.any()
 
 
 @pytest.mark.parametrize('aligned', [True, False])
@@ -80,7 +86,7 @@ def test_roi_align_of_a_point(mode: str, bilinear_with_border: Callable) -> None
 @pytest.mark.parametrize('mode', ['avg', 'max'])
 def test_roi_align_gradient(mode: str, ratio: int, aligned: bool) -> None:
     maps, rois = features().requires_grad_(), make_rois()
-    assert gradcheck(lambda x: roi_align(x, rois, (3, 2), SCALE, ratio, mode, aligned), (maps,))
+    assert gradcheck(lambda x: roi_align(x, rois, (3, 2), SCALE, ratio, mode, aligned), (maps,), fast_mode=True)
 
 
 def test_roi_align_in_small_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +97,17 @@ def test_roi_align_in_small_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -
         pooled = roi_align(maps, rois, (3, 2), SCALE, 0, 'max', True)
         results.append((pooled, *torch.autograd.grad((pooled**2).sum(), maps)))
     torch.testing.assert_close(*results)
+
+
+def test_gradients_of_many_grids_add_up_in_half_precision() -> None:
+    """Each RoI has another grid, whose samples are pixels, and its maximum at the first; bfloat16 ends at 256 ones."""
+    maps = torch.zeros(1, 1, 20, 20, dtype=torch.bfloat16)
+    maps[..., 0, 0] = 1
+    sizes = torch.cartesian_prod(torch.arange(1, 21), torch.arange(1, 21))
+    rois = torch.cat([torch.zeros(400, 3), sizes], dim=1).to(maps.dtype)
+    roi_align(maps.requires_grad_(), rois, 1, 1.0, 0, 'max', True).sum().backward()
+    assert maps.grad[0, 0, 0, 0] == 400
+    assert maps.grad.sum() == 400
 
 
 def pool_by_definition(image: Tensor, roi: Tensor, size: tuple[int, int]) -> Tensor:
@@ -121,12 +138,22 @@ def test_roi_pool_is_the_maximum_of_the_pixels_of_each_bin() -> None:
 def test_roi_pool_gradient() -> None:
     # Values well apart, so that no maximum changes within the numeric derivative's step.
     maps = torch.randperm(2 * 2 * 10 * 14).double().reshape(2, 2, 10, 14).requires_grad_()
-    assert gradcheck(lambda x: roi_pool(x, make_rois(), (3, 4), SCALE), (maps,))
+    assert gradcheck(lambda x: roi_pool(x, make_rois(), (3, 4), SCALE), (maps,), fast_mode=True)
 
 
-def test_roi_pool_of_an_inverted_roi_is_nought() -> None:
+def test_roi_pool_marks_bins_without_pixels() -> None:
+    """Any other index than -1 would be a pixel to the backward pass, be it outside the map."""
+    maps = features()
+    outside = torch.tensor([[0, 60.0, 60, 70, 72], [0, 9.6, 4, 8.4, 7]], dtype=torch.float64)
+    output, argmax = maps.new_zeros(2, 2, 3, 4), torch.zeros(2, 2, 3, 4, dtype=torch.int)
+    roi_pool_forward(maps, outside, output, argmax, pooled_height=3, pooled_width=4, spatial_scale=1.0)
+    assert (argmax == -1).all()
+
+
+@pytest.mark.parametrize('roi', [[0, 9.6, 4, 8.4, 7], [0, 9.5, 4, 8.5, 7], [0, 4, 7.5, 9, 6.5]])
+def test_roi_pool_of_an_inverted_or_empty_roi_is_nought(roi: list[float]) -> None:
     maps = features().requires_grad_()
-    pooled = roi_pool(maps, torch.tensor([[0, 9.6, 9, 8.4, 12]], dtype=torch.float64), (2, 2), 1.0)
+    pooled = roi_pool(maps, torch.tensor([roi], dtype=torch.float64), (2, 2), 1.0)
     pooled.sum().backward()
     assert not pooled.any()
     assert not maps.grad.any()

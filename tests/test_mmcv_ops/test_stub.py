@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import py_compile
 import subprocess
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import mmevm
+from mmevm.mmcv_ops.__main__ import main
 from mmevm.mmcv_ops.stub import StubError, install, status, uninstall
 
 ROOT = Path(mmevm.__file__).parents[1]
@@ -114,5 +116,111 @@ def test_a_stub_without_mmevm_says_how_to_remove_it(mmcv: Path) -> None:
 def test_no_mmcv_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     for function in (install, uninstall, status):
-        with pytest.raises(StubError, match='mmcv is not installed here'):
+        with pytest.raises(
+            StubError, match=r"^mmcv is not installed here: in mmevm's folder, pip install -e '\.\[onedl\]'\.$"
+        ):
             function()
+
+
+class TestInThisProcess:
+    """What the commands say and do, without the seconds that a Python of their own takes."""
+
+    @pytest.fixture(autouse=True)
+    def stub(self, mmcv: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.syspath_prepend(mmcv.parent)
+        monkeypatch.delitem(sys.modules, 'mmcv')
+        return mmcv / '_ext.py'
+
+    def test_each_command_says_what_it_did(self, stub: Path) -> None:
+        without = f'mmcv has no compiled operators. There is no {stub}. '
+        assert status() == without + "mmevm's stand in from the moment that mmevm is imported."
+        for _ in range(2):
+            assert (
+                install() == f"Installed {stub}: mmcv's operators are now mmevm's wherever mmcv has no compiled ones."
+            )
+            assert status() == f"mmcv has no compiled operators. {stub} is mmevm's."
+        cached = Path(py_compile.compile(str(stub)))
+        assert uninstall() == f'Removed {stub}.'
+        assert not stub.exists()
+        assert not cached.exists()
+        assert uninstall() == f'Nothing to remove: there is no {stub}.'
+
+    def test_a_stub_that_python_never_read_is_removed(self, stub: Path) -> None:
+        install()
+        assert uninstall() == f'Removed {stub}.'
+        assert not stub.exists()
+
+    @pytest.mark.parametrize('content', [b'', b'# Written by somebody\n', b'\xff\xfe\n', b'\n# Written by mmevm'])
+    def test_files_of_others_are_named_and_stay(self, stub: Path, content: bytes) -> None:
+        stub.write_bytes(content)
+        with pytest.raises(StubError) as installing:
+            install()
+        message = f'{stub} is there already and mmevm did not write it, so it stays as it is. Move it away first.'
+        assert str(installing.value) == message
+        with pytest.raises(StubError) as removing:
+            uninstall()
+        assert str(removing.value) == f'{stub} was not written by mmevm, so it stays.'
+        assert status() == f'mmcv has no compiled operators. {stub} is there, and mmevm did not write it.'
+        assert stub.read_bytes() == content
+
+    def test_compiled_operators_are_named(self, stub: Path) -> None:
+        install()
+        compiled = stub.with_name(f'_ext{EXTENSION_SUFFIXES[-1]}')
+        compiled.touch()
+        assert install() == f'Nothing to install: mmcv has its compiled operators, {compiled}.'
+        preferred = f'mmcv has its compiled operators, {compiled}, and Python prefers them to anything else.'
+        assert status() == f"{preferred} {stub} is mmevm's."
+        uninstall()
+        assert status() == f'{preferred} There is no {stub}.'
+
+    def test_what_hinders_writing_or_removing_is_a_sentence(self, stub: Path) -> None:
+        stub.symlink_to(stub.parent / 'gone' / 'file')
+        with pytest.raises(StubError) as writing:
+            install()
+        assert str(writing.value) == f'{stub} cannot be written: No such file or directory.'
+        stub.unlink()
+        install()
+        Path(importlib.util.cache_from_source(str(stub))).mkdir(parents=True)
+        with pytest.raises(StubError, match=f'{stub} cannot be removed: ') as removing:
+            uninstall()
+        assert isinstance(removing.value.__cause__, OSError)
+
+    @pytest.mark.parametrize('name', ['status', 'install', 'uninstall'])
+    def test_by_command_line(
+        self, stub: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        expected = dict(status='There is no', install='Installed', uninstall='Nothing to remove')[name]
+        monkeypatch.setattr(sys, 'argv', ['mmcv_ops', name])
+        main()
+        out, err = capsys.readouterr()
+        assert expected in out
+        assert str(stub) in out
+        assert out.endswith('.\n')
+        assert not err
+
+    def test_by_command_line_what_hinders_is_the_exit_message(
+        self, stub: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stub.touch()
+        monkeypatch.setattr(sys, 'argv', ['mmcv_ops', 'install'])
+        with pytest.raises(SystemExit, match='mmevm did not write it'):
+            main()
+
+    @pytest.mark.parametrize('arguments', [[], ['reinstall'], ['--help']])
+    def test_the_command_line_explains_itself(
+        self, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, 'argv', ['mmcv_ops', *arguments])
+        monkeypatch.setenv('COLUMNS', '200')
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        asked = arguments == ['--help']
+        assert ended.value.code == (0 if asked else 2)
+        assert 'usage: python -m mmevm.mmcv_ops [-h] {install,uninstall,status}' in out + err
+        lines = [line.split() for line in out.splitlines()]
+        for sentence in (
+            "Let programs that never import mmevm use its stand-in for mmcv's compiled operators.",
+            'install writes mmcv/_ext.py, uninstall removes it, status says what is in use',
+        ):
+            assert (sentence.split() in lines) == asked

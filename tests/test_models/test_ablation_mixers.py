@@ -169,7 +169,7 @@ class TestAgainstEachOther:
         x = torch.randn(2, 6, 3, 5)
         torch.testing.assert_close(heads(x), single(x))
 
-    @pytest.mark.parametrize('head_dim', [2, None])
+    @pytest.mark.parametrize('head_dim', [1, 2, None])
     @torch.no_grad()
     def test_attention_is_pytorch_s(self, head_dim):
         mixer = SelfAttention(6, 4, head_dim=head_dim)

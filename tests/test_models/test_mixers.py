@@ -29,7 +29,7 @@ def algorithm_1(mixer, x):
     return torch.stack(outs), torch.stack(states)
 
 
-@pytest.mark.parametrize('ssd_expand', [1.0, 0.5, 2.0])
+@pytest.mark.parametrize('ssd_expand', [1.0, 0.5, 2.0, 0.25])  # 0.25 of 6 channels are one
 @pytest.mark.parametrize('size', [(4, 5), (1, 1), (1, 7)])
 def test_by_the_paper_s_algorithm(ssd_expand, size):
     mixer = HSMSSD(6, 4, ssd_expand).double()
@@ -51,6 +51,13 @@ def test_A_is_loaded_and_changes_nothing():
     x = torch.randn(1, 6, 3, 3)
     torch.testing.assert_close(other(x), mixer(x))
     assert torch.equal(other.A, mixer.A + 5)
+
+
+def test_A_starts_uniform_from_1_to_16():
+    values = HSMSSD(1, 10000).A
+    assert 1 <= values.min() < 1.1
+    assert 15.9 < values.max() <= 16
+    assert abs(values.mean() - 8.5) < 0.2
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])

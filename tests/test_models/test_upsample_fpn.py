@@ -82,6 +82,39 @@ def test_without_pre_norms_and_finer_levels_it_is_the_stock_fpn(relu, add_extra_
     torch.testing.assert_close(neck(maps), stock(maps), rtol=0, atol=0)
 
 
+def test_norms_and_activations_are_those_of_the_stock_fpn():
+    kwargs = dict(num_outs=4, add_extra_convs='on_output', norm_cfg=dict(type='BN'), act_cfg=dict(type='ReLU'))
+    neck = make_neck(num_upsamples=0, **kwargs)
+    neck.pre_norms = nn.ModuleList(nn.Identity() for _ in CHANNELS)
+    stock = FPN(CHANNELS, 8, **kwargs).double().eval()
+    stock.load_state_dict(neck.state_dict())
+    maps = make_maps(13, 21)
+    torch.testing.assert_close(neck(maps), stock(maps), rtol=0, atol=0)
+
+
+def test_finer_levels_end_in_the_norm_and_the_activation_that_the_others_end_in():
+    neck = make_neck(num_outs=5, norm_cfg=dict(type='BN'), act_cfg=dict(type='ReLU'))
+    state = neck.state_dict()
+    levels = neck(make_maps())
+    assert all((level >= 0).all() and level.any() for level in levels)
+    plain = make_neck(num_outs=5, norm_cfg=dict(type='BN'))
+    plain.load_state_dict(state)
+    for name in ('upsample_fpn_convs.0', 'upsample_fpn_convs.1'):
+        assert f'{name}.bn.weight' in state
+    assert any((level < 0).any() for level in plain(make_maps())[:2])
+    assert 'upsample_convs.0.bn.weight' not in state
+
+
+def test_without_further_arguments_coarser_levels_are_pooled():
+    assert len(make_neck(num_outs=6).fpn_convs) == len(CHANNELS)
+    kwargs = dict(num_outs=7, num_upsamples=1, add_extra_convs='on_output')
+    neck, rectified = make_neck(**kwargs), make_neck(relu_before_extra_convs=True, **kwargs)
+    rectified.load_state_dict(neck.state_dict())
+    last, other = neck(make_maps(64, 64))[-1], rectified(make_maps(64, 64))[-1]
+    assert not torch.allclose(last, other)
+    torch.testing.assert_close(last, neck.fpn_convs[5](neck.fpn_convs[4](neck(make_maps(64, 64))[4])))
+
+
 def test_strides_of_both_detectors():
     maps = make_maps(16, 16)  # stride 16 of a 256² image
     for kwargs, strides in [
@@ -118,5 +151,5 @@ def test_too_few_levels_is_an_error():
 
 @pytest.mark.parametrize('maps', [make_maps()[:2], make_maps()[::-1]])
 def test_other_maps_than_declared_are_an_error(maps):
-    with pytest.raises(ValueError, match=r'in_channels=\[12, 16, 20\]'):
+    with pytest.raises(ValueError, match=r'in_channels=\[12, 16, 20\]: set that to what the backbone gives\.$'):
         make_neck(num_outs=5)(maps)
