@@ -20,7 +20,7 @@ endif
 endif
 endif
 
-.PHONY: env demo demo-classification test lint audit
+.PHONY: env demo demo-classification test lint audit mutants
 
 env: $(INSTALLED)
 
@@ -48,3 +48,9 @@ lint: env
 # Known vulnerabilities of the installed packages, from osv.dev.
 audit: env
 	$(VENV)/bin/pip-audit --local --vulnerability-service osv --progress-spinner off
+
+# Hours: what [tool.mutmut] in pyproject.toml names, changed in one place after the other, and whether a test notices.
+mutants: env
+	$(VENV)/bin/python -m pip install mutmut
+	OMP_NUM_THREADS=1 $(VENV)/bin/mutmut run --max-children 2
+	$(VENV)/bin/mutmut results
