@@ -6,6 +6,7 @@ seed, the process's rank and the number of the iteration.
 """
 
 import random
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,7 +65,13 @@ def _own_workers(runner: Runner, loader: DataLoader, cfg: dict | DataLoader) -> 
     loader.generator = torch.Generator()
     _seed_workers(runner, loader, 0)
     if isinstance(cfg, dict) and 'worker_init_fn' not in cfg:
-        loader.worker_init_fn = None  # mmengine's gives a worker the same numbers each time that it is started
+        # In place of mmengine's, which gives a worker the same numbers each time that it is started.
+        loader.worker_init_fn = _survive_one_sigterm
+
+
+def _survive_one_sigterm(worker: int) -> None:
+    """A cluster's SIGTERM comes to workers too, whose images the last iterations need. The next one ends them."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 @LOOPS.register_module()

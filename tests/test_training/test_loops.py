@@ -1,4 +1,7 @@
+from pathlib import Path
+
 import pytest
+from command_line import run
 from recorded_training import EPOCHS, LENGTH, PER_EPOCH, train
 
 
@@ -44,3 +47,21 @@ def test_the_seed_decides(tmp_path):
     assert first == again
     assert images(first) != images(other)
     assert not set(augmentations(first)) & set(augmentations(other))
+
+
+@pytest.mark.slow
+def test_an_error_ends_the_workers_too(tmp_path):
+    """Each worker has been told to end once before, and waits for its next images when the process fails."""
+    code = (
+        'from recorded_training import runner\n'
+        f'run = runner({str(tmp_path)!r}, workers=2)\n'
+        'def fail(*args, **kwargs):\n'
+        '    import multiprocessing\n'
+        '    [process.terminate() for process in multiprocessing.active_children()]\n'
+        "    raise ValueError('the fault of this test')\n"
+        'run.model.train_step = fail\n'
+        'run.train()\n'
+    )
+    result = run('-c', code, cwd=Path(__file__).parents[1])
+    assert result.returncode == 1
+    assert 'the fault of this test' in result.stderr

@@ -1,0 +1,186 @@
+"""Whether memory grows while images of changing sizes come in: in training, and in inference.
+
+    python benchmarks/memory_growth.py --json docs/benchmarks/memory_growth.json
+
+Each subject has a process of its own, whose resident set is read after each step. The first quarter of the steps is
+warm-up, in which caches fill. Through the others goes a line, Theil's and Sen's: its slope is the median of the slopes
+between any two readings, so that single large images do not tilt it. What it rises from warm-up to end, in percent of
+where it starts, is the growth. Ends with 1 if that of any subject is more than is allowed.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from scipy.stats import theilslopes
+
+from mmevm.cli import build_runner, read_config, replace_data_root
+from mmevm.deploy import deploy
+from mmevm.latency import environment
+from mmevm.models import EfficientViM
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / 'configs/demo/maskrcnn_evm_m1_shapes.py'
+SMALLEST, LARGEST = 64, 320  # pixels of a side
+WARM_UP = 0.25  # of all steps
+KEPT = 100  # readings in the file, evenly spread
+
+
+def resident() -> float:
+    """Megabytes of this process in memory."""
+    return psutil.Process().memory_info().rss / 1e6
+
+
+class Readings(Hook):
+    """The resident set after each iteration of a training."""
+
+    def __init__(self) -> None:
+        self.megabytes: list[float] = []
+
+    def after_train_iter(self, *args: Any, **kwargs: Any) -> None:
+        """Read it."""
+        self.megabytes.append(resident())
+
+
+def read_demo(folder: str) -> Config:
+    cfg = read_config(str(CONFIG))
+    cfg.work_dir = folder
+    return cfg
+
+
+def train(steps: int) -> list[float]:
+    """The demo's Mask R-CNN, on its images resized at random; two at a time, padded to the larger."""
+    with tempfile.TemporaryDirectory(prefix='mmevm-memory-') as folder:
+        data = f'{folder}/shapes'
+        subprocess.run(
+            [sys.executable, ROOT / 'tools/make_shapes.py', data, '--num-train', '32', '--num-val', '4'], check=True
+        )
+        cfg = replace_data_root(read_demo(folder), data)
+        loader = cfg.train_dataloader
+        loader.batch_size = 2
+        (resize,) = (step for step in loader.dataset.pipeline if step['type'] == 'Resize')
+        resize.update(type='RandomResize', scale=[(SMALLEST, SMALLEST), (LARGEST, LARGEST)])
+        cfg.train_cfg.update(max_iters=steps, val_interval=steps + 1)
+        cfg.default_hooks.checkpoint.interval = steps + 1
+        cfg.randomness = dict(seed=0)
+        cfg.launcher = 'none'
+        runner = build_runner(cfg)
+        readings = Readings()
+        runner.register_hook(readings, priority='LOWEST')
+        runner.train()
+        return readings.megabytes
+
+
+def infer(call: Callable[[int, int], Any], steps: int) -> list[float]:
+    """Call with random heights and widths."""
+    draw = np.random.default_rng(0)
+    readings = []
+    for _ in range(steps):
+        height, width = draw.integers(SMALLEST, LARGEST + 1, 2).tolist()
+        call(height, width)
+        readings.append(resident())
+    return readings
+
+
+def infer_backbone(steps: int, deployed: bool) -> list[float]:
+    model = EfficientViM('m1').eval()
+    if deployed:
+        model = deploy(model)
+    with torch.no_grad():
+        return infer(lambda height, width: model(torch.rand(1, 3, height, width)), steps)
+
+
+def infer_detector(steps: int) -> list[float]:
+    """MMDetection's inference, images of these sizes as they are."""
+    from mmcv.transforms import Compose
+    from mmdet.apis import inference_detector, init_detector
+
+    with tempfile.TemporaryDirectory(prefix='mmevm-memory-') as folder:
+        model = init_detector(read_demo(folder), device='cpu', palette='random')
+    resize = dict(type='mmdet.Resize', scale_factor=1.0)
+    pipeline = Compose([dict(type='mmdet.LoadImageFromNDArray'), resize, dict(type='mmdet.PackDetInputs')])
+    draw = np.random.default_rng(0)
+
+    def call(height: int, width: int) -> None:
+        image = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        inference_detector(model, image, test_pipeline=pipeline)
+
+    return infer(call, steps)
+
+
+SUBJECTS: dict[str, tuple[Callable[[int], list[float]], str, int]] = {
+    'training': (train, 'iterations', 300),
+    'backbone': (partial(infer_backbone, deployed=False), 'images', 2000),
+    'deployed backbone': (partial(infer_backbone, deployed=True), 'images', 2000),
+    'detector': (infer_detector, 'images', 400),
+}
+
+
+def summarise(readings: list[float]) -> dict[str, Any]:
+    """The line through what follows the warm-up, and readings evenly spread over all steps."""
+    first = int(WARM_UP * len(readings))
+    at = np.unique(np.linspace(first, len(readings) - 1, 500).round().astype(int))
+    slope, intercept, low, high = theilslopes(np.array(readings)[at], at)
+    start = intercept + slope * first
+    kept = np.unique(np.linspace(0, len(readings) - 1, KEPT).round().astype(int)).tolist()
+    return dict(
+        growth_percent=round(100 * slope * (len(readings) - 1 - first) / start, 2),
+        megabytes_after_warm_up=round(start, 1),
+        megabytes_per_1000=round(1000 * slope, 2),
+        interval_of_95_percent=[round(1000 * low, 2), round(1000 * high, 2)],
+        warm_up=first,
+        readings=[[i, round(readings[i], 1)] for i in kept],
+    )
+
+
+def measure(subject: str, steps: int) -> dict[str, Any]:
+    """Of one subject, in a process of its own."""
+    function, unit, _ = SUBJECTS[subject]
+    with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
+        readings = pool.submit(function, steps).result()
+    return dict(subject=subject, unit=unit, steps=steps) | summarise(readings)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--json', type=Path, help='where to write everything')
+    parser.add_argument('--subjects', nargs='+', choices=SUBJECTS, default=list(SUBJECTS), help='(default: all)')
+    parser.add_argument('--share', type=float, default=1.0, help='of the steps that each has (default: all)')
+    parser.add_argument('--allowed', type=float, default=3.0, help='growth in percent (default: 3)')
+    args = parser.parse_args()
+
+    results = []
+    for subject in args.subjects:
+        result = measure(subject, max(int(args.share * SUBJECTS[subject][2]), 8))
+        results.append(result)
+        print(
+            f'{subject}: {result["growth_percent"]:+.2f} % in {result["steps"]} {result["unit"]}, from '
+            f'{result["megabytes_after_warm_up"]:.0f} MB by {result["megabytes_per_1000"]:+.2f} MB per 1000',
+            flush=True,
+        )
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        sizes = f'sides of {SMALLEST} to {LARGEST} pixels, drawn at random'
+        parts = dict(
+            images=sizes, fit='Theil-Sen', allowed_percent=args.allowed, environment=environment(), results=results
+        )
+        args.json.write_text(json.dumps(parts, indent=1) + '\n')
+    if growing := [result['subject'] for result in results if result['growth_percent'] > args.allowed]:
+        sys.exit(f'Memory grows by more than {args.allowed:g} %: {", ".join(growing)}.')
+
+
+if __name__ == '__main__':
+    main()
