@@ -20,7 +20,7 @@ LOSSES = {'loss', 'loss_rpn_cls', 'loss_rpn_bbox', 'loss_cls', 'loss_bbox', 'los
 pytestmark = pytest.mark.slow
 
 
-def train(*arguments, cwd, options=(), **environment):
+def train(*arguments, cwd, options=()):
     """The demo's training with two images an iteration and no evaluation before the end, if at all."""
     options = [
         'optim_wrapper.optimizer.lr=1e-3',
@@ -28,7 +28,7 @@ def train(*arguments, cwd, options=(), **environment):
         'default_hooks.logger.interval=1',
         *options,
     ]
-    return succeed(ROOT / 'tools/train.py', *arguments, '--cfg-options', *options, cwd=cwd, **environment)
+    return succeed(ROOT / 'tools/train.py', *arguments, '--cfg-options', *options, cwd=cwd)
 
 
 @pytest.fixture(scope='session')
