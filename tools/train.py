@@ -54,7 +54,7 @@ def main() -> None:
     runner = build_runner(cfg)
     for sentence in left_out:
         runner.logger.info(sentence)
-    if cfg.get('resume'):
+    if cfg.get('resume') and cfg.get('load_from'):
         load_whole_model(runner.model, cfg.load_from)  # of a file of another model mmengine would only warn
     runner.train()
 
