@@ -251,11 +251,17 @@ def _check_topk(key: str, evaluator: dict, model: dict) -> None:
 
 
 def _heads(value: Any, key: str) -> Iterator[tuple[str, dict]]:
+    for name, part in parts(value, key):
+        if name.rstrip('.0123456789').rsplit('.', 1)[-1] in CLASSIFYING and 'num_classes' in part:
+            yield name, part
+
+
+def parts(value: Any, key: str) -> Iterator[tuple[str, dict]]:
+    """All dicts within a part of a config, itself first, with their keys."""
     if isinstance(value, dict):
-        if key.rstrip('.0123456789').rsplit('.', 1)[-1] in CLASSIFYING and 'num_classes' in value:
-            yield key, value
+        yield key, value
         for name, item in value.items():
-            yield from _heads(item, f'{key}.{name}')
+            yield from parts(item, f'{key}.{name}')
     elif isinstance(value, (list, tuple)):
         for i, item in enumerate(value):
-            yield from _heads(item, f'{key}.{i}')
+            yield from parts(item, f'{key}.{i}')

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .arguments import parameters, unknown_argument, unknown_type
+from .data import parts
 from .errors import ConfigError, some
 
 # Finer than what any level of a pyramid would be reduced to less than a pixel by.
@@ -41,7 +42,7 @@ def check_model(cfg: Config) -> None:
     model_cfg = copy.deepcopy(cfg.model)
     if cfg.get('data_preprocessor'):
         model_cfg.setdefault('data_preprocessor', copy.deepcopy(cfg.data_preprocessor))
-    keys = {id(part): (key, part) for key, part in _parts(model_cfg, 'model')}
+    keys = {id(part): (key, part) for key, part in parts(model_cfg, 'model')}
     with _quietly(), MODELS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
         try:
             with _weights_on_meta():
@@ -65,16 +66,6 @@ def _fetches(value: Any) -> bool:
             or any(_fetches(item) for item in value.values())
         )
     return isinstance(value, (list, tuple)) and any(_fetches(item) for item in value)
-
-
-def _parts(value: Any, key: str) -> Iterator[tuple[str, dict]]:
-    if isinstance(value, dict):
-        yield key, value
-        for name, item in value.items():
-            yield from _parts(item, f'{key}.{name}')
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from _parts(item, f'{key}.{i}')
 
 
 @contextmanager
@@ -152,7 +143,7 @@ def _most_alike(part: dict, model: dict) -> str:
     """The key of the dict that a copy with some entries added, changed or removed was made of."""
     alike = [
         (sum(other == part.get(name) for name, other in candidate.items()), key)
-        for key, candidate in _parts(model, 'model')
+        for key, candidate in parts(model, 'model')
         if candidate.get('type') == part.get('type')
     ]
     return max(alike, default=(0, 'model'), key=lambda scored: scored[0])[1]
@@ -168,10 +159,10 @@ def _check_channels(model: nn.Module, cfg: dict) -> list[str]:
     source, maps = 'model.backbone', _maps(_run(backbone, images))
     neck = getattr(model, 'neck', None)
     if maps and isinstance(neck, nn.Module) and cfg.get('neck'):
-        parts = cfg['neck'] if isinstance(cfg['neck'], (list, tuple)) else [cfg['neck']]
-        modules = neck if isinstance(neck, nn.Sequential) and parts is cfg['neck'] else [neck]
-        for i, (module, part) in enumerate(zip(modules, parts, strict=True)):
-            key = f'model.neck.{i}' if parts is cfg['neck'] else 'model.neck'
+        necks = cfg['neck'] if isinstance(cfg['neck'], (list, tuple)) else [cfg['neck']]
+        modules = neck if isinstance(neck, nn.Sequential) and necks is cfg['neck'] else [neck]
+        for i, (module, part) in enumerate(zip(modules, necks, strict=True)):
+            key = f'model.neck.{i}' if necks is cfg['neck'] else 'model.neck'
             maps = _hand_on(key, module, part, maps, source)
             source = key
     if not maps:
