@@ -116,6 +116,12 @@ class Place:
         self.run(ROOT / 'tools/test.py', self.config, path, *options, '--out', self.folder / 'out.pkl')
         return torch.stack([one['pred_score'] for one in pickle.loads((self.folder / 'out.pkl').read_bytes())])
 
+    def start(self, path, options=()):
+        paths = ['--work-dir', self.folder / 'work', '--data-root', self.config.parent]
+        self.run(ROOT / 'tools/train.py', self.config, *paths, '--cfg-options', f'load_from={path}', *options)
+        last = (self.folder / 'work/last_checkpoint').read_text()
+        return torch.load(last, weights_only=False)['state_dict']
+
     def resume(self, path):
         options = ['--work-dir', self.folder / 'work', '--data-root', self.config.parent, '--resume', path]
         self.run(ROOT / 'tools/train.py', self.config, *options, '--cfg-options', 'train_cfg.max_epochs=2')
@@ -225,7 +231,7 @@ BYTES = {
 }
 
 
-@pytest.mark.parametrize('name', ['convert', 'pretrained', 'test', 'resume'])
+@pytest.mark.parametrize('name', ['convert', 'pretrained', 'test', 'resume', 'start'])
 @pytest.mark.parametrize('file', BYTES)
 def test_bytes_that_are_no_checkpoint(place, content, name, file, tmp_path):
     make, message = BYTES[file]
@@ -437,15 +443,69 @@ def test_a_training_is_in_torchs_format(place, trained, layout, tmp_path):
     assert re.search('old format' if layout == 'legacy' else 'holds weights only', sentence(place.resume, path))
 
 
+def trained_parts(state):
+    """What is as it was after a training whose rate is 0."""
+    names = [name for name in state if not re.search('running|num_batches', name)]
+    assert len(names) > 50
+    return {name: state[name] for name in names}
+
+
+@pytest.mark.parametrize('layout', ['zip', 'legacy', 'safetensors'])
+def test_a_training_starts_from_a_file_and_says_what_does_not(place, state, layout, tmp_path, capsys):
+    path = tmp_path / 'given.pth'
+    if layout == 'safetensors':
+        safetensors({'state_dict': state}, path)
+    else:
+        saved({'state_dict': state, 'meta': Own()}, path, _use_new_zipfile_serialization=layout == 'zip')
+    assert_arrived(trained_parts(place.start(path)), trained_parts(state))
+    assert re.search(rf'{len(state)} of {len(state)} tensors of \w+ start from {path}\.\n', capsys.readouterr().out)
+
+
+def test_a_training_of_other_classes_starts_from_all_else(place, state, tmp_path, capsys):
+    given = {name: torch.cat([value] * 2) if 'head.heads' in name else value for name, value in state.items()}
+    others = [name for name in state if given[name].shape != state[name].shape]
+    path = saved({'state_dict': given}, tmp_path / 'given.pth')
+    arrived = place.start(path)
+    assert_arrived(*({n: v for n, v in trained_parts(part).items() if n not in others} for part in (arrived, state)))
+    said = capsys.readouterr().out
+    assert re.search(
+        rf'{len(state) - len(others)} of {len(state)} tensors of \w+ start from {path}\. Others keep', said
+    )
+    assert f'{len(others)} of another shape ({others[0]}: ' in said
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (
+            lambda state: {f'net.{name}': value for name, value in state.items()},
+            r'has nothing of \w+, which has \d+ tensors.*net\.',
+        ),
+        (lambda state: {name: value * torch.nan for name, value in state.items()}, 'NaN or infinite'),
+    ],
+)
+def test_a_training_cannot_start_from_this(place, state, change, message, tmp_path):
+    path = saved({'state_dict': change(state)}, tmp_path / 'given.pth')
+    assert re.search(message, sentence(place.start, path))
+
+
 def test_a_training_goes_on_from_its_own(place, trained, tmp_path):
     path = saved(trained, tmp_path / 'given.jpg')
     assert 'best_ckpt' in trained['message_hub']['runtime_info']
     assert isinstance(trained['message_hub']['log_scalars']['train/loss'], HistoryBuffer)
     assert check_training_checkpoint(path) == trained['meta']
     arrived = place.resume(path)
-    names = [name for name in arrived if not re.search('running|num_batches', name)]  # the rate is 0
-    assert len(names) > 50
-    assert_arrived({name: arrived[name] for name in names}, {name: trained['state_dict'][name] for name in names})
+    assert_arrived(trained_parts(arrived), trained_parts(trained['state_dict']))
+
+
+def test_a_config_that_resumes_by_itself_is_looked_at_too(place, trained, tmp_path):
+    path = saved(trained, tmp_path / 'given.pth')
+    start = functools.partial(place.start, options=['resume=True', 'train_cfg.max_epochs=2'])
+    assert_arrived(trained_parts(start(path)), trained_parts(trained['state_dict']))
+    mark = tmp_path / 'mark'
+    saved(in_meta(trained, mark, Call(os.system, f'touch {mark}')), path)
+    assert 'nothing of it was run' in sentence(start, path)
+    assert not mark.exists()
 
 
 @pytest.mark.skipif(not hasattr(torch.serialization, 'safe_globals'), reason='of torch 2.5')
@@ -504,7 +564,7 @@ ATTACKS = {
 SEEN_TO = ('beside', 'in state_dict', 'in meta')  # the weights are all there, and the rest is not looked at
 
 
-@pytest.mark.parametrize('name', ['convert', 'pretrained', 'test', 'resume'])
+@pytest.mark.parametrize('name', ['convert', 'pretrained', 'test', 'resume', 'start'])
 @pytest.mark.parametrize(
     ('attack', 'layout'),
     [*((attack, 'zip') for attack in ATTACKS), ('called', 'legacy'), ('called', 'pickle'), ('beside', 'legacy')],
@@ -520,7 +580,8 @@ def test_nothing_is_run(place, content, name, attack, layout, tmp_path):
         torch.load(path, weights_only=False)
     assert mark.exists(), 'the attack itself does not work'
     mark.unlink()
-    if name != 'resume' and layout != 'pickle' and attack in SEEN_TO:
+    seen_to = (*SEEN_TO, 'in place of a tensor') if name == 'start' else SEEN_TO  # which may leave something out
+    if name != 'resume' and layout != 'pickle' and attack in seen_to:
         getattr(place, name)(path)
     else:
         said = sentence(getattr(place, name), path)

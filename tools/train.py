@@ -4,10 +4,9 @@ import argparse
 
 import torch
 
-from mmevm.checkpoints import load_whole_model
 from mmevm.cli import add_common_arguments, build_runner, load_config, run
 from mmevm.preflight import ConfigError, check_annotations, check_config
-from mmevm.training import make_resumable, resume
+from mmevm.training import make_resumable, resume, start_inertly
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,6 +46,10 @@ def main() -> None:
     make_resumable(cfg)
     if args.resume:
         resume(cfg, None if args.resume == 'auto' else args.resume)
+    elif cfg.get('resume'):
+        resume(cfg, cfg.get('load_from'))
+    else:
+        start_inertly(cfg)
     if not torch.cuda.is_available():
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='mmevm.PeakMemoryHook')]
     check_config(cfg, ['train', 'val'])
@@ -54,8 +57,6 @@ def main() -> None:
     runner = build_runner(cfg)
     for sentence in left_out:
         runner.logger.info(sentence)
-    if cfg.get('resume') and cfg.get('load_from'):
-        load_whole_model(runner.model, cfg.load_from)  # of a file of another model mmengine would only warn
     runner.train()
 
 

@@ -8,14 +8,16 @@ tensors or says what is missing (``loading``). A training's own checkpoint is lo
 
 from .converting import ConversionReport, convert_checkpoint
 from .fetching import fetch_checkpoint
-from .loading import load_pretrained, load_trained_weights, load_whole_model, pretrained_cfgs
+from .loading import check_start, check_whole, load_pretrained, load_trained_weights, load_whole_model, pretrained_cfgs
 from .reading import CheckpointError, file_named, read_checkpoint
 from .resumable import check_training_checkpoint, training_globals
 
 __all__ = [
     'CheckpointError',
     'ConversionReport',
+    'check_start',
     'check_training_checkpoint',
+    'check_whole',
     'convert_checkpoint',
     'fetch_checkpoint',
     'file_named',

@@ -15,7 +15,7 @@ from mmengine.dist import barrier, get_rank
 from mmengine.fileio import get_local_path
 from mmengine.runner.checkpoint import CheckpointLoader
 
-from .converting import convert_checkpoint
+from .converting import convert_checkpoint, unwrap
 from .reading import CheckpointError, file_named, read_checkpoint
 
 
@@ -68,6 +68,27 @@ def _download(url: str) -> Path:
                     f'{url} cannot be downloaded ({error}): fetch it elsewhere and name the file.'
                 ) from error
     return path
+
+
+@CheckpointLoader.register_scheme(prefixes='mmevm://', force=True)
+def load_inert(filename: str, map_location: str | None = None) -> Any:
+    """Read for mmengine what follows ``mmevm://``, but run nothing of it: ``load_from='mmevm://epoch_12.pth'``.
+
+    Args:
+        filename: ``mmevm://`` and what :func:`fetch_checkpoint` takes.
+        map_location: Device of the tensors; None is the CPU.
+
+    Returns:
+        The content of the file, with the weights as 'state_dict', where mmengine's hooks look for them.
+
+    Raises:
+        CheckpointError: If there is no such file, if it cannot be fetched or read, or if it holds no tensors.
+    """
+    name = filename.removeprefix('mmevm://')
+    content = fetch_checkpoint(name, map_location)
+    with file_named(name):
+        state, _, _ = unwrap(content)
+    return content if 'state_dict' in content else {'state_dict': state}
 
 
 @CheckpointLoader.register_scheme(prefixes='timm://', force=True)

@@ -1,6 +1,7 @@
 """Weights go into a model, all of them or none: what mmengine only warns of is an error here."""
 
 import re
+from logging import INFO, WARNING
 from typing import Any
 
 from mmengine.hooks import Hook
@@ -116,7 +117,7 @@ def load_whole_model(model: nn.Module, checkpoint: str) -> Any:
     """Load what a training has left into a model, every tensor of it.
 
     Args:
-        model: A classifier or detector, or a wrapper of one for several processes.
+        model: A classifier or detector.
         checkpoint: What ``fetch_checkpoint`` takes: a local file, a URL and more.
 
     Returns:
@@ -125,8 +126,27 @@ def load_whole_model(model: nn.Module, checkpoint: str) -> Any:
     Raises:
         CheckpointError: If there is no such file, if it cannot be read, or if its names and shapes are not the model's.
     """
-    model = model.get_submodule('module') if is_model_wrapper(model) else model
     content = fetch_checkpoint(checkpoint)
+    model.load_state_dict(check_whole(model, content, checkpoint))
+    tensors = len(shapes_of(model))
+    print_log(f'{tensors} of {tensors} tensors of {type(model).__name__} loaded from {checkpoint}.', 'current')
+    return content
+
+
+def check_whole(model: nn.Module, content: Any, checkpoint: str) -> StateDict:
+    """Make sure that what a file holds is all of a model, and nothing else.
+
+    Args:
+        model: A classifier or detector.
+        content: Of the file.
+        checkpoint: Its name, for messages.
+
+    Returns:
+        Its tensors by their names.
+
+    Raises:
+        CheckpointError: If its names and shapes are not the model's, or its numbers of no use.
+    """
     with file_named(checkpoint):
         state, _, _ = unwrap(content)
     expected = shapes_of(model)
@@ -141,11 +161,39 @@ def load_whole_model(model: nn.Module, checkpoint: str) -> Any:
         )
     with file_named(checkpoint):
         check_values(state, _counters(model))
-    model.load_state_dict(state)
+    return state
+
+
+def check_start(model: nn.Module, content: Any, checkpoint: str) -> None:
+    """Say how much of a model starts from a file, whose other tensors are not used.
+
+    Args:
+        model: A classifier or detector.
+        content: Of the file.
+        checkpoint: Its name, for messages.
+
+    Raises:
+        CheckpointError: If it has no tensor of the model, or numbers that are of no use.
+    """
+    with file_named(checkpoint):
+        state, _, _ = unwrap(content)
+    expected = shapes_of(model)
+    fitting = {name: state[name] for name, shape in expected.items() if name in state and state[name].shape == shape}
+    problems = '; '.join(differences(expected, state))
+    if not fitting:
+        raise CheckpointError(
+            f'{checkpoint} has nothing of {type(model).__name__}, which has {len(expected)} tensors: {problems}. '
+            f"In the file they are called {some(state)}. A file of the authors' or of timm's goes through "
+            'tools/convert_checkpoint.py first; weights of the backbone alone are named by its init_cfg.'
+        )
+    with file_named(checkpoint):
+        check_values(fitting, _counters(model))
     print_log(
-        f'{len(expected)} of {len(expected)} tensors of {type(model).__name__} loaded from {checkpoint}.', 'current'
+        f'{len(fitting)} of {len(expected)} tensors of {type(model).__name__} start from {checkpoint}.'
+        + (f' Others keep the weights that they have without it: {problems}.' if problems else ''),
+        'current',
+        WARNING if problems else INFO,
     )
-    return content
 
 
 def load_trained_weights(runner: Runner, checkpoint: str) -> None:

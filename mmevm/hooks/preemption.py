@@ -2,6 +2,8 @@
 
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,13 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from mmevm.registry import HOOKS
-from mmevm.training.loops import ResumableEpochLoop
+from mmevm.training.loops import ResumableEpochLoop, survive_one_sigterm
+
+
+def _start_worker(init: Callable[[int], None] | None, worker: int) -> None:
+    if init is not None:
+        init(worker)
+    survive_one_sigterm()
 
 
 @HOOKS.register_module()
@@ -33,8 +41,11 @@ class PreemptionHook(Hook):
         self.received = False
 
     def before_run(self, runner: Runner) -> None:
-        """Listen to SIGTERM."""
+        """Listen to SIGTERM, and let the evaluation's loader outlive it, as the loops of ``mmevm.training`` do."""
         signal.signal(signal.SIGTERM, self._receive)
+        if runner.val_loop is not None:
+            loader = runner.val_loop.dataloader
+            loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
 
     def after_run(self, runner: Runner) -> None:
         """Listen no longer."""

@@ -5,7 +5,7 @@ Checkpoints are written whole or not at all (``saving``), a training finds the l
 """
 
 from .loops import ResumableEpochLoop, ResumableIterLoop
-from .resuming import last_whole_checkpoint, make_resumable, resume
+from .resuming import last_whole_checkpoint, make_resumable, resume, start_inertly
 from .saving import AtomicBackend
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     'last_whole_checkpoint',
     'make_resumable',
     'resume',
+    'start_inertly',
 ]

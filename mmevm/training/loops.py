@@ -7,7 +7,8 @@ seed, the process's rank and the number of the iteration.
 
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,20 +32,57 @@ def _set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def survive_one_sigterm() -> None:
+    """Let a loader's worker outlive the SIGTERM that a cluster sends to it too; the next one ends it.
+
+    The last iterations need its images, and the training ends with an error if it is gone.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def _start_worker(worker: int, seed: int, init: Callable[[int], None] | None) -> None:
+    survive_one_sigterm()
+    _set_seed(int(np.random.SeedSequence([seed, worker]).generate_state(1)[0]))
+    if init is not None:
+        init(worker)
+
+
+class _Workers:
+    """How a loader's workers start: in place of mmengine's seeds, which are the same each time."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.init: Callable[[int], None] | None = None  # a user's
+
+    def own(self, dataloader: dict | DataLoader, **settings: Any) -> dict | DataLoader:
+        """Let the loader that is built of a config start workers so from the first."""
+        if not isinstance(dataloader, dict):
+            return dataloader
+        init = dict(type=_start_worker, seed=_seed(self.runner, WORKERS, 0), init=None)
+        return {'worker_init_fn': init} | dataloader | settings
+
+    def seed(self, loader: DataLoader, number: int) -> None:
+        """Seed those that the loader starts next. A worker's numbers are then one stream until it ends."""
+        start = loader.worker_init_fn
+        if not (isinstance(start, partial) and start.func is _start_worker):
+            self.init = start
+        loader.worker_init_fn = partial(_start_worker, seed=_seed(self.runner, WORKERS, number), init=self.init)
+
+
 class _Batches:
     """Batch after batch of an iterator; what is random in one depends on its number alone."""
 
-    def __init__(self, runner: Runner, batches: Any, number: int, loader: DataLoader) -> None:
-        self.runner = runner
+    def __init__(self, batches: Any, number: int, loader: DataLoader, workers: _Workers) -> None:
         self.batches = batches
         self.number = number
         self.loader = loader
+        self.workers = workers
 
     def __iter__(self) -> '_Batches':
         return self
 
     def __next__(self) -> Any:
-        _set_seed(_seed(self.runner, LOADING, self.number))
+        _set_seed(_seed(self.workers.runner, LOADING, self.number))
         self.number += 1
         return next(self.batches)
 
@@ -52,26 +90,7 @@ class _Batches:
         """Pass over batches that were trained on before, as newer versions of mmengine ask for."""
         self.batches.skip_iter(count)
         self.number += count
-        _seed_workers(self.runner, self.loader, self.number)
-
-
-def _seed_workers(runner: Runner, loader: DataLoader, number: int) -> None:
-    """Seed the workers that the loader starts next. A worker's numbers are then one stream until it ends."""
-    loader.generator.manual_seed(_seed(runner, WORKERS, number))
-
-
-def _own_workers(runner: Runner, loader: DataLoader, cfg: dict | DataLoader) -> None:
-    """Let torch seed the workers, each by its own number, from a generator that only this loader draws from."""
-    loader.generator = torch.Generator()
-    _seed_workers(runner, loader, 0)
-    if isinstance(cfg, dict) and 'worker_init_fn' not in cfg:
-        # In place of mmengine's, which gives a worker the same numbers each time that it is started.
-        loader.worker_init_fn = _survive_one_sigterm
-
-
-def _survive_one_sigterm(worker: int) -> None:
-    """A cluster's SIGTERM comes to workers too, whose images the last iterations need. The next one ends them."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+        self.workers.seed(self.loader, self.number)
 
 
 @LOOPS.register_module()
@@ -87,9 +106,8 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
     """
 
     def __init__(self, runner: Runner, dataloader: dict | DataLoader, *args: Any, **kwargs: Any) -> None:
-        own = dict(dataloader, persistent_workers=False) if isinstance(dataloader, dict) else dataloader
-        super().__init__(runner, own, *args, **kwargs)
-        _own_workers(runner, self.dataloader, dataloader)
+        self.workers = _Workers(runner)
+        super().__init__(runner, self.workers.own(dataloader, persistent_workers=False), *args, **kwargs)
         self.trained = 0
 
     def run_epoch(self) -> None:
@@ -97,8 +115,8 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
         first = self._iter - self.trained
-        _seed_workers(self.runner, self.dataloader, first)
-        batches = _Batches(self.runner, iter(self.dataloader), first, self.dataloader)
+        self.workers.seed(self.dataloader, first)
+        batches = _Batches(iter(self.dataloader), first, self.dataloader, self.workers)
         for index, batch in enumerate(batches):
             if index >= self.trained:
                 self.run_iter(index, batch)
@@ -121,9 +139,12 @@ class ResumableIterLoop(IterBasedTrainLoop):
     """
 
     def __init__(self, runner: Runner, dataloader: dict | DataLoader, *args: Any, **kwargs: Any) -> None:
-        super().__init__(runner, dataloader, *args, **kwargs)
-        _own_workers(runner, self.dataloader, dataloader)
-        self.dataloader_iterator: Iterator = _Batches(runner, self.dataloader_iterator, 0, self.dataloader)
+        workers = _Workers(runner)
+        super().__init__(runner, workers.own(dataloader), *args, **kwargs)  # 0.10.7 starts them here
+        workers.seed(self.dataloader, 0)
+        # It begins with a draw, wherever that is: within the first iteration, or the first after resuming.
+        self.dataloader.generator = torch.Generator()
+        self.dataloader_iterator: Iterator = _Batches(self.dataloader_iterator, 0, self.dataloader, workers)
 
     def run_iter(self, data_batch: Any) -> None:
         """Train on a batch."""

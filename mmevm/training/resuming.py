@@ -1,4 +1,4 @@
-"""A training goes on from the last checkpoint that is whole."""
+"""A training goes on from the last checkpoint that is whole, or starts from another's."""
 
 import re
 from logging import WARNING
@@ -12,6 +12,7 @@ from mmengine.logging import print_log
 from mmevm.checkpoints import CheckpointError, check_training_checkpoint, training_globals
 
 LOOPS = {'EpochBasedTrainLoop': 'mmevm.ResumableEpochLoop', 'IterBasedTrainLoop': 'mmevm.ResumableIterLoop'}
+ZOOS = ('torchvision://', 'modelzoo://', 'open-mmlab://', 'openmmlab://', 'mmcls://', 'mmevm://', 'timm://')
 
 
 def make_resumable(cfg: Config) -> None:
@@ -31,14 +32,15 @@ def make_resumable(cfg: Config) -> None:
     checkpoint = cfg.default_hooks.checkpoint
     if checkpoint and checkpoint.type == 'CheckpointHook' and '://' not in (checkpoint.get('out_dir') or ''):
         checkpoint.setdefault('backend_args', dict(backend='mmevm.atomic'))
-    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='mmevm.PreemptionHook')]
+    own = [dict(type='mmevm.LoadingHook'), dict(type='mmevm.PreemptionHook')]
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), *own]
 
 
-def resume(cfg: Config, checkpoint: str | None = None) -> None:
+def resume(cfg: Config, checkpoint: str | Path | None = None) -> None:
     """Let a config's training go on from a checkpoint, which is looked at before anything is built.
 
     Args:
-        cfg: A config for mmengine's runner, which is changed.
+        cfg: A config for mmengine's runner, which is changed: its ``resume`` and ``load_from`` among others.
         checkpoint: A local file; None is the last whole one that the config's training has left or, if there is none,
             a training from the start.
 
@@ -52,9 +54,13 @@ def resume(cfg: Config, checkpoint: str | None = None) -> None:
         found = last_whole_checkpoint(*folders)
         if found is None:
             print_log(f'There is nothing in {cfg.work_dir} to resume from: the training starts anew.', level=WARNING)
+            cfg.resume = False
+            start_inertly(cfg)
             return
         path, meta = found
-        checkpoint = str(path)
+        checkpoint = path
+    elif '://' in str(checkpoint):
+        raise CheckpointError(f'{checkpoint}: a training is resumed from a local file. Fetch it first.')
     else:
         meta = check_training_checkpoint(checkpoint)
     if hasattr(torch.serialization, 'add_safe_globals'):  # OpenMMLab's mmengine leaves it to torch what may be read
@@ -67,6 +73,18 @@ def resume(cfg: Config, checkpoint: str | None = None) -> None:
     for part in (cfg.model, cfg.model.get('backbone'), cfg.model.get('head')):
         if part and part.get('init_cfg'):
             part.init_cfg = None  # pretrained weights would be fetched, and overwritten
+
+
+def start_inertly(cfg: Config) -> None:
+    """Let a config's ``load_from`` be read by mmevm, which runs nothing that a file brings.
+
+    Names within a model zoo of OpenMMLab's or torchvision's stay mmengine's.
+
+    Args:
+        cfg: A config for mmengine's runner, which is changed.
+    """
+    if cfg.get('load_from') and not cfg.load_from.startswith(ZOOS):
+        cfg.load_from = f'mmevm://{cfg.load_from}'
 
 
 def last_whole_checkpoint(*folders: Path) -> tuple[Path, dict[str, Any]] | None:

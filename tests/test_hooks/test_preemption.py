@@ -27,8 +27,14 @@ def test_sigterm_saves_and_the_training_goes_on_within_the_epoch(tmp_path, by_ep
     assert len(after) == EPOCHS * PER_EPOCH - 8
 
 
-def test_sigterm_while_evaluating_saves_the_model_and_its_average(tmp_path):
-    loader = dict(batch_size=BATCH, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dict(type='Augmented'))
+@pytest.mark.parametrize('workers', [0, 2])
+def test_sigterm_while_evaluating_saves_the_model_and_its_average(tmp_path, workers):
+    loader = dict(
+        batch_size=BATCH,
+        num_workers=workers,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        dataset=dict(type='Augmented'),
+    )
     options = dict(val_dataloader=loader, val_cfg=dict(), val_evaluator=dict(type='Nothing'))
     options['custom_hooks'] = [dict(type='EMAHook', momentum=0.5)]
     options['default_hooks.checkpoint.interval'] = 1

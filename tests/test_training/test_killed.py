@@ -27,7 +27,12 @@ class Training:
         command = [sys.executable, '-u', ROOT / 'tools/train.py', config, '--work-dir', 'here', *arguments]
         self.log = open(cwd / 'log.txt', 'w+')  # noqa: SIM115 - closed by end()
         self.process = subprocess.Popen(
-            list(map(str, command)), cwd=cwd, env=os.environ | ENVIRONMENT, stdout=self.log, stderr=subprocess.STDOUT
+            list(map(str, command)),
+            cwd=cwd,
+            env=os.environ | ENVIRONMENT,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
     @property
@@ -41,7 +46,7 @@ class Training:
 
     def end(self, number=None):
         if number:
-            self.process.send_signal(number)
+            os.killpg(self.process.pid, number)  # its loaders' workers too, as a cluster does
         self.process.wait(300)
         printed = self.printed
         self.log.close()
@@ -80,7 +85,7 @@ def classification(digits, *options):
     return [
         *(DIGITS, '--data-root', digits, '--cfg-options', *SEED, 'train_cfg.max_epochs=4', 'train_cfg.val_interval=2'),
         *('train_dataloader.batch_size=8', 'train_dataloader.num_workers=2', 'default_hooks.logger.interval=1'),
-        'val_dataloader.batch_size=4',
+        *('val_dataloader.batch_size=4', 'val_dataloader.num_workers=2'),
         *('default_hooks.checkpoint.interval=1', 'train_dataloader.persistent_workers=True', *options),
     ]
 

@@ -61,7 +61,7 @@ def test_an_empty_folder_is_a_training_from_the_start(tmp_path, capsys):
     cfg = config(tmp_path, default_hooks=dict(), load_from='pretrained.pth')
     resume(cfg)
     assert 'the training starts anew' in capsys.readouterr().out
-    assert cfg.load_from == 'pretrained.pth'
+    assert cfg.load_from == 'mmevm://pretrained.pth'
     assert not cfg.get('resume')
 
 
