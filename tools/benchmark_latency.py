@@ -35,6 +35,7 @@ from mmevm.latency import (
 )
 from mmevm.latency.measuring import Setting, build, cuda_settings
 from mmevm.latency.results import in_one_line
+from mmevm.latency.subjects import AS_TRAINED
 from mmevm.preflight import ConfigError
 
 
@@ -46,7 +47,8 @@ def parse_args() -> tuple[argparse.Namespace, list[Subject]]:
         nargs='+',
         default=list(DEFAULT_MODELS),
         metavar='NAME',
-        help="m1 to m4 for mmevm's backbones, any name of timm's, the path of a config, or something like mmdet::… "
+        help="m1 to m4 for mmevm's backbones, any name of timm's, the path of a config, or something like mmdet::…; "
+        f'with {AS_TRAINED} after it in the form in which it is trained, beside the deployed ones '
         f'(default: {" ".join(DEFAULT_MODELS)})',
     )
     what.add_argument(

@@ -24,13 +24,17 @@ DEFAULT_MODELS = (
 )
 
 
+AS_TRAINED = '@trained'
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model by its name.
 
     Args:
         name: 'm1' to 'm4' for mmevm's backbones; a name of timm's, whose feature maps are taken; or a config of mmevm,
-            MMDetection or MMPretrain, as a path or within a package (``mmdet::…``).
+            MMDetection or MMPretrain, as a path or within a package (``mmdet::…``). With '@trained' after it, the model
+            keeps the form in which it is trained, beside others that are deployed.
         part: What is taken of a config's model, 'backbone' or the whole 'model': a classifier with its head, a detector
             up to what its heads put out, without post-processing. Names of timm's and of mmevm's are backbones.
         with_cp: Whether the blocks of mmevm's backbones recompute their activations in the backward pass; other
@@ -57,22 +61,27 @@ class Subject:
             raise ValueError(f'part={self.part!r} is none of {", ".join(PARTS)}.')
         if self.is_config:
             self._config()
-        elif not self.is_ours and not timm.is_model(self.name):
+        elif not self.is_ours and not timm.is_model(self.base):
             raise ValueError(
-                f'{self.name} is neither one of mmevm ({", ".join(EfficientViM.arch_settings)}) nor of timm '
-                f'{timm.__version__}{_suggestion(self.name)}. A config is named by a path that ends with .py, or by '
+                f'{self.base} is neither one of mmevm ({", ".join(EfficientViM.arch_settings)}) nor of timm '
+                f'{timm.__version__}{_suggestion(self.base)}. A config is named by a path that ends with .py, or by '
                 'something like mmdet::retinanet/retinanet_r50_fpn_1x_coco.py.'
             )
 
     @property
+    def base(self) -> str:
+        """The name without the form."""
+        return self.name.removesuffix(AS_TRAINED)
+
+    @property
     def is_config(self) -> bool:
         """Whether the name is one of a config."""
-        return '::' in self.name or self.name.endswith('.py')
+        return '::' in self.base or self.base.endswith('.py')
 
     @property
     def is_ours(self) -> bool:
         """Whether the name is one of mmevm's backbones."""
-        return self.name in EfficientViM.arch_settings
+        return self.base in EfficientViM.arch_settings
 
     @property
     def recomputes(self) -> bool:
@@ -89,26 +98,28 @@ class Subject:
             torch.manual_seed(0)
             model: nn.Module
             if self.is_ours:
-                model = EfficientViM(self.name, with_cp=self.recomputes)
+                model = EfficientViM(self.base, with_cp=self.recomputes)
             elif self.is_config:
                 model = self._build_config()
             else:
-                model = _build_timm(self.name)
+                model = _build_timm(self.base)
         model.eval()  # some of MMDetection's return nothing
         return model
 
     def deploy(self, model: nn.Module) -> nn.Module:
         """Give the model that :meth:`build` has made its form for inference; timm's models have timm's own."""
+        if self.name != self.base:
+            return model
         if not (self.is_ours or self.is_config):
             return reparameterize_model(model).eval()
         return deploy(model)
 
     def _config(self) -> Config:
-        cfg = read_config(self.name)
+        cfg = read_config(self.base)
         if 'model' not in cfg:
-            raise ConfigError(f'{self.name} has no `model`, so there is nothing to measure.')
+            raise ConfigError(f'{self.base} has no `model`, so there is nothing to measure.')
         if self.part == 'backbone' and 'backbone' not in cfg.model:
-            raise ConfigError(f'{self.name}: its {cfg.model.type} has no backbone; take the whole with part model.')
+            raise ConfigError(f'{self.base}: its {cfg.model.type} has no backbone; take the whole with part model.')
         return cfg
 
     def _build_config(self) -> nn.Module:

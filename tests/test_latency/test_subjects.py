@@ -79,6 +79,15 @@ def test_deploying_multiplies_norms_out_and_changes_no_output(name):
 
 
 @pytest.mark.parametrize('name', ['m1', 'shvit_s1', CLASSIFIER])
+def test_a_form_as_trained_is_that_of_the_model(name):
+    subject, plain = Subject(f'{name}@trained'), Subject(name).build()
+    model = subject.deploy(subject.build())
+    assert not model.training
+    assert str(model) == str(plain)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in plain.state_dict().items())
+
+
+@pytest.mark.parametrize('name', ['m1', 'shvit_s1', CLASSIFIER])
 def test_weights_are_the_same_each_time_and_leave_other_random_numbers_alone(name):
     torch.manual_seed(5)
     first = Subject(name).build().state_dict()
