@@ -46,7 +46,7 @@ def carafe_naive_backward(
         weights = _weights(masks, tap, kernel_size, group_size, scale_factor)
         grad_padded[window] += (grad * weights).sum(dim=(4, 6)).flatten(1, 2)
         grad_tap = (grad * padded[window].reshape(grouped)).sum(dim=2)
-        grad_weights[:, :, tap] = grad_tap.flatten(2, 3).flatten(3, 4).to(mask_grad.dtype)
+        grad_weights[:, :, tap] = grad_tap.flatten(2, 3).flatten(3, 4)
     inner = slice(kernel_size // 2, None)
     bottom_grad.copy_(grad_padded[:, :, inner, inner][:, :, :height, :width])
 

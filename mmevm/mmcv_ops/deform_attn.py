@@ -60,9 +60,9 @@ def ms_deform_attn_backward(
         with torch.enable_grad():
             output = _attend(inputs[0], inputs[1], inputs[2], shape)
         grads = torch.autograd.grad(output, inputs, grad_output.to(output.dtype))
-        grad_value[:, keys] = grads[0].to(grad_value.dtype)
-        grad_sampling_loc[index] = grads[1].to(grad_sampling_loc.dtype)
-        grad_attn_weight[index] = grads[2].to(grad_attn_weight.dtype)
+        grad_value[:, keys] = grads[0]
+        grad_sampling_loc[index] = grads[1]
+        grad_attn_weight[index] = grads[2]
 
 
 def _levels(shapes: Tensor, starts: Tensor) -> list[tuple[int, tuple[int, int], slice]]:

@@ -87,7 +87,7 @@ def deform_conv_backward_parameters(
     geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
     # It does not depend on the weight's values.
     _, grad, _, _, _ = _backward(grad_output, input, grad_weight, offset, None, geometry)
-    grad_weight.add_(grad.to(grad_weight.dtype), alpha=scale)
+    grad_weight.add_(grad, alpha=scale)
 
 
 def modulated_deform_conv_forward(

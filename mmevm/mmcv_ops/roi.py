@@ -117,7 +117,7 @@ def roi_pool_forward(
         maximum, index = pixels.flatten(3, 4).max(dim=3)  # (part, ph, pw, C)
         pixel = (y * width + x).flatten(3).gather(3, index)
         empty = ~valid[part, :, :, None]
-        output[part] = maximum.masked_fill(empty, 0).permute(0, 3, 1, 2).to(output.dtype)
+        output[part] = maximum.masked_fill(empty, 0).permute(0, 3, 1, 2)
         argmax[part] = pixel.masked_fill(empty, -1).permute(0, 3, 1, 2).to(argmax.dtype)
 
 

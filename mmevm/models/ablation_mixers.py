@@ -51,7 +51,7 @@ class MultiHeadHSMSSD(HSMSSD):
         x = x.flatten(2)  # (B, D, L)
         bcdt = self.dw(self.BCdt_proj(x).unflatten(2, size))
         b, c, dt = bcdt.flatten(2).split(self.splits, dim=1)  # 2 × (B, N, L), (B, heads, L)
-        h = _weigh(x, dt) @ b.to(x.dtype).transpose(1, 2)  # (B, D, N), Eq. 4 of each head
+        h = _weigh(x, dt) @ b.transpose(1, 2)  # (B, D, N), Eq. 4 of each head
         h = self.mix_states(h)  # (B, D, N)
         y = h @ c  # (B, D, L), Eq. 11
         return y.unflatten(2, size), h
