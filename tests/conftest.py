@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # helpers shared by test files, 
 def pytest_collection_modifyitems(items):
     """Begin with the longest files, so that at the end none of two processes is left alone with one."""
     slow = {item.path for item in items if item.get_closest_marker('slow')}
-    longest = Path(__file__).parent / 'test_training/test_killed.py'
-    items.sort(key=lambda item: (item.path != longest, item.path not in slow))
+    longest = [Path(__file__).parent / name for name in ('test_training/test_killed.py', 'test_processes.py')]
+    items.sort(key=lambda item: (item.path not in longest, item.path not in slow))
 
 
 @pytest.fixture(autouse=True)
