@@ -28,6 +28,7 @@ from mmevm.latency import environment
 from mmevm.latency.clock import take_turns, warm_up
 from mmevm.models import EfficientViM, efficientvim
 from mmevm.models.layers import ConvNorm
+from mmevm.models.packed import PackedConv2d
 
 
 class Pointwise(nn.Module):
@@ -101,6 +102,7 @@ def inference(arch: str) -> dict[str, tuple]:
     deployed = copy.deepcopy(trained)
     deployed.switch_to_deploy()
     peer = reparameterize_model(timm.create_model(f'efficientvim_{arch}', features_only=True).eval())
+    unpacked = partial(mock.patch.object, PackedConv2d, '_can_be_packed', lambda self, x: False)
     whole = partial(mock.patch.object, efficientvim, '_PIXELS_AT_ONCE', 2**62)
     peer = peer.to(memory_format=torch.channels_last)
     return {
@@ -108,6 +110,7 @@ def inference(arch: str) -> dict[str, tuple]:
         'timm, reparameterised, in parts': (InParts(peer),),
         'as trained': (trained,),
         'deployed': (deployed,),
+        'deployed, weights not packed': (deployed, unpacked),
         'deployed, the batch as a whole': (deployed, whole),
         'deployed, 1×1 convolutions as matrix products': (pointwise_as_linear(deployed),),
     }

@@ -1,8 +1,9 @@
 """The deploy form of the backbone's parts: the same functions with their constants multiplied out, for inference.
 
 BatchNorm disappears into convolutions, convex gates into depthwise kernels and projections, shortcuts around depthwise
-convolutions into their kernels. All of it is algebra, done in float64. LayerNorm keeps its weight and bias: within what
-follows it they would be no cheaper, as the hidden states would need a bias that depends on the image.
+convolutions into their kernels. All of it is algebra, done in float64; the convolutions that are left are packed ones.
+LayerNorm keeps its weight and bias: within what follows it they would be no cheaper, as the hidden states would need a
+bias that depends on the image.
 Maps are (B, C, H, W) in channels_last, where LayerNorm and the products over tokens need no copy.
 """
 
@@ -16,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .layers import ConvNorm, PatchMerging, Stem, items
 from .mixers import HSMSSD
+from .packed import PackedConv2d
 
 if TYPE_CHECKING:
     from .efficientvim import Block  # which imports this module
@@ -100,7 +102,7 @@ class DeployedHSMSSD(nn.Module):
         projection = mixer.BCdt_proj.conv
         self.norm = norm
         self.state_dim = mixer.state_dim
-        self.BCdt_proj = nn.Conv2d(projection.in_channels, projection.out_channels, 1, bias=False)
+        self.BCdt_proj = PackedConv2d(projection.in_channels, projection.out_channels, 1, bias=False)
         self.BCdt_proj.weight = _parameter(projection.weight.unsqueeze(3))
         self.dw = _conv(mixer.dw.conv.weight, None, like=mixer.dw.conv)
         self.hz_proj = _linear(mixer.hz_proj.conv.weight.squeeze(2))
@@ -212,7 +214,7 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
 
 
 def _conv(weight: Tensor, bias: Tensor | None, like: _ConvNd) -> nn.Conv2d:
-    conv = nn.Conv2d(
+    conv = PackedConv2d(
         like.in_channels,
         like.out_channels,
         like.kernel_size[0],  # those of a ConvNorm are square
