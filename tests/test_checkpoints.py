@@ -3,11 +3,13 @@
 import argparse
 import builtins
 import contextlib
+import dataclasses
 import functools
 import http.server
 import importlib.util
 import os
 import pickle
+import re
 import shutil
 import socket
 import subprocess
@@ -24,14 +26,28 @@ import timm
 import torch
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import Config
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.model import PretrainedInit
+from mmengine.runner import Runner, runner
 from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint_with_prefix
 from safetensors.torch import save_file
 from torch import nn
 
-from mmevm.checkpoints import CheckpointError, convert_checkpoint, load_pretrained, read_checkpoint
-from mmevm.models import EfficientViM, FusionClsHead
+from mmevm.checkpoints import (
+    CheckpointError,
+    ConversionReport,
+    check_start,
+    convert_checkpoint,
+    fetch_checkpoint,
+    load_pretrained,
+    load_trained_weights,
+    load_whole_model,
+    pretrained_cfgs,
+    read_checkpoint,
+)
+from mmevm.models import EfficientViM, FusionClsHead, UpsampleFPN
 from mmevm.registry import MODELS
 
 ROOT = Path(__file__).parents[1]
@@ -347,6 +363,11 @@ def test_a_training_checkpoint_of_timms(weights, seed):
     converted, report = convert_checkpoint({**states, 'arch': 'efficientvim_m1'}, weights)
     assert_same(converted['state_dict'], convert_checkpoint(timm_state('efficientvim_m1', seed))[0]['state_dict'])
     assert report.weights == ('model' if seed == 0 else 'ema')
+    chosen, other = list(states) if seed == 0 else reversed(states)
+    assert report.left_out == {
+        other: f"'{chosen}' was chosen: {len(states[other])} entries",
+        'arch': f"beside '{chosen}', which holds the weights: str",
+    }
 
 
 def test_the_weights_asked_for_must_exist():
@@ -452,7 +473,13 @@ def test_a_missing_or_misshapen_tensor_is_an_error(name, harm):
         name.replace('batch_norm', 'pre_norms').replace('extra_trans', 'upsample').replace('extra_fpn', 'upsample_fpn')
     )
     if name != 'neck.fpn_convs.3.conv.weight':  # without it the neck is another one, whose bias is unknown
-        assert new in str(error.value)
+        count = len(detector_state('retinanet', 7) if not is_classifier else timm_state('efficientvim_m1_dist'))
+        problem = (
+            rf'1 of another shape \(\S*{new}: \(.*\) expected, \(3, 5\)'
+            if harm == 'shape'
+            else rf'1 missing \(\S*{new}\)'
+        )
+        assert re.search(rf'of {count} tensors, {problem}[^;]*\. Nothing', str(error.value))
 
 
 @pytest.mark.parametrize(
@@ -473,6 +500,148 @@ def test_an_unknown_tensor_is_an_error(name):
         convert_checkpoint(state)
 
 
+@pytest.mark.parametrize(
+    ('kind', 'name'),
+    [
+        ('mask-rcnn', 'roi_head.bbox_head.fc_cls.bias'),
+        ('retinanet', 'bbox_head.retina_cls.bias'),
+        ('retinanet', 'neck.lateral_convs.0.conv.bias'),
+        ('classifier', 'head.heads.0.bias'),
+    ],
+)
+def test_without_what_tells_its_size_a_network_is_one_of_coco_or_imagenet(kind, name):
+    whole = convert_checkpoint(timm_state('efficientvim_m1'))[0]['state_dict']
+    state = dict(whole if kind == 'classifier' else detector_state(kind, 80))
+    del state[name]
+    with pytest.raises(CheckpointError, match=rf'of {len(state) + 1} tensors, 1 missing \({name}\)\. .* used as it is'):
+        convert_checkpoint({'state_dict': state})
+
+
+@pytest.mark.parametrize(
+    ('finer', 'extra', 'levels', 'channels'),
+    [(0, False, 3, 256), (1, False, 3, 48), (2, 'on_input', 4, 32), (1, 'on_output', 4, 320), (0, 'on_output', 5, 24)],
+)
+def test_necks_of_any_number_of_levels(finer, extra, levels, channels):
+    neck = UpsampleFPN(
+        in_channels=[128, 192, 320],
+        out_channels=channels,
+        num_outs=finer + levels,
+        num_upsamples=finer,
+        add_extra_convs=extra,
+    )
+    state = {
+        key: tensor for key, tensor in timm_state('efficientvim_m1').items() if key.startswith(('patch', 'stages'))
+    }
+    state |= {f'neck.{key}': tensor for key, tensor in neck.state_dict().items()}
+    seed = torch.random.get_rng_state()
+    converted, _ = convert_checkpoint(state)
+    assert torch.equal(torch.random.get_rng_state(), seed)
+    assert len(converted['state_dict']) == len(state)
+    last = max(key for key in state if key.startswith('neck.') and key.endswith('bias'))
+    for problem, changed in [
+        ('missing', {key: tensor for key, tensor in state.items() if key != last}),
+        ('unknown', state | {last.replace('bias', 'scale'): state[last]}),
+    ]:
+        with pytest.raises(CheckpointError, match=rf'1 {problem} \({last[:-4]}'):
+            convert_checkpoint(changed)
+
+
+@pytest.mark.parametrize(
+    ('wrapper', 'weights'),
+    [(None, None), ('state_dict', None), ('model', 'model'), ('model_ema', 'ema'), ('state_dict_ema', 'ema')],
+)
+@pytest.mark.parametrize('part', ['classifier', 'backbone', 'whole'])
+@pytest.mark.parametrize('theirs', [True, False])
+def test_the_report_says_what_became_of_each_entry(wrapper, weights, part, theirs):
+    plain = timm_state('efficientvim_m1')
+    if part != 'classifier':
+        plain = {name: tensor for name, tensor in plain.items() if name not in head_of(plain)}
+    state = authors_layout(plain) if theirs else dict(plain)
+    if part == 'whole':
+        state = {f'backbone.{name}': tensor for name, tensor in state.items()}
+    others = {'epoch': 3, 'log': [1, 2], 'meta': {}}
+    converted, report = convert_checkpoint({wrapper: state, **others} if wrapper else {**state, 7: 'x', **others})
+    source = {True: "a {} of the authors'", False: "a {} in timm's layout"}[theirs].format(part)
+    if part == 'whole':
+        source = "a detector of the authors'" if theirs else "a checkpoint of mmevm's"
+    assert converted['meta'] == {'source': source, 'arch': 'm1', 'weights': weights}
+    assert (report.source, report.arch, report.weights) == (source, 'm1', weights)
+    why = f"beside '{wrapper}', which holds the weights: " if wrapper else 'not a named tensor, but '
+    assert report.left_out == {
+        **({} if wrapper else {'7': why + 'str'}),
+        **{'epoch': why + 'int', 'log': why + '2 entries', 'meta': why + '0 entries'},
+    }
+    prefixed = {
+        name: ('' if part == 'whole' else 'head.' if name in head_of(state) else 'backbone.') + name for name in state
+    }
+    assert report.renamed == ({} if part == 'whole' else prefixed)
+    assert report.kept == (list(state) if part == 'whole' else [])
+    assert report.reshaped == [prefixed[name] for name in state if theirs and state[name].dim() > 2 and 'norm' in name]
+
+
+def test_the_report_in_words():
+    report = ConversionReport(
+        source="a classifier of the authors'",
+        arch='m4',
+        weights='ema',
+        kept=['head.norm.0.bias', 'head.norm.0.weight'],
+        renamed={
+            'stages.0.blocks.1.alpha': 'backbone.stages.0.blocks.1.alpha',
+            'stages.1.blocks.0.alpha': 'backbone.stages.1.blocks.0.alpha',
+            'weights': 'head.weights',
+            'neck.batch_norm.0.bias': 'neck.pre_norms.0.bias',
+        },
+        reshaped=['neck.pre_norms.0.bias'],
+        left_out={'epoch': 'not a named tensor, but int'},
+    )
+    words = """
+recognised: a classifier of the authors', EfficientViM-M4, ema weights
+loaded: 6 tensors, 1 of them LayerNorms made 1-D
+renamed: 4
+  stages.* -> backbone.stages.* (2)
+  weights -> head.weights (1)
+  neck.batch_norm.* -> neck.pre_norms.* (1)
+left out: 1
+  epoch: not a named tensor, but int"""
+    assert str(report) == words.strip()
+    assert 'EfficientViM-M4\nloaded' in str(dataclasses.replace(report, weights=None))
+
+
+@pytest.mark.parametrize(
+    ('meta', 'kept'),
+    [
+        ({'CLASSES': ['cat'], 'PALETTE': [(1, 2, 3)]}, {'classes': ['cat'], 'palette': [(1, 2, 3)]}),
+        (
+            {'dataset_meta': {'classes': ('cat',), 'palette': 'coco', 'more': 1}},
+            {'classes': ('cat',), 'palette': 'coco'},
+        ),
+        ({'dataset_meta': {'classes': ('cat',), 'palette': [(None,)]}, 'CLASSES': ('dog',)}, {'classes': ('cat',)}),
+        ({'dataset_meta': {'classes': 'cat'}}, None),
+        ({'dataset_meta': ['cat']}, None),
+        ({'PALETTE': [(1, 2, 3)]}, None),
+        ('of nobody', None),
+    ],
+)
+def test_the_names_of_the_classes_stay(meta, kept):
+    converted, _ = convert_checkpoint({'state_dict': timm_state('efficientvim_m1'), 'meta': meta})
+    assert converted['meta'].pop('dataset_meta', None) == kept
+    assert converted['meta'] == {'source': "a classifier in timm's layout", 'arch': 'm1', 'weights': None}
+
+
+def test_a_sentence_names_four_at_most():
+    four = {f'a{i}': torch.ones(1) for i in range(4)}
+    with pytest.raises(CheckpointError, match=r'their names are a0, a1, a2, a3, but .*patch_embed'):
+        convert_checkpoint(four)
+    with pytest.raises(CheckpointError, match=r'their names are a0, a1, a2, a3, …, but'):
+        convert_checkpoint(four | {'a4': torch.ones(1)})
+    with pytest.raises(CheckpointError, match='no tensors in this file, only epoch'):
+        convert_checkpoint({'epoch': 1})
+    with pytest.raises(CheckpointError, match='which has model: '):
+        convert_checkpoint({'model': four}, 'ema')
+    with pytest.raises(CheckpointError, match='which has one set without a name: '):
+        convert_checkpoint(four, 'ema')
+
+
 def test_two_names_for_one_tensor_are_an_error(tmp_path):
     state = dict(timm_state('efficientvim_m1'))
     state['backbone.stages.0.blocks.0.alpha'] = state['stages.0.blocks.0.alpha'] + 1
@@ -488,6 +657,8 @@ def test_a_detector_needs_mmdet_and_a_classifier_does_not(monkeypatch):
     convert_checkpoint(timm_state('efficientvim_m1'))
     with pytest.raises(CheckpointError, match='install that first'):
         convert_checkpoint(authors_detector('retinanet'))
+    with pytest.raises(CheckpointError, match='install that first'):
+        convert_checkpoint({'backbone.patch_embed.x': torch.ones(1), 'neck.x': torch.ones(1)})
 
 
 def test_other_networks_and_odd_contents_are_refused():
@@ -598,6 +769,179 @@ def test_a_backbone_that_does_not_receive_everything_is_an_error(tmp_path):
     message = load_error(path, state, in_channels=4)
     assert 'patch_embed.conv.0.conv.weight: (16, 4, 3, 3) expected, (16, 3, 3, 3) in the file' in message
     assert 'in_channels' in message.split('. ', 1)[1]
+
+
+def test_the_advice_fits_what_is_wrong(tmp_path):
+    path = tmp_path / 'x.pth'
+    state = timm_state('efficientvim_m1')
+    names = ', '.join(list(state)[:4])
+    assert f'The names in the file are {names}, …: give their prefix' in load_error(path, state, prefix='student')
+    assert 'images of 4 channels (in_channels), the pretrained one of 3: ' in load_error(path, state, in_channels=4)
+    for other in ({}, {'patch_embed.conv.0.conv.weight': torch.ones(())}):
+        message = load_error(path, {'stages.0.x': torch.ones(1), **other})
+        assert 'Make sure that arch' in message
+        assert 'under the prefix' in message
+
+
+def test_what_was_loaded_and_what_was_not_is_logged(tmp_path, log):
+    path = authors_file(tmp_path / 'x.pth')
+    backbone = EfficientViM('m1')
+    log.clear()
+    load_pretrained(backbone, str(path))
+    state = timm_state('efficientvim_m1')
+    count = len(backbone.state_dict())
+    beyond = 'head.weights, head.norm.0.weight, head.norm.0.bias, head.norm.1.weight'
+    assert log.messages == [
+        f"{count} of {count} tensors of EfficientViM loaded from {path} (its 'ema' weights).",
+        f'{path} holds {len(state) - count} tensors beyond EfficientViM, not used: {beyond}, ….',
+    ]
+    torch.save({f'backbone.{name}': tensor for name, tensor in backbone.state_dict().items()}, path)
+    log.clear()
+    load_pretrained(backbone, str(path))
+    assert log.messages == [f'{count} of {count} tensors of EfficientViM loaded from {path}.']
+
+
+def test_which_initialisations_are_of_a_checkpoint():
+    ours = dict(checkpoint='x.pth', prefix='backbone.')
+    cfg = dict(type='Pretrained', **ours)
+    assert pretrained_cfgs(None) == pretrained_cfgs([]) == pretrained_cfgs({}) == []
+    assert pretrained_cfgs(dict(type='Kaiming', layer='Conv2d')) == []
+    assert pretrained_cfgs(cfg) == [ours]
+    several = [dict(type='Kaiming', layer='Conv2d'), cfg, {}, dict(type=PretrainedInit, checkpoint='y.pth')]
+    assert pretrained_cfgs(several) == [ours, dict(checkpoint='y.pth')]
+
+
+# Loading into any model
+
+
+def small_model(classes: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Linear(2, classes), nn.BatchNorm1d(classes))
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """A file of all of a small model, and what it holds."""
+    content = {'state_dict': randomize(small_model().state_dict()), 'meta': {'epoch': 1}}
+    torch.save(content, tmp_path / 'x.pth')
+    return str(tmp_path / 'x.pth'), content['state_dict']
+
+
+def test_a_whole_model_receives_every_tensor(whole, log):
+    path, state = whole
+    model = small_model()
+    assert load_whole_model(model, path)['meta'] == {'epoch': 1}
+    assert_same(model.state_dict(), state)
+    assert log.messages == [f'7 of 7 tensors of Sequential loaded from {path}.']
+
+
+@pytest.mark.parametrize(
+    ('change', 'problem'),
+    [
+        (lambda state: state.pop('0.bias'), r'which has 7 tensors: 1 missing \(0\.bias\)\. '),
+        (lambda state: state.update({'2.bias': torch.ones(1)}), r'7 tensors: 1 unknown to the model \(2\.bias\)\. '),
+        (lambda state: state.update({'0.bias': torch.ones(4)}), r'0\.bias: \(3,\) expected, \(4,\) in the file\)\. '),
+        (lambda state: state.update({'0.bias': torch.full((3,), torch.inf)}), r'NaN or infinite numbers \(0\.bias\)'),
+        (lambda state: state.update({'0.bias': torch.ones(3).int()}), r'type torch\.int32'),
+        (lambda state: state.clear(), 'no tensors in this file'),
+    ],
+)
+def test_a_whole_model_receives_everything_or_nothing(whole, change, problem):
+    path, state = whole
+    change(state)
+    torch.save({'state_dict': state}, path)
+    model = small_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=problem) as error:
+        load_whole_model(model, path)
+    assert path in str(error.value)
+    assert_same(model.state_dict(), before)
+
+
+@pytest.mark.parametrize(('classes', 'level', 'count'), [(3, 'INFO', 7), (4, 'WARNING', 1)])
+def test_how_much_of_a_model_starts_from_a_file_is_logged(whole, log, classes, level, count):
+    path, state = whole
+    check_start(small_model(classes), {'state_dict': state}, path)
+    (record,) = log.records
+    assert record.levelname == level
+    said = f'{count} of 7 tensors of Sequential start from {path}.'
+    if classes == 3:
+        assert record.message == said
+    else:
+        others = ' Others keep the weights that they have without it: 6 of another shape (0.weight: (4, 2) expected,'
+        assert record.message.startswith(said + others)
+
+
+def test_a_model_does_not_start_from_nothing_or_from_numbers_of_no_use(whole):
+    path, state = whole
+    with pytest.raises(
+        CheckpointError, match=r'nothing of Sequential, which has 7 tensors: 7 missing .* called net\.0\.'
+    ):
+        check_start(small_model(), {f'net.{name}': tensor for name, tensor in state.items()}, path)
+    for content, problem in [([], 'holds a list'), (state | {'0.bias': torch.full((3,), torch.nan)}, 'NaN')]:
+        with pytest.raises(CheckpointError, match=problem) as error:
+            check_start(small_model(), content, path)
+        assert path in str(error.value)
+    check_start(small_model(), {**state, 'else': torch.tensor(torch.nan)}, path)  # is not used
+
+
+class Changing(Hook):
+    """Keeps what it is told of, and changes a weight, as EMAHook does."""
+
+    told = None
+
+    def after_load_checkpoint(self, runner, checkpoint):
+        self.told = dict(checkpoint)
+        checkpoint['state_dict']['0.bias'] = torch.arange(3.0)
+
+
+@pytest.fixture
+def evaluation(tmp_path, monkeypatch, caplog):
+    """A runner, whose log is kept."""
+    monkeypatch.setattr(runner, 'collect_env', dict)  # which asks compilers for their versions
+    made = Runner(small_model(), str(tmp_path), custom_hooks=[Changing()], experiment_name=str(tmp_path))
+    made.logger.addHandler(caplog.handler)
+    yield made
+    made.logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize(
+    ('averaged', 'is_kept'),
+    [
+        (None, True),
+        ({}, True),
+        (lambda state: {'steps': torch.tensor(5), **{f'module.{name}': state[name] for name in state}}, True),
+        (lambda state: dict(state, steps=5), True),
+        (lambda state: {f'module.{name}': state[name] for name in state if name != '0.bias'}, False),
+        (lambda state: {f'module.{name}': state[name].flatten() for name in state}, False),
+        (lambda state: {'module.0.bias': 'x'}, False),
+        (lambda state: [1], False),
+    ],
+)
+def test_hooks_are_told_of_trained_weights_once_they_are_ready(whole, evaluation, caplog, averaged, is_kept):
+    path, state = whole
+    content = {'state_dict': state, 'meta': {}}
+    if averaged is not None:
+        content['ema_state_dict'] = averaged(state) if callable(averaged) else averaged
+    torch.save(content, path)
+    (hook,) = (hook for hook in evaluation.hooks if isinstance(hook, Changing))
+    load_trained_weights(evaluation, path)
+    assert_same(evaluation.model.state_dict(), state)
+    assert hook.told is None
+    evaluation.call_hook('before_run')
+    assert hook.told.keys() == content.keys() - ({'ema_state_dict'} if not is_kept else set())
+    assert_same(evaluation.model.state_dict(), {**state, '0.bias': torch.arange(3.0)})
+    said = f'{path} has an ema_state_dict of another form of the model, which is not used.'
+    assert (said in caplog.messages) == (not is_kept)
+
+
+def test_hooks_hear_nothing_of_weights_without_a_name(whole, evaluation):
+    path, state = whole
+    torch.save(state, path)
+    (hook,) = (hook for hook in evaluation.hooks if isinstance(hook, Changing))
+    load_trained_weights(evaluation, path)
+    evaluation.call_hook('before_run')
+    assert hook.told is None
+    assert_same(evaluation.model.state_dict(), state)
 
 
 def test_stock_mmengine_reads_a_converted_file(tmp_path):
@@ -802,6 +1146,47 @@ def test_urls_whose_files_have_the_same_name(server, tmp_path, monkeypatch):
         expected = timm_state('efficientvim_m1', seed)
         assert_same(backbone.state_dict(), {k: expected[k] for k in backbone.state_dict()})
     assert len(server.requests) == 2
+
+
+class Shelf(LocalBackend):
+    """A file backend of one's own, which has a local copy for as long as it is read."""
+
+    @contextlib.contextmanager
+    def get_local_path(self, uri):
+        path = Path(uri.removeprefix('shelf://'))
+        copy = path.with_suffix('.copy')
+        shutil.copy(path, copy)
+        yield copy
+        copy.unlink()
+
+
+register_backend('shelf', Shelf, force=True, prefixes='shelf')
+
+
+def test_a_file_of_a_backend_of_mmengines(tmp_path):
+    expected = timm_state('efficientvim_m1')
+    torch.save(expected, tmp_path / 'x.pth')
+    assert_same(fetch_checkpoint(f'shelf://{tmp_path}/x.pth'), expected)
+    assert os.listdir(tmp_path) == ['x.pth']
+    (tmp_path / 'y.pth').write_text('a page')
+    for uri, problem in [
+        (f'shelf://{tmp_path}/y.pth', ': .*y.copy is text'),
+        (f'shelf://{tmp_path}/z.pth', r' cannot be had by a file backend of mmengine \(FileNotFoundError\): fetch it'),
+        (f'drawer://{tmp_path}/x.pth', ' cannot be had by a file backend of mmengine'),
+    ]:
+        with pytest.raises(CheckpointError, match=f'^{uri}{problem}'):
+            fetch_checkpoint(uri)
+
+
+def test_tensors_are_fetched_to_the_device_that_is_asked_for(server, tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    path = server.folder / 'x.pth'
+    torch.save({'w': torch.ones(2)}, path)
+    for name in (f'{server.url}/x.pth', f'shelf://{path}', str(path)):
+        assert fetch_checkpoint(name)['w'].device.type == 'cpu'
+        assert fetch_checkpoint(name, 'meta')['w'].device.type == 'meta'
+    (name,) = os.listdir(tmp_path / 'torch' / 'hub' / 'checkpoints')
+    assert re.fullmatch(r'[0-9a-f]{12}-x\.pth', name)
 
 
 DISTRIBUTED = """

@@ -1,9 +1,14 @@
+import pickle
+import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
 from recorded_training import train
+from safetensors.torch import save_file
 
 from mmevm.checkpoints import CheckpointError, check_training_checkpoint, training_globals
 from mmevm.training import last_whole_checkpoint, make_resumable, resume
@@ -113,3 +118,135 @@ def test_a_remote_folder_keeps_its_backend(tmp_path):
 def test_what_is_saved_can_be_read_by_torch_alone(checkpoint):
     with torch.serialization.safe_globals(training_globals()):
         assert torch.load(checkpoint, weights_only=True)['meta']['iter'] == 6
+
+
+# What is looked at before a training goes on
+
+
+def given(path, checkpoint, entry=None, **values):
+    """The checkpoint with other values in one of its dicts; those that are ``...`` are not there."""
+    content = torch.load(checkpoint, weights_only=False)
+    part = content
+    for name in entry.split('/') if entry else ():
+        part = part[name]
+    part.update(values)
+    for name in [name for name in part if part[name] is ...]:
+        del part[name]
+    torch.save(content, path, pickle_protocol=2)
+    return path
+
+
+GOES_ON = [
+    (None, dict(param_schedulers=..., more=[1])),
+    ('meta', dict(epoch=0, iter=0, seed=...)),
+    ('state_dict', dict(count=torch.tensor(3), flag=torch.tensor(True))),
+    ('message_hub/runtime_info', dict(best_ckpt=None, keep_ckpt_ids=[])),
+    ('message_hub/runtime_info', dict(best_ckpt='/w/best_accuracy_epoch_1.pth', keep_ckpt_ids=[1, 20])),
+    ('message_hub/runtime_info', dict(best_ckpt_mAP='best_mAP_iter_7.pth', best_score='x', other=['x'])),
+    ('message_hub/log_scalars', dict(own=HistoryBuffer([1.0], [1]), mean=HistoryBuffer.mean)),
+]
+
+
+@pytest.mark.parametrize(('entry', 'values'), GOES_ON)
+def test_a_training_can_go_on(checkpoint, tmp_path, entry, values):
+    path = given(tmp_path / 'x.pth', checkpoint, entry, **values)
+    assert check_training_checkpoint(path) == torch.load(path, weights_only=False)['meta']
+
+
+ONLY = 'holds weights only: a training can start from it (init_cfg or load_from), but not be resumed'
+REMOVES = ', which mmengine would remove after the next checkpoint'
+
+
+@pytest.mark.parametrize(
+    ('entry', 'values', 'problem'),
+    [
+        *((None, {name: ...}, f'{ONLY}, for which {name} w') for name in ('state_dict', 'meta', 'optimizer')),
+        *((None, {name: {}}, f'{ONLY}, for which {name} w') for name in ('state_dict', 'meta', 'message_hub')),
+        (None, dict(optimizer=[1], message_hub=None), f'{ONLY}, for which optimizer, message_hub would be needed'),
+        ('meta', dict(epoch=True), 'does not say after which epoch'),
+        ('meta', dict(epoch='2'), 'does not say after which epoch'),
+        ('meta', dict(epoch=-1), 'does not say after which epoch'),
+        ('meta', dict(iter=-1), 'does not say after which epoch'),
+        ('meta', dict(iter=...), 'does not say after which epoch'),
+        ('meta', dict(config='import os'), "has a meta['config'], which mmengine would run"),
+        ('message_hub', dict(log_scalars=...), "has a message_hub that is not mmengine's"),
+        ('message_hub', dict(runtime_info=[]), "has a message_hub that is not mmengine's"),
+        ('message_hub', dict(resumed_keys=None), "has a message_hub that is not mmengine's"),
+        *(
+            ('message_hub/runtime_info', {name: value}, f'has {value!r} as its {name}{REMOVES}')
+            for name, value in [
+                ('best_ckpt', '/w/epoch_1.pth'),
+                ('best_ckpt', '/w/best_x.pth/notes.txt'),
+                ('best_ckpt', '/w/best_x.pth.txt'),
+                ('best_ckpt_mAP', 5),
+                ('best_ckpt_mAP', 'my_best_x.pth'),
+                ('keep_ckpt_ids', ['../x']),
+                ('keep_ckpt_ids', [1, True]),
+                ('keep_ckpt_ids', (1,)),
+                ('keep_ckpt_ids', None),
+            ]
+        ),
+        ('state_dict', dict(x=torch.tensor(torch.nan)), 'NaN or infinite numbers (x)'),
+        (
+            'meta',
+            dict(own=HistoryBuffer.update),
+            f'names update of {HistoryBuffer.__module__}.HistoryBuffer, which a t',
+        ),
+        ('meta', dict(own=shutil.Error), 'names shutil.Error, which a training does not save'),
+    ],
+)
+def test_a_training_cannot_go_on(checkpoint, tmp_path, entry, values, problem):
+    path = given(tmp_path / 'x.pth', checkpoint, entry, **values)
+    with pytest.raises(CheckpointError, match=re.escape(problem)) as error:
+        check_training_checkpoint(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_training_is_a_dict_in_torchs_present_format(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setenv('USERPROFILE', str(tmp_path))
+    content = torch.load(checkpoint, weights_only=False)
+    data, weight = checkpoint.read_bytes(), next(iter(content['state_dict'].values())).numpy().tobytes()
+    place = data.index(weight)
+    path = tmp_path / 'x.pth'
+    for save, problem in [
+        (lambda: torch.save(content, path, _use_new_zipfile_serialization=False), f'{path} is in torch.* old format'),
+        (lambda: save_file({'w': torch.ones(1)}, path), re.escape(f'{path} {ONLY}.') + '$'),
+        (lambda: torch.save([1], path), f'A checkpoint is a dict, but {path} holds a list'),
+        (lambda: path.write_bytes(data[:-9]), f'{path} .*cut off or damaged'),
+        (lambda: path.write_bytes(data[:place] + b'x' + data[place + 1 :]), f'{path} .*cut off or damaged'),
+        (path.unlink, f'no checkpoint .*{path}'),
+    ]:
+        save()
+        with pytest.raises(CheckpointError, match=problem):
+            check_training_checkpoint('~/x.pth')
+    shutil.copy(checkpoint, path)
+    assert check_training_checkpoint('~/x.pth') == content['meta']
+
+
+class Own:
+    """A class of somebody's own."""
+
+
+@pytest.mark.skipif(not hasattr(torch.serialization, 'safe_globals'), reason='of torch 2.5')
+def test_what_is_admitted_by_name_is_admitted(checkpoint, tmp_path):
+    path = given(tmp_path / 'x.pth', checkpoint, 'meta', own=Own())
+    with pytest.raises(CheckpointError, match=rf'{__name__}\.Own'):
+        check_training_checkpoint(path)
+    with torch.serialization.safe_globals([(Own, f'{__name__}.Own')]):
+        assert check_training_checkpoint(path)['epoch'] == 1
+
+
+@pytest.mark.skipif(not hasattr(torch.serialization, 'safe_globals'), reason='torch < 2.5 reads all or nothing')
+def test_torch_alone_reads_numbers_of_all_types_and_no_other_attribute(tmp_path):
+    path = tmp_path / 'x.pth'
+    numbers = {code: np.array([1, 2], code) for code in 'bBhHiIlLqQefd?'}
+    with torch.serialization.safe_globals(training_globals()):
+        torch.save({**numbers, 'scalar': np.float64(1.5), 'mean': HistoryBuffer.mean}, path, pickle_protocol=2)
+        read = torch.load(path, weights_only=True)
+        assert all(np.array_equal(read[code], numbers[code]) for code in numbers)
+        assert (read['scalar'], read['mean']) == (1.5, HistoryBuffer.mean)
+        torch.save({'update': HistoryBuffer.update}, path, pickle_protocol=2)
+        with pytest.raises(pickle.UnpicklingError, match=r'update of .*HistoryBuffer.* is not admitted'):
+            torch.load(path, weights_only=True)
+    assert len(set(training_globals())) == len(training_globals())
