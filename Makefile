@@ -20,7 +20,7 @@ endif
 endif
 endif
 
-.PHONY: env demo demo-classification test lint audit mutants
+.PHONY: env demo demo-classification test test-processes lint audit mutants
 
 env: $(INSTALLED)
 
@@ -38,7 +38,11 @@ demo-classification: env
 
 # Two processes of one thread each: a file's tests stay together, because they share what they have trained.
 test: env
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m 'not processes' --cov
+
+# What two and four processes do, and what happens when one of them dies: some eight minutes more.
+test-processes: env
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m processes
 
 lint: env
 	$(VENV)/bin/ruff check .

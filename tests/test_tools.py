@@ -20,7 +20,7 @@ LOSSES = {'loss', 'loss_rpn_cls', 'loss_rpn_bbox', 'loss_cls', 'loss_bbox', 'los
 pytestmark = pytest.mark.slow
 
 
-def train(*arguments, cwd, options=(), **environment):
+def train(*arguments, cwd, options=(), start=(), **environment):
     """The demo's training with two images an iteration and no evaluation before the end, if at all."""
     options = [
         'optim_wrapper.optimizer.lr=1e-3',
@@ -28,7 +28,7 @@ def train(*arguments, cwd, options=(), **environment):
         'default_hooks.logger.interval=1',
         *options,
     ]
-    return succeed(ROOT / 'tools/train.py', *arguments, '--cfg-options', *options, cwd=cwd, **environment)
+    return succeed(*start, ROOT / 'tools/train.py', *arguments, '--cfg-options', *options, cwd=cwd, **environment)
 
 
 @pytest.fixture(scope='session')
@@ -202,6 +202,17 @@ def test_amp_without_a_gpu_is_refused(tmp_path):
     assert result.returncode == 2
     assert '--amp needs a GPU' in result.stderr
     assert 'Traceback' not in result.stderr
+
+
+def test_two_processes_train_and_evaluate(shapes, tmp_path):
+    options = ['train_cfg.max_iters=2', 'train_cfg.val_interval=2']
+    start = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2]
+    flags = ['--launcher', 'pytorch', '--data-root', shapes, '--work-dir', 'work', '--auto-scale-lr']
+    train(CONFIG, *flags, cwd=tmp_path, options=options, start=start)
+    steps, (evaluation,) = scalars(tmp_path / 'work')
+    assert [step['step'] for step in steps] == [1, 2]
+    assert steps[0]['lr'] == pytest.approx(1e-3 * 2 * 2 / 16 * 0.01)
+    assert set(evaluation) >= {'coco/bbox_mAP', 'coco/segm_mAP'}
 
 
 def test_coco_subset(shapes, tmp_path):

@@ -5,8 +5,10 @@ drop path, mixup). mmengine seeds once, so they depend on all that the process h
 seed, the process's rank and the number of the iteration.
 """
 
+import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -33,11 +35,21 @@ def _set_seed(seed: int) -> None:
 
 
 def survive_one_sigterm() -> None:
-    """Let a loader's worker outlive the SIGTERM that a cluster sends to it too; the next one ends it.
+    """Let a loader's worker outlive the SIGTERM that a cluster sends to it too; the next one, or its parent's, ends it.
 
-    The last iterations need its images, and the training ends with an error if it is gone.
+    The last iterations need its images, and the training ends with an error if it is gone. Where the system does not
+    say who has sent a signal (macOS, Windows), the worker ends at once.
     """
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if hasattr(signal, 'sigwaitinfo'):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_await_sigterm, daemon=True).start()
+
+
+def _await_sigterm() -> None:
+    for told in (False, True):
+        sender = signal.sigwaitinfo([signal.SIGTERM]).si_pid
+        if told or sender == os.getppid():
+            os._exit(128 + signal.SIGTERM if sender != os.getppid() else 0)  # as PyTorch does for a parent
 
 
 def _start_worker(worker: int, seed: int, init: Callable[[int], None] | None) -> None:

@@ -4,6 +4,9 @@ import pytest
 from command_line import run
 from recorded_training import EPOCHS, LENGTH, PER_EPOCH, train
 
+# By another process, as a cluster does.
+TOLD = "subprocess.run(['kill', *(str(process.pid) for process in children)], check=True); time.sleep(0.5)"
+
 
 def images(seen):
     return [int(sample[0]) for batch, _ in seen for sample in batch]
@@ -50,14 +53,18 @@ def test_the_seed_decides(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_error_ends_the_workers_too(tmp_path):
-    """Each worker has been told to end once before, and waits for its next images when the process fails."""
+@pytest.mark.parametrize('tell', ['', '[os.kill(process.pid, 15) for process in children]', TOLD])
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_an_error_ends_the_workers_too(tmp_path, tell, by_epoch):
+    """Each worker waits for its next images when the process fails, and may have been told to end before."""
     code = (
+        'import os, subprocess, time\n'
         'from recorded_training import runner\n'
-        f'run = runner({str(tmp_path)!r}, workers=2)\n'
+        f'run = runner({str(tmp_path)!r}, by_epoch={by_epoch}, workers=2)\n'
         'def fail(*args, **kwargs):\n'
         '    import multiprocessing\n'
-        '    [process.terminate() for process in multiprocessing.active_children()]\n'
+        '    children = multiprocessing.active_children()\n'
+        f'    {tell}\n'
         "    raise ValueError('the fault of this test')\n"
         'run.model.train_step = fail\n'
         'run.train()\n'
