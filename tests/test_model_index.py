@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from mmengine.analysis import get_model_complexity_info
+from mmengine.registry import DefaultScope
 from mmpretrain.apis import ImageClassificationInferencer, ModelHub
 from mmpretrain.datasets import ImageNet
 from PIL import Image
@@ -160,7 +161,8 @@ def image(tmp_path):
     path = tmp_path / 'picture.png'
     with Image.open(ROOT / 'docs/pictures/demo.jpg') as picture:
         picture.convert('RGB').crop((0, 0, 500, 330)).save(path)
-    return path
+    with DefaultScope.overwrite_default_scope('mmpretrain'):  # whatever scope an earlier test has left
+        yield path
 
 
 def fill_hub_cache(hub: Path, name: str) -> torch.nn.Module:
