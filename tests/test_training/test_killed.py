@@ -25,19 +25,20 @@ class Training:
 
     def __init__(self, config, *arguments, cwd):
         command = [sys.executable, '-u', ROOT / 'tools/train.py', config, '--work-dir', 'here', *arguments]
-        self.log = open(cwd / 'log.txt', 'w+')  # noqa: SIM115 - closed by end()
-        self.process = subprocess.Popen(
-            list(map(str, command)),
-            cwd=cwd,
-            env=os.environ | ENVIRONMENT,
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        self.log = cwd / 'log.txt'
+        with self.log.open('w') as output:  # the process's own: whoever shares it moves its place by reading
+            self.process = subprocess.Popen(
+                list(map(str, command)),
+                cwd=cwd,
+                env=os.environ | ENVIRONMENT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     @property
     def printed(self):
-        return (self.log.seek(0), self.log.read())[1]
+        return self.log.read_text()
 
     def wait_for(self, condition):
         while not condition():
@@ -48,9 +49,7 @@ class Training:
         if number:
             os.killpg(self.process.pid, number)  # its loaders' workers too, as a cluster does
         self.process.wait(300)
-        printed = self.printed
-        self.log.close()
-        return printed
+        return self.printed
 
 
 @pytest.fixture(scope='module')
