@@ -616,6 +616,7 @@ left out: 1
             {'classes': ('cat',), 'palette': 'coco'},
         ),
         ({'dataset_meta': {'classes': ('cat',), 'palette': [(None,)]}, 'CLASSES': ('dog',)}, {'classes': ('cat',)}),
+        ({'dataset_meta': {'classes': (torch.zeros(1),), 'palette': 'coco'}}, None),
         ({'dataset_meta': {'classes': 'cat'}}, None),
         ({'dataset_meta': ['cat']}, None),
         ({'PALETTE': [(1, 2, 3)]}, None),

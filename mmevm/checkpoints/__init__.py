@@ -8,7 +8,15 @@ tensors or says what is missing (``loading``). A training's own checkpoint is lo
 
 from .converting import ConversionReport, convert_checkpoint
 from .fetching import fetch_checkpoint
-from .loading import check_start, check_whole, load_pretrained, load_trained_weights, load_whole_model, pretrained_cfgs
+from .loading import (
+    check_start,
+    check_whole,
+    load_pretrained,
+    load_trained_weights,
+    load_whole_model,
+    model_of,
+    pretrained_cfgs,
+)
 from .reading import CheckpointError, file_named, read_checkpoint
 from .resumable import check_training_checkpoint, training_globals
 
@@ -24,6 +32,7 @@ __all__ = [
     'load_pretrained',
     'load_trained_weights',
     'load_whole_model',
+    'model_of',
     'pretrained_cfgs',
     'read_checkpoint',
     'training_globals',

@@ -215,10 +215,10 @@ def _source(old_state: StateDict, reshaped: bool) -> str:
 def _dataset_meta(meta: dict[str, Any]) -> dict[str, Any]:
     """The names of a detector's classes, as MMDetection 2 or 3 keeps them; later versions read 'dataset_meta'."""
     dataset = meta.get('dataset_meta', {key.lower(): meta[key] for key in ('CLASSES', 'PALETTE') if key in meta})
-    if isinstance(dataset, dict) and isinstance(dataset.get('classes'), list | tuple):
-        names = {key: value for key, value in dataset.items() if key in ('classes', 'palette') and _is_plain(value)}
-        return {'dataset_meta': names}
-    return {}
+    if not (isinstance(dataset, dict) and isinstance(dataset.get('classes'), list | tuple)):
+        return {}
+    names = {key: value for key, value in dataset.items() if key in ('classes', 'palette') and _is_plain(value)}
+    return {'dataset_meta': names} if 'classes' in names else {}
 
 
 def _is_plain(value: Any) -> bool:

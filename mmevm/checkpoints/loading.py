@@ -204,13 +204,18 @@ def load_trained_weights(runner: Runner, checkpoint: str) -> None:
             from the others then.
         checkpoint: As for :func:`load_whole_model`, which raises what is wrong with it.
     """
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = model_of(runner)
     content = load_whole_model(model, checkpoint)
     if 'state_dict' in content:
         if not _is_of(model, content.get('ema_state_dict')):  # as after mmpretrain's reparameterize_model.py
             del content['ema_state_dict']
             print_log(f'{checkpoint} has an ema_state_dict of another form of the model, which is not used.', 'current')
-        runner.register_hook(_LoadedHook(content), priority='LOWEST')
+        runner.register_hook(_LoadedHook(model, content), priority='LOWEST')
+
+
+def model_of(runner: Runner) -> nn.Module:
+    """The model of a runner, without what wraps it among several processes."""
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def _is_of(model: nn.Module, averaged: Any) -> bool:
@@ -230,11 +235,11 @@ def _is_of(model: nn.Module, averaged: Any) -> bool:
 class _LoadedHook(Hook):
     """Tells the other hooks, once they are ready, of a checkpoint that was loaded before the run."""
 
-    def __init__(self, content: dict) -> None:
+    def __init__(self, model: nn.Module, content: dict) -> None:
+        self.model = model
         self.content = content
 
     def before_run(self, runner: Runner) -> None:
         """Let them change what is loaded."""
         runner.call_hook('after_load_checkpoint', checkpoint=self.content)
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        model.load_state_dict(unwrap(self.content)[0])
+        self.model.load_state_dict(unwrap(self.content)[0])

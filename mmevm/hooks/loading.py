@@ -1,10 +1,9 @@
 """What a checkpoint has filled of a model before the training begins."""
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
-from mmevm.checkpoints import check_start, check_whole
+from mmevm.checkpoints import check_start, check_whole, model_of
 from mmevm.registry import HOOKS
 
 
@@ -24,6 +23,5 @@ class LoadingHook(Hook):
         Raises:
             CheckpointError: If the checkpoint does not fit.
         """
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         check = check_whole if runner.cfg.get('resume') else check_start
-        check(model, checkpoint, str(runner.cfg.get('load_from')).removeprefix('mmevm://'))
+        check(model_of(runner), checkpoint, str(runner.cfg.get('load_from')).removeprefix('mmevm://'))

@@ -2,7 +2,6 @@
 
 import signal
 import sys
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,13 +12,7 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from mmevm.registry import HOOKS
-from mmevm.training.loops import ResumableEpochLoop, survive_one_sigterm
-
-
-def _start_worker(init: Callable[[int], None] | None, worker: int) -> None:
-    if init is not None:
-        init(worker)
-    survive_one_sigterm()
+from mmevm.training.loops import ResumableEpochLoop, start_worker
 
 
 @HOOKS.register_module()
@@ -45,7 +38,7 @@ class PreemptionHook(Hook):
         signal.signal(signal.SIGTERM, self._receive)
         if runner.val_loop is not None:
             loader = runner.val_loop.dataloader
-            loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+            loader.worker_init_fn = partial(start_worker, init=loader.worker_init_fn)
 
     def after_run(self, runner: Runner) -> None:
         """Listen no longer."""

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import print_log
-from mmengine.model import BaseModule, is_model_wrapper
+from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmevm.checkpoints import CheckpointError, fetch_checkpoint, pretrained_cfgs
+from mmevm.checkpoints import CheckpointError, fetch_checkpoint, model_of, pretrained_cfgs
 from mmevm.checkpoints.converting import differences, shapes_of, some, unwrap
 from mmevm.preflight import ConfigError
 from mmevm.registry import HOOKS
@@ -108,7 +108,7 @@ class DistillationHook(Hook):
 
 
 def _student(runner: Runner, hook: Hook) -> 'TaughtImageClassifier':
-    student = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    student: Any = model_of(runner)
     if not (hasattr(student, 'teacher') and hasattr(getattr(student, 'head', None), 'distilled')):
         raise ConfigError(
             f"{type(hook).__name__} needs model.type='mmevm.TaughtImageClassifier' and "

@@ -10,43 +10,69 @@ from torch import Tensor, nn
 class PackedConv2d(nn.Conv2d):
     """``nn.Conv2d`` for inference, whose weight is brought into oneDNN's own layout once, not in each call.
 
-    PyTorch does so itself where it compiles a model. The state dict is that of ``nn.Conv2d``, and so is what runs where
-    oneDNN does not: on other devices and processors, with other dtypes and autocast, while something traces or compiles
-    the model, and where a gradient is asked for.
+    PyTorch does so itself where it compiles a model. Which layout that is depends on the shape of the images: the
+    second batch of one shape in a row is the first that finds its weights so. All else is ``nn.Conv2d``: the numbers,
+    bit for bit, the state dict, and what runs where PyTorch has another kernel than oneDNN's, for images that are not
+    in channels_last, with autocast, while something traces or compiles the model, and where a gradient is asked for.
     """
 
-    _packed: tuple[Tensor, int, Tensor] | None = None  # the weight, its version, the layout
+    _packed: tuple[Tensor, int, torch.Size, Tensor] | None = None  # the weight, its version, the shape, the layout
+    _last_shape: torch.Size | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """As ``nn.Conv2d``: (B, C, H, W) to (B, C', H', W')."""
-        if not self._can_be_packed(x):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return super().forward(x)
-        weight = self.weight.detach()
+        shape = x.shape
+        if shape != self._last_shape:
+            self.__dict__['_last_shape'] = shape  # past nn.Module's own checks, which take longer than all of this
+            return super().forward(x)
+        layout = self._layout(x) if self._can_be_packed(x) else None
+        if layout is None:
+            return super().forward(x)
         geometry = self.padding, self.stride, self.dilation, self.groups
-        old, version, layout = self._packed or (None, None, None)
-        if old is None or old.data_ptr() != weight.data_ptr() or version != weight._version:
-            layout = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, x.shape)
-            # The weight is kept, so that no other one can come to lie where it was.
-            self._packed = weight, weight._version, layout
-        return torch.ops.mkldnn._convolution_pointwise(x, layout, self.bias, *geometry, 'none', [], '')
+        return _convolve(x, layout, self.bias, *geometry, 'none', [], '')
+
+    def _layout(self, x: Tensor) -> Tensor | None:
+        """The weight as oneDNN's kernel for this shape reads it; it would rearrange another one slowly, each time."""
+        weight, shape = self.weight, x.shape
+        if self._packed is not None:
+            old, version, of, layout = self._packed
+            if of == shape and old.data_ptr() == weight.data_ptr() and version == weight._version:
+                return layout
+        if self._backend(x) != 'Mkldnn':
+            return None
+        weight = weight.detach()
+        layout = _reorder(weight, self.padding, self.stride, self.dilation, self.groups, shape)
+        # The weight is kept, so that no other one can come to lie where it was.
+        self._packed = weight, weight._version, shape, layout
+        return layout
+
+    def _backend(self, x: Tensor) -> str:
+        """Whose kernel PyTorch takes. Another one rounds otherwise, and numbers would depend on what was before."""
+        geometry = self.stride, self.padding, self.dilation, False, (0, 0), self.groups
+        return torch._C._select_conv_backend(x, self.weight, self.bias, *geometry).name
 
     def _can_be_packed(self, x: Tensor) -> bool:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
-            return False
+        weight = self.weight
         return bool(
             _HAS_KERNELS
-            and x.device.type == self.weight.device.type == 'cpu'
-            and x.dtype == self.weight.dtype == torch.float32
+            and type(x) is Tensor  # not one that stands for another
+            and x.is_cpu
+            and weight.is_cpu
+            and x.dtype == weight.dtype == torch.float32
             and x.dim() == 4
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and not x.is_contiguous()  # as maps of one pixel are too, which kernels take for either
             and torch.backends.mkldnn.enabled
             and not _autocasts()
-            and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
-            and not self.weight.is_inference()  # which do not say when they change
+            and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+            and not weight.is_inference()  # which do not say when they change
         )
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the layout, which belongs to this process."""
-        return self.__dict__ | {'_packed': None}
+        return self.__dict__ | {'_packed': None, '_last_shape': None}
 
 
 def _autocasts() -> bool:
@@ -61,4 +87,8 @@ _HAS_KERNELS = (
     and torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, '_convolution_pointwise')
     and hasattr(torch.ops.mkldnn, '_reorder_convolution_weight')
+    and hasattr(torch._C, '_select_conv_backend')
 )
+if _HAS_KERNELS:
+    _convolve = torch.ops.mkldnn._convolution_pointwise.default  # looking it up takes microseconds
+    _reorder = torch.ops.mkldnn._reorder_convolution_weight.default

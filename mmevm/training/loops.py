@@ -34,7 +34,7 @@ def _set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def survive_one_sigterm() -> None:
+def _survive_one_sigterm() -> None:
     """Let a loader's worker outlive the SIGTERM that a cluster sends to it too; the next one, or its parent's, ends it.
 
     The last iterations need its images, and the training ends with an error if it is gone. Where the system does not
@@ -52,9 +52,11 @@ def _await_sigterm() -> None:
             os._exit(128 + signal.SIGTERM if sender != os.getppid() else 0)  # as PyTorch does for a parent
 
 
-def _start_worker(worker: int, seed: int, init: Callable[[int], None] | None) -> None:
-    survive_one_sigterm()
-    _set_seed(int(np.random.SeedSequence([seed, worker]).generate_state(1)[0]))
+def start_worker(worker: int, init: Callable[[int], None] | None = None, seed: int | None = None) -> None:
+    """What a loader's worker begins with: what was its ``worker_init_fn``, and a seed of its own if there is one."""
+    _survive_one_sigterm()
+    if seed is not None:
+        _set_seed(int(np.random.SeedSequence([seed, worker]).generate_state(1)[0]))
     if init is not None:
         init(worker)
 
@@ -70,15 +72,15 @@ class _Workers:
         """Let the loader that is built of a config start workers so from the first."""
         if not isinstance(dataloader, dict):
             return dataloader
-        init = dict(type=_start_worker, seed=_seed(self.runner, WORKERS, 0), init=None)
+        init = dict(type=start_worker, seed=_seed(self.runner, WORKERS, 0))
         return {'worker_init_fn': init} | dataloader | settings
 
     def seed(self, loader: DataLoader, number: int) -> None:
         """Seed those that the loader starts next. A worker's numbers are then one stream until it ends."""
         start = loader.worker_init_fn
-        if not (isinstance(start, partial) and start.func is _start_worker):
+        if not (isinstance(start, partial) and start.func is start_worker):
             self.init = start
-        loader.worker_init_fn = partial(_start_worker, seed=_seed(self.runner, WORKERS, number), init=self.init)
+        loader.worker_init_fn = partial(start_worker, init=self.init, seed=_seed(self.runner, WORKERS, number))
 
 
 class _Batches:

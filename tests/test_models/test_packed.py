@@ -16,6 +16,7 @@ GEOMETRIES = [
     dict(in_channels=24, out_channels=24, kernel_size=3, padding=1, groups=24),
     dict(in_channels=24, out_channels=24, kernel_size=3, stride=2, padding=1, groups=24, bias=False),
     dict(in_channels=3, out_channels=28, kernel_size=3, stride=2, padding=1),
+    dict(in_channels=640, out_channels=24, kernel_size=1),
 ]
 packs = pytest.mark.skipif(
     platform.machine() not in ('x86_64', 'AMD64') or not torch.backends.mkldnn.is_available(),
@@ -25,6 +26,12 @@ packs = pytest.mark.skipif(
 
 def make(**geometry):
     return PackedConv2d(**(geometry or GEOMETRIES[0])).eval().requires_grad_(False)
+
+
+def plain_like(conv, geometry):
+    plain = nn.Conv2d(**geometry).eval().requires_grad_(False)
+    plain.load_state_dict(conv.state_dict())
+    return plain
 
 
 def images(*shape, **settings):
@@ -37,8 +44,10 @@ def expected(conv, x):
 
 
 def assert_right(conv, x):
-    out = conv(x)
-    torch.testing.assert_close(out, expected(conv, x).to(out), rtol=1e-4, atol=1e-5)
+    """The second time the weights are packed, if they can be."""
+    for _ in range(2):
+        out = conv(x)
+        torch.testing.assert_close(out, expected(conv, x).to(out), rtol=1e-4, atol=1e-5)
 
 
 @packs
@@ -46,13 +55,41 @@ def assert_right(conv, x):
 def test_sizes_and_layouts_may_change_from_call_to_call(geometry):
     conv = make(**geometry)
     channels = geometry['in_channels']
-    for batch, height, width in [(1, 32, 32), (2, 7, 13), (1, 1, 1), (3, 64, 5)]:
-        assert_right(conv, images(batch, channels, height, width))
-        assert_right(conv, torch.randn(batch, channels, height, width))
-        assert_right(conv, torch.randn(width, height, channels, batch).permute(3, 2, 1, 0))
-    assert conv._packed is not None
-    out = conv(images(2, channels, 8, 8))
-    assert out.is_contiguous(memory_format=torch.channels_last)
+    plain = plain_like(conv, geometry)
+    for batch, height, width in [(16, 32, 32), (17, 7, 13), (18, 64, 5), (1, 70, 30), (2, 1, 1), (1, 2, 2)]:
+        for x in (
+            images(batch, channels, height, width),
+            torch.randn(batch, channels, height, width),
+            torch.randn(width, height, channels, batch).permute(3, 2, 1, 0),
+        ):
+            assert_right(conv, x)
+            assert conv(x).stride() == plain(x).stride()
+        assert conv._packed[2] == (batch, channels, height, width) or batch < 16
+
+
+@packs
+@pytest.mark.parametrize('geometry', GEOMETRIES, ids=str)
+def test_a_shape_is_packed_for_when_it_comes_again(geometry):
+    """Bit for bit as without: which kernel runs is for the shape to say, not for what was before."""
+    conv = make(**geometry)
+    plain = plain_like(conv, geometry)
+    small, large = (images(batch, geometry['in_channels'], 40, 40) for batch in (16, 20))
+    shapes = []
+    for x in (small, large, small, large, large, small, large, small, small, large):
+        assert torch.equal(conv(x), plain(x))
+        shapes.append(conv._packed and conv._packed[2][0])
+    assert shapes == [None] * 4 + [20] * 4 + [16] * 2
+
+
+@pytest.mark.parametrize('geometry', GEOMETRIES, ids=str)
+def test_numbers_do_not_depend_on_what_was_before(geometry):
+    """PyTorch has other kernels for small images and for one thread, and other ones for maps of one pixel."""
+    for shape in [(1, 4, 4), (1, 9, 9), (1, 100, 100), (2, 1, 1), (3, 2, 1), (16, 1, 1), (16, 5, 5), (0, 5, 5)]:
+        conv = make(**geometry)
+        plain = plain_like(conv, geometry)
+        x = torch.randn(shape[0], *shape[1:], geometry['in_channels']).permute(0, 3, 1, 2)
+        for _ in range(3):
+            assert torch.equal(conv(x), plain(x)), shape
 
 
 @pytest.mark.parametrize('geometry', GEOMETRIES, ids=str)
@@ -87,8 +124,8 @@ def there_and_back(conv):
 @packs
 @pytest.mark.parametrize('change', [new_values, new_tensor, new_parameter, new_state, there_and_back])
 def test_weights_may_change(change):
-    conv, x = make(), images(1, 24, 9, 9)
-    conv(x)
+    conv, x = make(), images(16, 24, 9, 9)
+    assert_right(conv, x)
     before = conv._packed
     change(conv)
     assert_right(conv, x)
@@ -96,28 +133,31 @@ def test_weights_may_change(change):
 
 
 def test_copies_and_files_hold_the_weight_once():
-    conv, x = make(), images(1, 24, 9, 9)
+    conv, x = make(), images(16, 24, 9, 9)
+    assert_right(conv, x)
     out = conv(x)
     file = io.BytesIO()
     torch.save(conv, file)
     file.seek(0)
     for other in (copy.deepcopy(conv), torch.load(file, weights_only=False)):
         assert other._packed is None
-        assert torch.equal(other(x), out)
+        for _ in range(2):
+            assert torch.equal(other(x), out)
     assert list(conv.state_dict()) == ['weight', 'bias']
     assert len(file.getvalue()) < 1.5 * 4 * conv.weight.numel() + 3000
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
 def test_other_dtypes(dtype):
-    conv, x = make().to(dtype), images(1, 24, 9, 9, dtype=dtype)
-    assert conv(x).dtype == dtype
+    conv, x = make().to(dtype), images(16, 24, 9, 9, dtype=dtype)
+    assert conv(x).dtype == conv(x).dtype == dtype
     assert conv._packed is None
     torch.testing.assert_close(conv(x).double(), expected(conv, x), rtol=2e-2, atol=2e-2)
 
 
 def test_autocast_and_gradients():
-    conv, x = make(), images(1, 24, 9, 9)
+    conv, x = make(), images(16, 24, 9, 9)
+    assert_right(conv, x)
     with torch.autocast('cpu', torch.bfloat16):
         assert conv(x).dtype == torch.bfloat16
     x.requires_grad_()
@@ -130,7 +170,7 @@ def test_autocast_and_gradients():
 
 
 def test_inference_mode_and_switched_off_kernels():
-    x = images(1, 24, 9, 9)
+    x = images(16, 24, 9, 9)
     with torch.inference_mode():
         conv = make()
         assert_right(conv, x)
@@ -142,7 +182,8 @@ def test_inference_mode_and_switched_off_kernels():
 
 
 def test_who_traces_sees_a_convolution():
-    conv, x = make(), images(1, 24, 9, 9)
+    conv, x = make(), images(16, 24, 9, 9)
+    assert_right(conv, x)
     out = conv(x)
     traced = torch.jit.trace(conv, x)
     assert 'aten::_convolution' in str(traced.inlined_graph)
