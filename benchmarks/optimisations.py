@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import timm
@@ -29,6 +30,8 @@ from mmevm.latency.clock import take_turns, warm_up
 from mmevm.models import EfficientViM, efficientvim
 from mmevm.models.layers import ConvNorm
 from mmevm.models.packed import PackedConv2d
+
+SIDES = [(1, 1), (1.25, 0.75), (0.75, 1.25), (0.875, 1.125)]  # of images whose sizes change, in units of --size
 
 
 class Pointwise(nn.Module):
@@ -72,6 +75,12 @@ def forward(model: nn.Module, x: Tensor, setting: Callable = contextlib.nullcont
         model(x)
 
 
+def forward_each(model: nn.Module, images: list[Tensor], setting: Callable = contextlib.nullcontext) -> None:
+    """A pass for each image, each of another size."""
+    for x in images:
+        forward(model, x, setting)
+
+
 def train(model: nn.Module, x: Tensor, setting: Callable = contextlib.nullcontext) -> None:
     """One forward and backward pass."""
     model.zero_grad()
@@ -110,8 +119,9 @@ def inference(arch: str) -> dict[str, tuple]:
         'timm, reparameterised, in parts': (InParts(peer),),
         'as trained': (trained,),
         'deployed': (deployed,),
-        'deployed, weights not packed': (deployed, unpacked),
-        'deployed, the batch as a whole': (deployed, whole),
+        # Each its own copy: what is packed in one turn would be there in another.
+        'deployed, weights not packed': (copy.deepcopy(deployed), unpacked),
+        'deployed, the batch as a whole': (copy.deepcopy(deployed), whole),
         'deployed, 1×1 convolutions as matrix products': (pointwise_as_linear(deployed),),
     }
 
@@ -134,7 +144,7 @@ def training(arch: str) -> dict[str, tuple]:
     }
 
 
-def measure(step: Callable, variants: dict[str, tuple], x: Tensor, rounds: int) -> dict[str, list[float]]:
+def measure(step: Callable, variants: dict[str, tuple], x: Any, rounds: int) -> dict[str, list[float]]:
     """Seconds of each variant."""
     calls = {name: partial(step, model, x, *setting) for name, (model, *setting) in variants.items()}
     for call in calls.values():
@@ -159,11 +169,17 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+
+    def images(batch_size: int, height: float = 1, width: float = 1) -> Tensor:
+        return torch.randn(batch_size, 3, int(height * args.size), int(width * args.size))
+
     results = []
-    steps = [('forward', forward, inference, size) for size in args.batch_size]
-    for task, step, make, batch_size in track([*steps, ('training', train, training, args.train_batch_size)]):
+    steps = [('forward', forward, inference, images(batch_size)) for batch_size in args.batch_size]
+    steps.append(('sizes', forward_each, inference, [images(1, *sides) for sides in SIDES]))
+    steps.append(('training', train, training, images(args.train_batch_size)))
+    for task, step, make, x in track(steps):
         variants = make(args.arch)
-        x = torch.randn(batch_size, 3, args.size, args.size)
+        batch_size = len(x)
         reference = None
         for name, seconds in measure(step, variants, x, args.rounds).items():
             milliseconds = 1e3 * statistics.median(seconds) / batch_size
