@@ -33,6 +33,7 @@ from mmevm.latency import (
     table,
     write_json,
 )
+from mmevm.latency.clock import keep_kernels
 from mmevm.latency.measuring import Setting, build, cuda_settings
 from mmevm.latency.results import in_one_line
 from mmevm.latency.subjects import AS_TRAINED
@@ -208,6 +209,7 @@ def plot(args: argparse.Namespace, results: list[Result], title: str) -> None:
 
 def main() -> None:
     args, subjects = parse_args()
+    keep_kernels()
     if args.threads:
         torch.set_num_threads(args.threads)
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}

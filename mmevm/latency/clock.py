@@ -1,5 +1,6 @@
 """The clock: calls in turns, after a warm-up."""
 
+import os
 import random
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -8,6 +9,14 @@ from typing import Any, TypeVar
 import torch
 
 Key = TypeVar('Key', bound=Hashable)
+
+
+def keep_kernels() -> None:
+    """Let oneDNN keep the kernels of all models that take turns: of the 1024 of its default, each drives out another's.
+
+    For the beginning of a process: oneDNN asks for it once, with its first kernel.
+    """
+    os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '65536')
 
 
 def is_cuda(device: str | torch.device) -> bool:
