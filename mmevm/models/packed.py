@@ -21,7 +21,7 @@ class PackedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """As ``nn.Conv2d``: (B, C, H, W) to (B, C', H', W')."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
             return super().forward(x)
         shape = x.shape
         if shape != self._last_shape:
@@ -57,7 +57,6 @@ class PackedConv2d(nn.Conv2d):
         weight = self.weight
         return bool(
             _HAS_KERNELS
-            and type(x) is Tensor  # not one that stands for another
             and x.is_cpu
             and weight.is_cpu
             and x.dtype == weight.dtype == torch.float32

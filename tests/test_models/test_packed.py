@@ -189,7 +189,9 @@ def test_who_traces_sees_a_convolution():
     assert 'aten::_convolution' in str(traced.inlined_graph)
     exported = torch.export.export(conv, (x,))
     assert 'aten.conv2d' in exported.graph_module.code
-    for graph in (str(traced.inlined_graph), exported.graph_module.code):
+    symbolic = torch.fx.symbolic_trace(conv)
+    assert 'conv2d' in symbolic.code
+    for graph in (str(traced.inlined_graph), exported.graph_module.code, symbolic.code):
         assert 'mkldnn' not in graph
     torch.testing.assert_close(traced(x), out)
     torch.testing.assert_close(exported.module()(x), out)
