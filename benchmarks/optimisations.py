@@ -28,6 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmevm.latency import environment
 from mmevm.latency.clock import keep_kernels, take_turns, warm_up
 from mmevm.models import EfficientViM, efficientvim
+from mmevm.models.deployed import DeployedHSMSSD, _tokens
 from mmevm.models.layers import ConvNorm
 from mmevm.models.packed import PackedConv2d
 
@@ -54,6 +55,26 @@ def pointwise_as_linear(model: nn.Module) -> nn.Module:
             if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and not isinstance(parent, SqueezeExcite):
                 setattr(parent, name, Pointwise(module))
     return model
+
+
+def pack_all(model: nn.Module) -> nn.Module:
+    """A copy whose other convolutions are packed too."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if type(module) is nn.Conv2d:
+            module.__class__ = PackedConv2d
+    return model
+
+
+def mix_states_as_rows(self: DeployedHSMSSD, x: Tensor, out_hidden_states: bool) -> tuple[Tensor, None]:
+    """``DeployedHSMSSD.forward`` with the hidden states as rows of the products in which their channels are mixed."""
+    normed = self.norm(x)
+    b, c, dt = self.dw(self.BCdt_proj(normed)).flatten(2).split(self.state_dim, dim=1)
+    h = (dt.softmax(dim=-1) * b) @ _tokens(normed)
+    h, z = nn.functional.linear(h, self.hz_proj).chunk(2, dim=-1)
+    h = nn.functional.linear(h * (nn.functional.silu(z) + self.D), self.out_proj)
+    y = torch.baddbmm(_tokens(x), c.transpose(1, 2), h)
+    return y.view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2), None
 
 
 class InParts(nn.Module):
@@ -112,6 +133,7 @@ def inference(arch: str) -> dict[str, tuple]:
     deployed.switch_to_deploy()
     peer = reparameterize_model(timm.create_model(f'efficientvim_{arch}', features_only=True).eval())
     unpacked = partial(mock.patch.object, PackedConv2d, '_can_be_packed', lambda self, x: False)
+    rows = partial(mock.patch.object, DeployedHSMSSD, 'forward', mix_states_as_rows)
     whole = partial(mock.patch.object, efficientvim, '_PIXELS_AT_ONCE', 2**62)
     peer = peer.to(memory_format=torch.channels_last)
     return {
@@ -120,7 +142,9 @@ def inference(arch: str) -> dict[str, tuple]:
         'as trained': (trained,),
         'deployed': (deployed,),
         # Each its own copy: what is packed in one turn would be there in another.
-        'deployed, weights not packed': (copy.deepcopy(deployed), unpacked),
+        'deployed, no weights packed': (copy.deepcopy(deployed), unpacked),
+        'deployed, all weights packed': (pack_all(deployed),),
+        'deployed, hidden states as rows': (copy.deepcopy(deployed), rows),
         'deployed, the batch as a whole': (copy.deepcopy(deployed), whole),
         'deployed, 1×1 convolutions as matrix products': (pointwise_as_linear(deployed),),
     }

@@ -23,7 +23,7 @@ def test_the_line_passes_by_single_peaks(tool):
     steps = np.arange(400)
     readings = 300 + np.minimum(steps, 100) + 0.02 * np.maximum(steps - 100, 0)
     readings[150::50] += 80
-    summary = tool.summarise(readings.tolist())
+    summary = tool.summarise(readings.tolist(), warm_up=100)
     assert summary['megabytes_after_warm_up'] == pytest.approx(400, abs=1)
     assert summary['megabytes_per_1000'] == pytest.approx(20, abs=1)
     assert summary['growth_percent'] == pytest.approx(100 * 0.02 * 299 / 400, abs=0.1)
@@ -41,7 +41,7 @@ def test_what_a_call_keeps_is_seen(tool, megabytes, of_each_step):
         kept.append(mmap.mmap(-1, 1_000_000))
         kept[-1].write(bytes(1_000_000 * megabytes))
 
-    summary = tool.summarise(tool.infer(call, steps=100))
+    summary = tool.summarise(tool.infer(call, steps=100), warm_up=25)
     assert summary['megabytes_per_1000'] == pytest.approx(1000 * of_each_step, abs=200)
 
 
@@ -53,10 +53,12 @@ def test_training_and_inference(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     content = json.loads(file.read_text())
     assert content['environment']['versions']['torch'] == torch.__version__
-    training, deployed = content['results']
-    assert (training['subject'], training['steps'], len(training['readings'])) == ('training', 15, 15)
-    assert (deployed['subject'], deployed['steps'], len(deployed['readings'])) == ('deployed backbone', 100, 100)
-    for subject in (training, deployed):
+    results = content['results']
+    assert [(result['subject'], result['warm_up'], result['steps'], len(result['readings'])) for result in results] == [
+        ('training', 5, 15, 20),
+        ('deployed backbone', 100, 100, 100),
+    ]
+    for subject in results:
         assert 100 < subject['megabytes_after_warm_up'] < 8000
         assert all(100 < megabytes < 8000 for _, megabytes in subject['readings'])
 

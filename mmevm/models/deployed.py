@@ -1,7 +1,7 @@
 """The deploy form of the backbone's parts: the same functions with their constants multiplied out, for inference.
 
 BatchNorm disappears into convolutions, convex gates into depthwise kernels and projections, shortcuts around depthwise
-convolutions into their kernels. All of it is algebra, done in float64; the convolutions that are left are packed ones.
+convolutions into their kernels. All of it is algebra, done in float64; 1×1 convolutions are packed ones.
 LayerNorm keeps its weight and bias: within what follows it they would be no cheaper, as the hidden states would need a
 bias that depends on the image.
 Maps are (B, C, H, W) in channels_last, where LayerNorm and the products over tokens need no copy.
@@ -102,13 +102,13 @@ class DeployedHSMSSD(nn.Module):
         projection = mixer.BCdt_proj.conv
         self.norm = norm
         self.state_dim = mixer.state_dim
-        self.BCdt_proj = PackedConv2d(projection.in_channels, projection.out_channels, 1, bias=False)
+        self.BCdt_proj = nn.Conv2d(projection.in_channels, projection.out_channels, 1, bias=False)
         self.BCdt_proj.weight = _parameter(projection.weight.unsqueeze(3))
         self.dw = _conv(mixer.dw.conv.weight, None, like=mixer.dw.conv)
-        self.hz_proj = _linear(mixer.hz_proj.conv.weight.squeeze(2))
-        self.out_proj = _linear(_times(mixer.out_proj.conv.weight.detach().double().squeeze(2), ratio))
+        self.hz_proj = _parameter(mixer.hz_proj.conv.weight.squeeze(2))
+        self.out_proj = _parameter(_times(mixer.out_proj.conv.weight.detach().double().squeeze(2), ratio))
         self.D = _parameter(mixer.D)
-        self.ratio = _parameter(ratio)
+        self.ratio = _parameter(ratio.unsqueeze(1))
 
     def forward(self, x: Tensor, out_hidden_states: bool) -> tuple[Tensor, Tensor | None]:
         """(B, D, H, W), L = H·W, to the same in channels_last, and the hidden states (B, D, N) if they are wanted."""
@@ -116,11 +116,13 @@ class DeployedHSMSSD(nn.Module):
         b, c, dt = self.dw(self.BCdt_proj(normed)).flatten(2).split(self.state_dim, dim=1)  # 3 × (B, N, L)
         a = F.softmax(dt, dim=-1, dtype=torch.promote_types(dt.dtype, torch.float32))  # (B, N, L)
         h = (a * b).to(x.dtype) @ _tokens(normed)  # (B, N, D)
-        h, z = self.hz_proj(h).chunk(2, dim=-1)  # 2 × (B, N, D')
-        h = self.out_proj(h * (F.silu(z) + self.D))  # (B, N, D)
-        y = torch.baddbmm(_tokens(x), c.transpose(1, 2).to(h.dtype), h)  # (B, L, D)
+        # The states of all images are columns: with so few of them, BLAS likes the weights on the left.
+        h, z = (self.hz_proj @ h.flatten(0, 1).t()).chunk(2)  # 2 × (D', B·N)
+        h = self.out_proj @ (h * (F.silu(z) + self.D))  # (D, B·N)
+        h = h.unflatten(1, (-1, self.state_dim)).transpose(0, 1)  # (B, D, N)
+        y = torch.baddbmm(_tokens(x), c.transpose(1, 2).to(h.dtype), h.transpose(1, 2))  # (B, L, D)
         y = y.view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
-        return y, (h / self.ratio).transpose(1, 2) if out_hidden_states else None
+        return y, h / self.ratio if out_hidden_states else None
 
 
 class DeployedMixer(nn.Module):
@@ -214,7 +216,9 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
 
 
 def _conv(weight: Tensor, bias: Tensor | None, like: _ConvNd) -> nn.Conv2d:
-    conv = PackedConv2d(
+    # The others have few weights, and bringing them into a layout takes no time that could be gained.
+    convolution = PackedConv2d if like.kernel_size == (1, 1) else nn.Conv2d
+    conv = convolution(
         like.in_channels,
         like.out_channels,
         like.kernel_size[0],  # those of a ConvNorm are square
@@ -227,12 +231,6 @@ def _conv(weight: Tensor, bias: Tensor | None, like: _ConvNd) -> nn.Conv2d:
     if bias is not None:
         conv.bias = _parameter(bias)
     return conv
-
-
-def _linear(weight: Tensor) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    linear.weight = _parameter(weight)
-    return linear
 
 
 def _tokens(x: Tensor) -> Tensor:
