@@ -1,7 +1,8 @@
 """The deploy form of the backbone's parts: the same functions with their constants multiplied out, for inference.
 
 BatchNorm disappears into convolutions, convex gates into depthwise kernels and projections, shortcuts around depthwise
-convolutions into their kernels. All of it is algebra, done in float64; 1×1 convolutions are packed ones.
+convolutions into their kernels. All of it is algebra, done in float64; the 1×1 convolutions of FFNs and of
+down-sampling are packed ones.
 LayerNorm keeps its weight and bias: within what follows it they would be no cheaper, as the hidden states would need a
 bias that depends on the image.
 Maps are (B, C, H, W) in channels_last, where LayerNorm and the products over tokens need no copy.
@@ -116,13 +117,17 @@ class DeployedHSMSSD(nn.Module):
         b, c, dt = self.dw(self.BCdt_proj(normed)).flatten(2).split(self.state_dim, dim=1)  # 3 × (B, N, L)
         a = F.softmax(dt, dim=-1, dtype=torch.promote_types(dt.dtype, torch.float32))  # (B, N, L)
         h = (a * b).to(x.dtype) @ _tokens(normed)  # (B, N, D)
-        # The states of all images are columns: with so few of them, BLAS likes the weights on the left.
-        h, z = (self.hz_proj @ h.flatten(0, 1).t()).chunk(2)  # 2 × (D', B·N)
-        h = self.out_proj @ (h * (F.silu(z) + self.D))  # (D, B·N)
-        h = h.unflatten(1, (-1, self.state_dim)).transpose(0, 1)  # (B, D, N)
+        h = self.mix_states(h)  # (B, D, N)
         y = torch.baddbmm(_tokens(x), c.transpose(1, 2).to(h.dtype), h.transpose(1, 2))  # (B, L, D)
         y = y.view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
         return y, h / self.ratio if out_hidden_states else None
+
+    def mix_states(self, h: Tensor) -> Tensor:
+        """As ``HSMSSD.mix_states``, but of (B, N, D) to (B, D, N)."""
+        # The states of all images are columns: with so few of them, BLAS likes the weights on the left.
+        h, z = (self.hz_proj @ h.flatten(0, 1).t()).chunk(2)  # 2 × (D', B·N)
+        h = self.out_proj @ (h * (F.silu(z) + self.D))  # (D, B·N)
+        return h.unflatten(1, (-1, self.state_dim)).transpose(0, 1)
 
 
 class DeployedMixer(nn.Module):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmevm.models import EfficientViM, efficientvim
+from mmevm.models.packed import PackedConv2d
 
 TINY = dict(embed_dims=(16, 32, 48), depths=(1, 2, 1), state_dims=(9, 4, 4))
 
@@ -86,6 +87,19 @@ def test_a_batch_that_is_taken_in_parts(monkeypatch):
     batches.clear()
     model(torch.randn(3, 3, 96, 96))
     assert batches == [1, 1, 1]
+
+
+def test_convolutions_with_many_weights_are_packed():
+    layers = 'fc1', 'fc2'
+    packed = {name for name, module in deployed(tiny()).named_modules() if isinstance(module, PackedConv2d)}
+    assert packed == {
+        *(
+            f'stages.{block}.{layer}'
+            for block in ('0.blocks.0', '1.blocks.0', '1.blocks.1', '2.blocks.0')
+            for layer in layers
+        ),
+        *(f'stages.{stage}.downsample.{layer}' for stage in (0, 1) for layer in layers),
+    }
 
 
 def test_any_memory_layout():
