@@ -73,7 +73,7 @@ def mix_states_as_rows(self: DeployedHSMSSD, h: Tensor) -> Tensor:
 
 
 class InParts(nn.Module):
-    """A model that takes a batch as mmevm's deploy form does: four images of 512×512 at a time."""
+    """A model that takes four images of 512×512 at a time, from the first layer to the last."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class InParts(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """As the model."""
-        parts = [self.model(part) for part in x.split(max(efficientvim._PIXELS_AT_ONCE // x[0, 0].numel(), 1))]
+        parts = [self.model(part) for part in x.split(max(4 * 512**2 // x[0, 0].numel(), 1))]
         return [torch.cat(maps) for maps in zip(*parts, strict=True)]
 
 
@@ -129,7 +129,7 @@ def inference(arch: str) -> dict[str, tuple]:
     peer = reparameterize_model(timm.create_model(f'efficientvim_{arch}', features_only=True).eval())
     unpacked = partial(mock.patch.object, PackedConv2d, '_can_be_packed', lambda self, x: False)
     rows = partial(mock.patch.object, DeployedHSMSSD, 'mix_states', mix_states_as_rows)
-    whole = partial(mock.patch.object, efficientvim, '_PIXELS_AT_ONCE', 2**62)
+    whole = partial(mock.patch.object, efficientvim, '_POSITIONS_AT_ONCE', 2**62)
     peer = peer.to(memory_format=torch.channels_last)
     return {
         'timm, reparameterised': (peer,),
@@ -141,6 +141,7 @@ def inference(arch: str) -> dict[str, tuple]:
         'deployed, all weights packed': (pack_all(deployed),),
         'deployed, hidden states as rows': (copy.deepcopy(deployed), rows),
         'deployed, the batch as a whole': (copy.deepcopy(deployed), whole),
+        'deployed, all layers in parts of four': (InParts(copy.deepcopy(deployed)),),
         'deployed, 1×1 convolutions as matrix products': (pointwise_as_linear(deployed),),
     }
 

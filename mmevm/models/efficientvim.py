@@ -5,9 +5,11 @@ their numbers and weights came.
 """
 
 import contextlib
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import torch
 from mmcv.cnn import build_norm_layer
@@ -23,7 +25,7 @@ from mmevm.registry import MODELS
 from .deployed import DeployedBlock, DeployedPatchMerging, DeployedStem
 from .layers import FFN, ConvNorm, PatchMerging, Stem, items
 
-_PIXELS_AT_ONCE = 4 * 512**2  # docs/performance.md
+_POSITIONS_AT_ONCE = 4 * 32**2  # of a map, in the deploy form on a CPU: docs/performance.md
 
 _is_compiling = getattr(torch.compiler, 'is_compiling', torch.jit.is_tracing)  # torch 2.1 has only the latter
 
@@ -285,13 +287,32 @@ class EfficientViM(BaseModule):
         """
         if not torch.jit.is_tracing() and not _is_compiling():
             self._check_images(x)
-            if self.deploy and x.device.type == 'cpu':
-                # So few images at a time that what lies between two layers stays in the cache.
-                images = max(_PIXELS_AT_ONCE // (x.shape[2] * x.shape[3]), 1)
-                if len(x) > images:
-                    parts = [self._extract(part) for part in x.split(images)]
-                    return tuple(torch.cat(outs) for outs in zip(*parts, strict=True))
-        return self._extract(x)
+        x = self._in_parts(self.patch_embed, x, stride=16)
+        hidden_states, maps = [], []
+        for i, stage in enumerate(items(self.stages, Stage)):
+            x, h = self._in_parts(stage, x)
+            if self.out_hidden_states:
+                if h is None:
+                    mixer = type(stage.blocks[-1].mixer).__name__
+                    raise ValueError(f'{mixer} has no hidden states: set out_hidden_states=False of the backbone.')
+                hidden_states.append(h)
+            if i in self.out_indices:
+                maps.append(x)
+            if stage.downsample is not None:
+                x = self._in_parts(stage.downsample, x)
+        return (*hidden_states, *maps)
+
+    def _in_parts(self, module: nn.Module, x: Tensor, stride: int = 1) -> Any:
+        """A module's outputs: in the deploy form on a CPU, of a few images at a time."""
+        if self.deploy and x.device.type == 'cpu' and not torch.jit.is_tracing() and not _is_compiling():
+            # So few that what lies between two layers stays in the cache.
+            images = max(_POSITIONS_AT_ONCE * stride**2 // (x.shape[2] * x.shape[3]), 1)
+            if len(x) > images:
+                parts = [module(part) for part in x.chunk(math.ceil(len(x) / images))]
+                if isinstance(parts[0], Tensor):
+                    return torch.cat(parts)
+                return [None if outs[0] is None else torch.cat(outs) for outs in zip(*parts, strict=True)]
+        return module(x)
 
     def _check_images(self, x: Tensor) -> None:
         weight = next(self.patch_embed.parameters())  # of the first convolution
@@ -306,22 +327,6 @@ class EfficientViM(BaseModule):
                 f'{wanted} of {weight.dtype} as its weights are, not of {x.dtype}: convert them by '
                 f'x.to({weight.dtype}), and normalise them as in training.'
             )
-
-    def _extract(self, x: Tensor) -> tuple[Tensor, ...]:
-        x = self.patch_embed(x)
-        hidden_states, maps = [], []
-        for i, stage in enumerate(items(self.stages, Stage)):
-            x, h = stage(x)
-            if self.out_hidden_states:
-                if h is None:
-                    mixer = type(stage.blocks[-1].mixer).__name__
-                    raise ValueError(f'{mixer} has no hidden states: set out_hidden_states=False of the backbone.')
-                hidden_states.append(h)
-            if i in self.out_indices:
-                maps.append(x)
-            if stage.downsample is not None:
-                x = stage.downsample(x)
-        return (*hidden_states, *maps)
 
     def init_weights(self) -> None:
         """Initialise as ``init_cfg`` says.

@@ -75,18 +75,21 @@ def test_gates_that_are_closed_or_open(alpha):
 
 
 def test_a_batch_that_is_taken_in_parts(monkeypatch):
-    monkeypatch.setattr(efficientvim, '_PIXELS_AT_ONCE', 2 * 64 * 48 + 1)
+    """In parts of one size, as far as that goes: weights are packed for a size."""
+    monkeypatch.setattr(efficientvim, '_POSITIONS_AT_ONCE', 3 * 4 * 3)
     model = deployed(tiny(out_hidden_states=True))
-    batches = []
-    model.patch_embed.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
-    x = torch.randn(5, 3, 64, 48)
+    batches = {'patch_embed': [], 'stages.0': [], 'stages.0.downsample': [], 'stages.1': []}
+    for name, seen in batches.items():
+        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(len(inputs[0])))
+    x = torch.randn(4, 3, 64, 48)
     outs = model(x)
-    assert batches == [2, 2, 1]
+    assert batches == {'patch_embed': [2, 2], 'stages.0': [2, 2], 'stages.0.downsample': [2, 2], 'stages.1': [4]}
     for out, ref in zip(outs, zip(*(model(image[None]) for image in x), strict=True), strict=True):
         torch.testing.assert_close(out, torch.cat(ref))
-    batches.clear()
-    model(torch.randn(3, 3, 96, 96))
-    assert batches == [1, 1, 1]
+    for seen in batches.values():
+        seen.clear()
+    model(torch.randn(3, 3, 128, 128))
+    assert batches == {'patch_embed': [1] * 3, 'stages.0': [1] * 3, 'stages.0.downsample': [1] * 3, 'stages.1': [2, 1]}
 
 
 def test_convolutions_with_many_weights_are_packed():
