@@ -130,7 +130,7 @@ class Work:
 
 
 SUBJECTS = {
-    'training': Work(train, 'iterations', warm_up=100, steps=300),
+    'training': Work(train, 'iterations', warm_up=300, steps=300),
     'backbone': Work(partial(infer_backbone, name='m1@trained'), 'images', warm_up=2000, steps=2000),
     'deployed backbone': Work(partial(infer_backbone, name='m1'), 'images', warm_up=2000, steps=2000),
     "timm's backbone": Work(partial(infer_backbone, name='efficientvim_m1'), 'images', warm_up=2000, steps=2000),
