@@ -2,8 +2,9 @@
 
     python benchmarks/optimisations.py --json docs/benchmarks/optimisations.json
 
-docs/performance.md says what was expected of each. Beside the times of training stands what autograd keeps for the
-backward pass, weights left out.
+docs/performance.md says what was expected of each. A variant's time is set against that of the first one in the same
+round; printed are the median of these ratios over all rounds, and its interval of 95 %. Beside the times of training
+stands what autograd keeps for the backward pass, weights left out.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from unittest import mock
 import timm
 import torch
 from rich.progress import track
+from scipy.stats import quantile_test
 from timm.layers import SqueezeExcite
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
@@ -132,10 +134,10 @@ def inference(arch: str) -> dict[str, tuple]:
     whole = partial(mock.patch.object, efficientvim, '_POSITIONS_AT_ONCE', 2**62)
     peer = peer.to(memory_format=torch.channels_last)
     return {
+        'deployed': (deployed,),
         'timm, reparameterised': (peer,),
         'timm, reparameterised, in parts': (InParts(peer),),
         'as trained': (trained,),
-        'deployed': (deployed,),
         # Each its own copy: what is packed in one turn would be there in another.
         'deployed, no weights packed': (copy.deepcopy(deployed), unpacked),
         'deployed, all weights packed': (pack_all(deployed),),
@@ -155,9 +157,9 @@ def training(arch: str) -> dict[str, tuple]:
     ours = EfficientViM(arch, norm_eval=True).train()
     apart = partial(mock.patch.object, ConvNorm, '_has_fixed_statistics', lambda self: False)
     return {
+        'norm_eval': (ours,),
         'timm': (peer,),
         'timm, channels_last': (copy.deepcopy(peer).to(memory_format=torch.channels_last),),
-        'norm_eval': (ours,),
         'norm_eval, BatchNorm apart': (ours, apart),
         'norm_eval, channels_last': (copy.deepcopy(ours).to(memory_format=torch.channels_last),),
         'norm_eval, with_cp': (EfficientViM(arch, norm_eval=True, with_cp=True).train(),),
@@ -173,6 +175,13 @@ def measure(step: Callable, variants: dict[str, tuple], x: Any, rounds: int) -> 
     if errors:
         raise next(iter(errors.values()))
     return seconds
+
+
+def compare(seconds: list[float], reference: list[float]) -> tuple[float, float, float]:
+    """The median of the ratios to the reference, round by round, and the ends of its interval of 95 %."""
+    ratios = [time / other for time, other in zip(seconds, reference, strict=True)]
+    interval = quantile_test(ratios).confidence_interval()
+    return statistics.median(ratios), interval.low, interval.high
 
 
 def main() -> None:
@@ -201,12 +210,14 @@ def main() -> None:
     for task, step, make, x in track(steps):
         variants = make(args.arch)
         batch_size = len(x)
-        reference = None
-        for name, seconds in measure(step, variants, x, args.rounds).items():
+        times = measure(step, variants, x, args.rounds)
+        reference = times[next(iter(variants))]
+        for name, seconds in times.items():
             milliseconds = 1e3 * statistics.median(seconds) / batch_size
-            reference = reference or milliseconds
-            row = dict(task=task, batch_size=batch_size, variant=name, seconds=seconds)
-            text = f'{task}, batch {batch_size}: {name}: {milliseconds:.1f} ms/image, {milliseconds / reference:.3f}'
+            ratio, low, high = compare(seconds, reference)
+            row = dict(task=task, batch_size=batch_size, variant=name, relative=[ratio, low, high], seconds=seconds)
+            text = f'{task}, batch {batch_size}: {name}: {milliseconds:.1f} ms/image, '
+            text += f'{ratio:.3f} ({low:.3f}–{high:.3f})'
             if task == 'training':
                 model, *setting = variants[name]
                 row['kept_for_backward'] = kept_for_backward(model, x, *setting)
