@@ -191,7 +191,12 @@ def main() -> None:
     parser.add_argument('--batch-size', type=int, nargs='+', default=[1, 16], help='of a forward pass')
     parser.add_argument('--train-batch-size', type=int, default=8)
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
-    parser.add_argument('--rounds', type=int, default=15, help='how often each takes its turn')
+    parser.add_argument(
+        '--rounds',
+        type=int,
+        default=15,
+        help='how often each takes its turn; with n images, fewer than 8, 8 // n times as often',
+    )
     parser.add_argument('--json', type=Path, help='write all times to this file')
     args = parser.parse_args()
 
@@ -210,7 +215,8 @@ def main() -> None:
     for task, step, make, x in track(steps):
         variants = make(args.arch)
         batch_size = len(x)
-        times = measure(step, variants, x, args.rounds)
+        # A short call is disturbed more easily, and costs less to repeat.
+        times = measure(step, variants, x, args.rounds * max(8 // batch_size, 1))
         reference = times[next(iter(variants))]
         for name, seconds in times.items():
             milliseconds = 1e3 * statistics.median(seconds) / batch_size
