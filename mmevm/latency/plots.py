@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import AutoLocator, FixedLocator, FuncFormatter, NullLocator
 
 from .results import Result
 
@@ -156,7 +156,7 @@ def draw_resolution(results: Sequence[Result], title: str = '') -> Figure:
         for place in find_crossings(_points(lines[first]), _points(lines[second]))
     ]
     for i, (side, time, first, second) in enumerate(sorted(crossings)):
-        beside: dict[str, Any] = dict(xytext=(8, -14)) if i % 2 else dict(xytext=(-8, 8), ha='right')
+        beside: dict[str, Any] = dict(xytext=(8, -14)) if i % 2 else dict(xytext=(4, 10), ha='right')
         whole.plot(side, time, 'o', color='black', markersize=12, fillstyle='none', label='_crossing')
         whole.annotate(f'{side:.0f}²', (side, time), textcoords='offset points', fontsize=9, **beside)
         notes.append(f'{first} and {second} cross at {side:.0f}².')
@@ -371,6 +371,9 @@ def _plain_numbers(axes: Axes) -> None:
     """Numbers in place of powers of ten, at some of the ticks of a logarithmic axis."""
     for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
         if axis.get_scale() == 'log':
+            if high < 4 * low:  # a logarithmic axis of less has hardly a tick
+                axis.set_major_locator(AutoLocator())
+                axis.set_minor_locator(NullLocator())
             digits = '25' if high > 10 * low else '23457'
             axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
             axis.set_minor_formatter(

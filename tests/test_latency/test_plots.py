@@ -5,6 +5,7 @@ import random
 import matplotlib.image
 import pytest
 import timm
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from mmevm.latency import plots
@@ -149,6 +150,17 @@ def test_batches_have_a_line_for_each_model_on_a_logarithmic_axis():
     expected = [pytest.approx((size, 8 / size)) for size in (1, 2, 4)]
     assert lines(axes) == {'m4': expected, 'shvit_s4': expected}
     assert axes.get_xscale() == 'log'
+
+
+@pytest.mark.parametrize('span', [1.8, 3, 9, 200])
+def test_an_axis_has_numbers_however_short_it_is(span):
+    figure = draw_batch([row('m4', 75, batch_size=1), row('m4', 75 * span, batch_size=16)])
+    FigureCanvasAgg(figure).draw()
+    axis = figure.axes[0].yaxis
+    low, high = figure.axes[0].get_ylim()
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    numbers = [float(tick.label1.get_text()) for tick in ticks if tick.label1.get_text()]
+    assert len([number for number in numbers if low <= number <= high]) >= 3
 
 
 def test_a_line_needs_two_points():
