@@ -44,6 +44,7 @@ from mmevm.checkpoints import (
     load_pretrained,
     load_trained_weights,
     load_whole_model,
+    model_of,
     pretrained_cfgs,
     read_checkpoint,
 )
@@ -886,11 +887,17 @@ def test_a_model_does_not_start_from_nothing_or_from_numbers_of_no_use(whole):
 
 
 class Changing(Hook):
-    """Keeps what it is told of, and changes a weight, as EMAHook does."""
+    """Keeps what it is told of, and changes a weight, as an EMAHook of low priority does, which is not ready before."""
 
+    priority = 'VERY_LOW'
+    is_ready = False
     told = None
 
+    def before_run(self, runner):
+        self.is_ready = True
+
     def after_load_checkpoint(self, runner, checkpoint):
+        assert self.is_ready
         self.told = dict(checkpoint)
         checkpoint['state_dict']['0.bias'] = torch.arange(3.0)
 
@@ -933,6 +940,13 @@ def test_hooks_are_told_of_trained_weights_once_they_are_ready(whole, evaluation
     assert_same(evaluation.model.state_dict(), {**state, '0.bias': torch.arange(3.0)})
     said = f'{path} has an ema_state_dict of another form of the model, which is not used.'
     assert (said in caplog.messages) == (not is_kept)
+
+
+def test_the_model_of_a_runner_is_found_in_what_wraps_it(evaluation):
+    model = evaluation.model
+    assert model_of(evaluation) is model
+    evaluation.model = nn.DataParallel(model)
+    assert model_of(evaluation) is model
 
 
 def test_hooks_hear_nothing_of_weights_without_a_name(whole, evaluation):
