@@ -134,7 +134,7 @@ SUBJECTS = {
     'backbone': Work(partial(infer_backbone, name='m1@trained'), 'images', warm_up=2000, steps=2000),
     'deployed backbone': Work(partial(infer_backbone, name='m1'), 'images', warm_up=2000, steps=2000),
     "timm's backbone": Work(partial(infer_backbone, name='efficientvim_m1'), 'images', warm_up=2000, steps=2000),
-    'detector': Work(infer_detector, 'images', warm_up=2000, steps=2000),
+    'detector': Work(infer_detector, 'images', warm_up=1000, steps=1000),
 }
 
 
