@@ -470,6 +470,7 @@ def test_a_missing_or_misshapen_tensor_is_an_error(name, harm):
         state[name] = torch.ones(3, 5) if harm == 'shape' else 'no tensor'
     with pytest.raises(CheckpointError, match='EfficientViM-M1') as error:
         convert_checkpoint({'state_dict': state})
+    assert "mmevm's own" not in str(error.value)
     new = (
         name.replace('batch_norm', 'pre_norms').replace('extra_trans', 'upsample').replace('extra_fpn', 'upsample_fpn')
     )
@@ -1148,6 +1149,15 @@ def test_a_url_of_an_authors_file(server, tmp_path, monkeypatch):
     assert server.requests == ['/m1.pth']
     with pytest.raises(CheckpointError, match=r'm2\.pth cannot be downloaded'):
         load_pretrained(backbone, f'{server.url}/m2.pth')
+
+
+def test_a_url_whose_server_does_not_answer(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    with socket.socket() as unheard:
+        unheard.bind(('127.0.0.1', 0))
+        url = f'https://127.0.0.1:{unheard.getsockname()[1]}/m1.pth'
+        with pytest.raises(CheckpointError, match=f'{url} cannot be downloaded'):
+            load_pretrained(EfficientViM('m1'), url)
 
 
 def test_urls_whose_files_have_the_same_name(server, tmp_path, monkeypatch):
