@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import struct
+import zipfile
 
 import cv2
 import numpy as np
@@ -431,6 +432,16 @@ def test_a_training_cannot_go_on_from_this(place, trained, file, tmp_path):
     change, message = TRAININGS[file]
     path = saved(change(trained), tmp_path / 'given.pth')
     assert re.search(message, sentence(place.resume, path))
+
+
+def test_a_training_whose_log_is_cut_off_within_a_whole_archive(trained, tmp_path):
+    whole, path = saved(trained, tmp_path / 'whole.pth'), tmp_path / 'cut.pth'
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, 'w') as target:
+        for name in source.namelist():
+            data = source.read(name)
+            target.writestr(name, data[: len(data) // 2] if name.endswith('data.pkl') else data)
+    with pytest.raises(CheckpointError, match=rf'{path} is cut off or damaged and cannot be read'):
+        check_training_checkpoint(path)
 
 
 @pytest.mark.parametrize('layout', ['legacy', 'safetensors'])
