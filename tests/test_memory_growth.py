@@ -55,7 +55,7 @@ def test_training_and_inference(tmp_path):
     assert content['environment']['versions']['torch'] == torch.__version__
     results = content['results']
     assert [(result['subject'], result['warm_up'], result['steps'], len(result['readings'])) for result in results] == [
-        ('training', 5, 15, 20),
+        ('training', 15, 15, 30),
         ('deployed backbone', 100, 100, 100),
     ]
     for subject in results:
