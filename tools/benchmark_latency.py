@@ -215,7 +215,8 @@ def main() -> None:
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     parts = dict(arguments=arguments, environment=environment(args.device))
     where = parts['environment']
-    title = f'{where["gpu"] or where["cpu"]}, {where["threads"]} threads, PyTorch {torch.__version__}'
+    device = where['gpu'] or f'{where["cpu"]} ({where["cpu_capability"]})'
+    title = f'{device}, {where["threads"]} threads, PyTorch {torch.__version__}'
 
     def write(results: list[Result]) -> None:
         if args.json:

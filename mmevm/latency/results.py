@@ -184,6 +184,7 @@ def environment(device: str | torch.device = 'cpu') -> dict[str, Any]:
         commit=git_commit(),
         device=str(device),
         cpu=cpu_name(),
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
         logical_cores=os.cpu_count(),
         threads=torch.get_num_threads(),
         load_average=list(os.getloadavg()) if hasattr(os, 'getloadavg') else None,

@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
 
 import torch
 from mmcv.cnn import build_norm_layer
@@ -28,6 +27,10 @@ from .layers import FFN, ConvNorm, PatchMerging, Stem, items
 _POSITIONS_AT_ONCE = 4 * 32**2  # of a map, in the deploy form on a CPU: docs/performance.md
 
 _is_compiling = getattr(torch.compiler, 'is_compiling', torch.jit.is_tracing)  # torch 2.1 has only the latter
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _is_autocast(device: str) -> bool:
@@ -287,10 +290,10 @@ class EfficientViM(BaseModule):
         """
         if not torch.jit.is_tracing() and not _is_compiling():
             self._check_images(x)
-        x = self._in_parts(self.patch_embed, x, stride=16)
+        x = _joined([self.patch_embed(part) for part in self._parts(x, stride=16)])
         hidden_states, maps = [], []
         for i, stage in enumerate(items(self.stages, Stage)):
-            x, h = self._in_parts(stage, x)
+            x, h = self._run(stage, x)
             if self.out_hidden_states:
                 if h is None:
                     mixer = type(stage.blocks[-1].mixer).__name__
@@ -299,20 +302,22 @@ class EfficientViM(BaseModule):
             if i in self.out_indices:
                 maps.append(x)
             if stage.downsample is not None:
-                x = self._in_parts(stage.downsample, x)
+                x = _joined([stage.downsample(part) for part in self._parts(x)])
         return (*hidden_states, *maps)
 
-    def _in_parts(self, module: nn.Module, x: Tensor, stride: int = 1) -> Any:
-        """A module's outputs: in the deploy form on a CPU, of a few images at a time."""
+    def _run(self, stage: Stage, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        parts = [stage(part) for part in self._parts(x)]
+        states = [h for _, h in parts if h is not None]
+        return _joined([y for y, _ in parts]), _joined(states) if states else None
+
+    def _parts(self, x: Tensor, stride: int = 1) -> Sequence[Tensor]:
+        """A batch of which the next maps have this stride: in the deploy form on a CPU, a few images at a time."""
         if self.deploy and x.device.type == 'cpu' and not torch.jit.is_tracing() and not _is_compiling():
             # So few that what lies between two layers stays in the cache.
             images = max(_POSITIONS_AT_ONCE * stride**2 // (x.shape[2] * x.shape[3]), 1)
             if len(x) > images:
-                parts = [module(part) for part in x.chunk(math.ceil(len(x) / images))]
-                if isinstance(parts[0], Tensor):
-                    return torch.cat(parts)
-                return [None if outs[0] is None else torch.cat(outs) for outs in zip(*parts, strict=True)]
-        return module(x)
+                return x.chunk(math.ceil(len(x) / images))
+        return [x]
 
     def _check_images(self, x: Tensor) -> None:
         weight = next(self.patch_embed.parameters())  # of the first convolution

@@ -136,6 +136,7 @@ def test_the_machine_and_the_versions_are_told():
     assert {'mmevm', 'timm', 'numpy'} <= set(found['versions'])
     assert found['threads'] == torch.get_num_threads()
     assert found['cpu']
+    assert found['cpu_capability']
     assert (found['device'], found['gpu']) == ('cpu', None)
 
 
