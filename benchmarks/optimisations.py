@@ -29,6 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmevm.latency import environment
 from mmevm.latency.clock import keep_kernels, take_turns, warm_up
+from mmevm.latency.engines import prepare
 from mmevm.models import EfficientViM, efficientvim
 from mmevm.models.deployed import DeployedHSMSSD
 from mmevm.models.layers import ConvNorm
@@ -85,6 +86,21 @@ class InParts(nn.Module):
         """As the model."""
         parts = [self.model(part) for part in x.split(max(4 * 512**2 // x[0, 0].numel(), 1))]
         return [torch.cat(maps) for maps in zip(*parts, strict=True)]
+
+
+class Compiled(nn.Module):
+    """A model that torch.compile compiles for each shape it is given."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.calls: dict[torch.Size, Callable] = {}
+
+    def forward(self, x: Tensor) -> Any:
+        """As the model."""
+        if x.shape not in self.calls:
+            self.calls[x.shape] = prepare('compile', self.model, x)
+        return self.calls[x.shape](x)
 
 
 def forward(model: nn.Module, x: Tensor, setting: Callable = contextlib.nullcontext) -> None:
@@ -145,6 +161,8 @@ def inference(arch: str) -> dict[str, tuple]:
         'deployed, the batch as a whole': (copy.deepcopy(deployed), whole),
         'deployed, all layers in parts of four': (InParts(copy.deepcopy(deployed)),),
         'deployed, 1×1 convolutions as matrix products': (pointwise_as_linear(deployed),),
+        'deployed, torch.compile': (Compiled(copy.deepcopy(deployed)),),
+        'deployed, torch.compile, in parts of four': (InParts(Compiled(copy.deepcopy(deployed))),),
     }
 
 
