@@ -13,12 +13,13 @@ import inspect
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from torch import Tensor, nn
@@ -45,9 +46,12 @@ OPSET = 18
 
 PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 DYNAMIC = {0: 'batch', 2: 'height', 3: 'width'}
-PARTS = ('backbone', 'neck', 'model')
+PARTS = ('backbone', 'neck', 'model', 'detections')
 # At this size, a multiple of every usual stride, the size of a map tells its stride.
 EXAMPLE_SIZE = (256, 384)
+
+
+Compare = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[float]]
 
 
 class ExportError(ExplainedError):
@@ -63,6 +67,8 @@ def export_onnx(
     metadata: Mapping[str, str] | None = None,
     opset: int = OPSET,
     reference: nn.Module | None = None,
+    compare: Compare | None = None,
+    constants: Mapping[str, float] | None = None,
 ) -> float:
     """Write the function of a model as ONNX, checked in ONNX Runtime.
 
@@ -80,6 +86,8 @@ def export_onnx(
         metadata: What else the file says of itself (``metadata_props``).
         opset: Version of ONNX's operators, at least 18.
         reference: What the file has to agree with, such as the model before it was deployed; None is the model.
+        compare: How outputs are compared, as in :func:`check_onnx`.
+        constants: Scalar buffers of the model by name, and what they are in the file once it has passed the check.
 
     Returns:
         The largest difference from the reference, relative to the largest value of the same output.
@@ -121,7 +129,10 @@ def export_onnx(
     temporary = file.with_name(f'.{file.name}.{os.getpid()}')
     try:
         onnx.save(written, temporary)
-        difference = check_onnx(temporary, reference, _other_images(example) if dynamic else [example])
+        images = _other_images(example) if dynamic else [example]
+        difference = check_onnx(temporary, reference, images, compare=compare)
+        if constants:
+            onnx.save(_with_constants(written, constants), temporary)
         os.replace(temporary, file)
     except OSError as error:
         raise ExportError(f'{file} cannot be written: {error}.') from error
@@ -131,7 +142,11 @@ def export_onnx(
 
 
 def check_onnx(
-    file: str | os.PathLike, reference: nn.Module, images: Iterable[Tensor], tolerance: float = TOLERANCE
+    file: str | os.PathLike,
+    reference: nn.Module,
+    images: Iterable[Tensor],
+    tolerance: float = TOLERANCE,
+    compare: Compare | None = None,
 ) -> float:
     """Compare a file with a model, in ONNX Runtime on the CPU.
 
@@ -140,6 +155,8 @@ def check_onnx(
         reference: What it has to agree with.
         images: What both are given, one after another.
         tolerance: How much an output may differ, relative to its largest value.
+        compare: From all outputs and those of the reference to how much each differs; None is by the largest
+            difference relative to the largest value.
 
     Returns:
         The largest difference, relative to the largest value of the same output.
@@ -168,13 +185,14 @@ def check_onnx(
             raise ExportError(f'The ONNX file of {name} fails {of_images}: {_gist(error)}') from error
         if len(outputs) != len(expected):
             raise ExportError(f'The ONNX file of {name} has {len(outputs)} outputs in place of {len(expected)}.')
+        outputs, expected = [torch.from_numpy(out) for out in outputs], [ref.cpu() for ref in expected]
         for output, out, ref in zip(session.get_outputs(), outputs, expected, strict=True):
-            if out.shape != tuple(ref.shape):
+            if out.shape != ref.shape:
                 raise ExportError(
-                    f'{output.name} of the ONNX file of {name} has the shape {out.shape} {of_images}, in place of '
-                    f'{tuple(ref.shape)}.'
+                    f'{output.name} of the ONNX file of {name} has the shape {tuple(out.shape)} {of_images}, in place '
+                    f'of {tuple(ref.shape)}.'
                 )
-            difference = _difference(torch.from_numpy(out), ref.cpu())
+        for output, difference in zip(session.get_outputs(), (compare or _differences)(outputs, expected), strict=True):
             if not difference <= tolerance:  # also where it is not a number
                 raise ExportError(
                     f'{output.name} of the ONNX file of {name} differs from PyTorch {of_images} by {difference:.1e} of '
@@ -232,12 +250,13 @@ class ModelPart(nn.Module):
 
     Args:
         model: A model of mmevm, MMDetection or MMPretrain.
-        part: 'backbone'; 'neck', a detector's pyramid; or 'model', a classifier's logits or what the heads of a
-            one-stage detector put out, without post-processing. None is 'neck' of a detector that has one, else
-            'model' of a classifier, or 'backbone'.
+        part: 'backbone'; 'neck', a detector's pyramid; 'model', a classifier's logits or what the heads of a one-stage
+            detector put out, without post-processing; or 'detections', what a one-stage detector finds. None is 'neck'
+            of a detector that has one, else 'model' of a classifier, or 'backbone'.
 
     Attributes:
         part: The same, but never None.
+        compare: What ``export_onnx`` should compare its outputs by.
 
     Raises:
         ConfigError: If the model has no such part, or if it is no function of the images alone.
@@ -255,19 +274,41 @@ class ModelPart(nn.Module):
             raise ConfigError(f'--part neck is for detectors: take backbone or model of a {kind}.')
         if not has.get(self.part, True):
             raise ConfigError(f'--part {self.part}: the {kind} of this config has no {self.part}.')
-        if self.part == 'model' and detector and not one_stage:
+        if self.part == 'detections' and not detector:
+            raise ConfigError(f'--part detections is for detectors: take backbone or model of a {kind}.')
+        if self.part in ('model', 'detections') and detector and not one_stage:
             raise ConfigError(
-                f'--part model is for classifiers and one-stage detectors, not for a {kind}, whose heads depend on the '
-                'regions that are found in an image: take neck.'
+                f'--part {self.part} is for one-stage detectors, not for a {kind}, whose heads depend on the regions '
+                'that are found in an image: take neck.'
             )
+        self.post_processing, self.compare = None, None
+        if self.part == 'detections':
+            from .post_processing import PostProcessing, differences  # which need MMDetection
+
+            self.post_processing, self.compare = PostProcessing(model.bbox_head).train(model.training), differences
         self.model: Any = model  # their libraries have no types
         self.training = model.training
 
     def forward(self, image: Tensor) -> Any:
         """(B, C, H, W) to what the part returns."""
+        if self.post_processing is not None:
+            return self.post_processing(self.model(image), image.shape[2:])
         if self.part == 'backbone':
             return self.model.backbone(image)
         return self.model.extract_feat(image) if self.part == 'neck' else self.model(image)
+
+    def lift_threshold(self) -> dict[str, float]:
+        """Let anything count as an object, as little is found in the noise that a file is checked with.
+
+        Returns:
+            The ``constants`` for :func:`export_onnx` that bring the threshold back into the file.
+        """
+        if self.post_processing is None:
+            return {}
+        threshold = self.post_processing.score_thr
+        constants = {'post_processing.score_thr': threshold.item()}
+        threshold.fill_(2.0**-100)  # in place of 0, which would become one with other zeros of the file
+        return constants
 
     def output_names(self, channels: int = 3) -> list[str]:
         """Names of the outputs: what an output is, and the stride of a map, such as ``cls_scores_stride8``.
@@ -275,6 +316,8 @@ class ModelPart(nn.Module):
         Args:
             channels: Channels of an image.
         """
+        if self.part == 'detections':
+            return ['dets', 'labels']
         if self.part == 'model' and not isinstance(self.model, DETECTORS):
             return ['logits']
         parameter = next(self.parameters())
@@ -407,11 +450,26 @@ def _what(x: Tensor) -> str:
     return f'stride{EXAMPLE_SIZE[0] // x.shape[2]}'
 
 
+def _differences(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    return [_difference(out, ref) for out, ref in zip(outputs, expected, strict=True)]
+
+
 def _difference(out: Tensor, ref: Tensor) -> float:
     if not ref.numel():
         return 0.0
     scale = ref.double().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     return ((out.double() - ref.double()).abs().max() / scale).item()
+
+
+def _with_constants(written: 'onnx.ModelProto', constants: Mapping[str, float]) -> 'onnx.ModelProto':
+    import onnx
+
+    tensors = {tensor.name: tensor for tensor in written.graph.initializer}
+    for name, value in constants.items():
+        tensor = tensors[f'model.{name}']
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(np.array(value, dtype), tensor.name))
+    return written
 
 
 def _root(error: BaseException) -> BaseException:

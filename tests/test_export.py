@@ -1,6 +1,7 @@
 """ONNX files do what PyTorch does, in ONNX Runtime and OpenVINO, and what does not becomes no file."""
 
 import copy
+import itertools
 import re
 import sys
 from collections import Counter
@@ -16,6 +17,7 @@ from mmevm import __version__
 from mmevm.complexity import build_without_weights
 from mmevm.export import ExportError, ModelPart, check_onnx, export_coreml, export_onnx, preprocessing
 from mmevm.models import EfficientViM
+from mmevm.post_processing import differences
 from mmevm.preflight import ConfigError
 
 onnx = pytest.importorskip('onnx')
@@ -68,7 +70,15 @@ def in_onnxruntime(file):
 
 
 def in_openvino(file):
-    compiled = pytest.importorskip('openvino').Core().compile_model(str(file), 'CPU')
+    compiled = (
+        pytest.importorskip('openvino')
+        .Core()
+        .compile_model(
+            str(file),
+            'CPU',
+            dict(INFERENCE_PRECISION_HINT='f32'),  # some CPUs would take bfloat16
+        )
+    )
     return lambda x: {o.any_name: value for o, value in compiled({'image': x.numpy()}).items()}
 
 
@@ -240,10 +250,14 @@ def test_a_part_that_a_model_has_not_is_refused():
         ModelPart(classifier, 'neck')
     with pytest.raises(ConfigError, match='has no backbone'):
         ModelPart(nn.Identity(), 'backbone')
-    with pytest.raises(ConfigError, match=r'choose from backbone, neck, model'):
+    with pytest.raises(ConfigError, match='detections is for detectors'):
+        ModelPart(classifier, 'detections')
+    with pytest.raises(ConfigError, match=r'choose from backbone, neck, model, detections'):
         ModelPart(classifier, 'head')
-    with pytest.raises(ConfigError, match=r'not for a MaskRCNN.*take neck'):
-        ModelPart(build_without_weights(Config.fromfile(ROOT / 'configs/maskrcnn_evm_m1.py')), 'model')
+    mask_rcnn = build_without_weights(Config.fromfile(ROOT / 'configs/maskrcnn_evm_m1.py'))
+    for part in ('model', 'detections'):
+        with pytest.raises(ConfigError, match=rf'part {part} .* not for a MaskRCNN.*take neck'):
+            ModelPart(mask_rcnn, part)
 
 
 def test_preprocessing_in_either_library():
@@ -290,6 +304,38 @@ def test_a_detector_from_its_checkpoint(tmp_path, part):
             maps = model.extract_feat(x)
             expected = maps if part == 'neck' else [level for levels in model.bbox_head(maps) for level in levels]
         assert_same(in_onnxruntime(tmp_path / 'out.onnx')(x), expected)
+
+
+@pytest.mark.slow
+def test_boxes_of_a_detector_as_mmdetection_finds_them(tmp_path):
+    (tmp_path / 'tiny.py').write_text(TINY_RETINANET)
+    torch.manual_seed(0)
+    threshold = 0.9  # of many objects and of few
+    counts = set()
+    model = randomise(build_without_weights(Config.fromfile(tmp_path / 'tiny.py'))).eval()
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'trained.pth')
+    options = ['--cfg-options', f'model.test_cfg.score_thr={threshold}']
+    printed = succeed(TOOL, 'tiny.py', 'trained.pth', 'out.onnx', '--part', 'detections', *options, cwd=tmp_path)
+    assert 'outputs: dets, labels\n' in printed
+    cfg = Config(dict(model.test_cfg, score_thr=threshold))
+    for runtime, size in itertools.product((in_onnxruntime, in_openvino), SIZES):
+        x = torch.randn(size)
+        with torch.no_grad():
+            metas = [dict(img_shape=size[2:])] * len(x)
+            expected = model.bbox_head.predict_by_feat(*model(x), batch_img_metas=metas, cfg=cfg)
+        outputs = runtime(tmp_path / 'out.onnx')(x)
+        for dets, labels, image in zip(outputs['dets'], outputs['labels'], expected, strict=True):
+            count = len(image.scores)
+            counts.add(count)
+            assert count <= len(dets) == 100
+            assert (dets[count:, 4] == 0).all()
+            assert (labels[count:] == -1).all()
+            rows = torch.cat([image.bboxes, image.scores.unsqueeze(1)], 1)
+            assert max(differences(
+                [torch.from_numpy(dets)[None], torch.from_numpy(labels)[None]], [rows[None], image.labels[None]]
+            )) < 1e-3  # fmt: skip
+    assert max(counts) == 100
+    assert 0 < min(counts) < 30
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Write an ONNX file of a classifier, a detector's pyramid or heads, or a backbone, for any number and size of images.
+"""Write an ONNX file of a classifier, a detector or a part of it, or a backbone, for any number and size of images.
 
 The input of the file, `image`, is what the data preprocessor makes of pixels: (B, C, H, W) in float32, with channels
 in the order of `channel_order`, minus `image_mean`, divided by `image_std`; the file's metadata says what these are. It
@@ -39,7 +39,8 @@ def parse_args() -> argparse.Namespace:
         '--part',
         choices=PARTS,
         help="backbone: its maps; neck: a detector's pyramid; model: a classifier's logits, or the scores and boxes of "
-        "a one-stage detector's heads, without post-processing (default: model of a classifier, neck of a detector)",
+        "a one-stage detector's heads; detections: the boxes, scores and labels that these become (default: model of a "
+        'classifier, neck of a detector)',
     )
     parser.add_argument(
         '--shape',
@@ -117,8 +118,9 @@ def main() -> None:
         export_coreml(part, args.out, example, **about)
         check = 'not compared with PyTorch: CoreML runs on a Mac only'
     else:
-        dynamic = not args.shape
-        difference = export_onnx(part, args.out, example, dynamic, opset=args.opset, reference=trained, **about)
+        about |= dict(opset=args.opset, reference=trained, compare=part.compare, constants=part.lift_threshold())
+        trained.lift_threshold()
+        difference = export_onnx(part, args.out, example, dynamic=not args.shape, **about)
         check = f'largest difference from PyTorch, relative to the largest value of an output: {difference:.1e}'
 
     for name, value in metadata.items():
