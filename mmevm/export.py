@@ -178,14 +178,14 @@ def check_onnx(
     largest = 0.0
     for x in images:
         of_images = f'for images of {"×".join(map(str, x.shape))}'
-        expected = _run(reference, x)
+        expected = [ref.cpu() for ref in _run(reference, x)]
         try:
-            outputs = session.run(None, {session.get_inputs()[0].name: x.cpu().numpy()})
+            arrays = session.run(None, {session.get_inputs()[0].name: x.cpu().numpy()})
         except Exception as error:
             raise ExportError(f'The ONNX file of {name} fails {of_images}: {_gist(error)}') from error
-        if len(outputs) != len(expected):
-            raise ExportError(f'The ONNX file of {name} has {len(outputs)} outputs in place of {len(expected)}.')
-        outputs, expected = [torch.from_numpy(out) for out in outputs], [ref.cpu() for ref in expected]
+        if len(arrays) != len(expected):
+            raise ExportError(f'The ONNX file of {name} has {len(arrays)} outputs in place of {len(expected)}.')
+        outputs = [torch.from_numpy(array) for array in arrays]
         for output, out, ref in zip(session.get_outputs(), outputs, expected, strict=True):
             if out.shape != ref.shape:
                 raise ExportError(
