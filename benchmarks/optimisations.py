@@ -60,12 +60,12 @@ def pointwise_as_linear(model: nn.Module) -> nn.Module:
     return model
 
 
-def pack_all(model: nn.Module) -> nn.Module:
-    """A copy whose other convolutions are packed too."""
+def pack_pointwise(model: nn.Module) -> nn.Module:
+    """A copy whose 1×1 convolutions alone are packed: those with most of the weights."""
     model = copy.deepcopy(model)
     for module in model.modules():
-        if type(module) is nn.Conv2d:
-            module.__class__ = PackedConv2d
+        if isinstance(module, PackedConv2d) and module.kernel_size != (1, 1):
+            module.__class__ = nn.Conv2d
     return model
 
 
@@ -156,7 +156,7 @@ def inference(arch: str) -> dict[str, tuple]:
         'as trained': (trained,),
         # Each its own copy: what is packed in one turn would be there in another.
         'deployed, no weights packed': (copy.deepcopy(deployed), unpacked),
-        'deployed, all weights packed': (pack_all(deployed),),
+        'deployed, weights of 1×1 convolutions packed': (pack_pointwise(deployed),),
         'deployed, hidden states as rows': (copy.deepcopy(deployed), rows),
         'deployed, the batch as a whole': (copy.deepcopy(deployed), whole),
         'deployed, all layers in parts of four': (InParts(copy.deepcopy(deployed)),),

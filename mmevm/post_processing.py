@@ -21,10 +21,10 @@ class PostProcessing(nn.Module):
 
     Args:
         head: A ``bbox_head`` with the post-processing that most have in common (RetinaNet's, FCOS', ATSS', RTMDet's,
-            …), whose ``test_cfg`` has plain non-maximum suppression.
+            …), whose ``test_cfg`` has plain non-maximum suppression and says how many objects an image may have.
 
     Raises:
-        ConfigError: If the head has a post-processing of its own, or another suppression.
+        ConfigError: If the head has a post-processing of its own, another suppression, or no such number.
     """
 
     score_thr: Tensor
@@ -145,11 +145,17 @@ def _check(head: Any) -> None:
         raise ConfigError(
             f'--part detections: a {kind} has a post-processing of its own, which is not exported: take model.'
         )
-    suppression = (head.test_cfg or {}).get('nms') or {}
+    cfg = head.test_cfg or {}
+    suppression = cfg.get('nms') or {}
     if suppression.get('type', 'nms') != 'nms' or 'iou_threshold' not in suppression:
         raise ConfigError(
             f'--part detections: model.test_cfg.nms={dict(suppression)} is not exported, only '
             "dict(type='nms', iou_threshold=…) is."
+        )
+    if cfg.get('max_per_img', 0) < 1:
+        raise ConfigError(
+            f'--part detections: model.test_cfg.max_per_img={cfg.get("max_per_img")} is not how many rows each image '
+            'gets: set it to 1 or more, such as 100.'
         )
 
 

@@ -131,6 +131,11 @@ def test_what_cannot_be_exported_is_refused():
     for nms in (dict(type='soft_nms', iou_threshold=0.5), {}):
         with pytest.raises(ConfigError, match=r'test_cfg\.nms=.* is not exported'):
             PostProcessing(build(*HEADS['RetinaNet'], nms=nms))
+    without = build(*HEADS['RetinaNet'])
+    del without.test_cfg['max_per_img']
+    for head in (without, build(*HEADS['RetinaNet'], max_per_img=-1)):
+        with pytest.raises(ConfigError, match=r'test_cfg\.max_per_img=(None|-1) is not how many rows'):
+            PostProcessing(head)
 
 
 def detections(count=40):

@@ -1,8 +1,7 @@
 """The deploy form of the backbone's parts: the same functions with their constants multiplied out, for inference.
 
 BatchNorm disappears into convolutions, convex gates into depthwise kernels and projections, shortcuts around depthwise
-convolutions into their kernels. All of it is algebra, done in float64; the 1×1 convolutions of FFNs and of
-down-sampling are packed ones.
+convolutions into their kernels. All of it is algebra, done in float64; the convolutions that are left are packed ones.
 LayerNorm keeps its weight and bias: within what follows it they would be no cheaper, as the hidden states would need a
 bias that depends on the image.
 Maps are (B, C, H, W) in channels_last, where LayerNorm and the products over tokens need no copy.
@@ -100,11 +99,9 @@ class DeployedHSMSSD(nn.Module):
 
     def __init__(self, norm: nn.Module, mixer: HSMSSD, ratio: Tensor) -> None:
         super().__init__()
-        projection = mixer.BCdt_proj.conv
         self.norm = norm
         self.state_dim = mixer.state_dim
-        self.BCdt_proj = nn.Conv2d(projection.in_channels, projection.out_channels, 1, bias=False)
-        self.BCdt_proj.weight = _parameter(projection.weight.unsqueeze(3))
+        self.BCdt_proj = _conv(mixer.BCdt_proj.conv.weight.unsqueeze(3), None, like=mixer.BCdt_proj.conv)
         self.dw = _conv(mixer.dw.conv.weight, None, like=mixer.dw.conv)
         self.hz_proj = _parameter(mixer.hz_proj.conv.weight.squeeze(2))
         self.out_proj = _parameter(_times(mixer.out_proj.conv.weight.detach().double().squeeze(2), ratio))
@@ -220,10 +217,8 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().float(), requires_grad=False)
 
 
-def _conv(weight: Tensor, bias: Tensor | None, like: _ConvNd) -> nn.Conv2d:
-    # The others have few weights, and bringing them into a layout takes no time that could be gained.
-    convolution = PackedConv2d if like.kernel_size == (1, 1) else nn.Conv2d
-    conv = convolution(
+def _conv(weight: Tensor, bias: Tensor | None, like: _ConvNd) -> PackedConv2d:
+    conv = PackedConv2d(
         like.in_channels,
         like.out_channels,
         like.kernel_size[0],  # those of a ConvNorm are square

@@ -92,17 +92,10 @@ def test_a_batch_that_is_taken_in_parts(monkeypatch):
     assert batches == {'patch_embed': [1] * 3, 'stages.0': [1] * 3, 'stages.0.downsample': [1] * 3, 'stages.1': [2, 1]}
 
 
-def test_convolutions_with_many_weights_are_packed():
-    layers = 'fc1', 'fc2'
-    packed = {name for name, module in deployed(tiny()).named_modules() if isinstance(module, PackedConv2d)}
-    assert packed == {
-        *(
-            f'stages.{block}.{layer}'
-            for block in ('0.blocks.0', '1.blocks.0', '1.blocks.1', '2.blocks.0')
-            for layer in layers
-        ),
-        *(f'stages.{stage}.downsample.{layer}' for stage in (0, 1) for layer in layers),
-    }
+def test_convolutions_of_whole_maps_are_packed():
+    convolutions = {name: module for name, module in deployed(tiny()).named_modules() if isinstance(module, nn.Conv2d)}
+    plain = {name for name, module in convolutions.items() if not isinstance(module, PackedConv2d)}
+    assert plain == {f'stages.{stage}.downsample.se.{layer}' for stage in (0, 1) for layer in ('fc1', 'fc2')}
 
 
 def test_any_memory_layout():
