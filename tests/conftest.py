@@ -1,6 +1,8 @@
+import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,4 +14,5 @@ sys.path.insert(0, str(Path(__file__).parent))  # helpers shared by test files, 
 @pytest.fixture(autouse=True)
 def seed():
     """The same random numbers in a test, whichever ran before it."""
-    torch.manual_seed(0)
+    for generator in (random.seed, np.random.seed, torch.manual_seed):
+        generator(0)
