@@ -152,7 +152,7 @@ def _check(head: Any) -> None:
             f'--part detections: model.test_cfg.nms={dict(suppression)} is not exported, only '
             "dict(type='nms', iou_threshold=…) is."
         )
-    if cfg.get('max_per_img', 0) < 1:
+    if (cfg.get('max_per_img') or 0) < 1:
         raise ConfigError(
             f'--part detections: model.test_cfg.max_per_img={cfg.get("max_per_img")} is not how many rows each image '
             'gets: set it to 1 or more, such as 100.'

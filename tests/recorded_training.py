@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, LOOPS, METRICS, MODELS
-from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner, set_random_seed
 
 from mmevm.training import make_resumable, resume
 
@@ -107,7 +107,6 @@ def runner(work_dir, by_epoch=True, workers=0, checkpoint=None, options=None, **
 def train(*args, **kwargs):
     """What each iteration has seen."""
     run = runner(*args, **kwargs)
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(len(kwargs))  # what a process has drawn before shall not matter
+    set_random_seed(len(kwargs))  # what a process has drawn before shall not matter
     run.train()
     return run.model.seen

@@ -133,7 +133,7 @@ def test_what_cannot_be_exported_is_refused():
             PostProcessing(build(*HEADS['RetinaNet'], nms=nms))
     without = build(*HEADS['RetinaNet'])
     del without.test_cfg['max_per_img']
-    for head in (without, build(*HEADS['RetinaNet'], max_per_img=-1)):
+    for head in (without, *(build(*HEADS['RetinaNet'], max_per_img=number) for number in (None, -1))):
         with pytest.raises(ConfigError, match=r'test_cfg\.max_per_img=(None|-1) is not how many rows'):
             PostProcessing(head)
 

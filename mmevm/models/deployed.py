@@ -1,7 +1,7 @@
 """The deploy form of the backbone's parts: the same functions with their constants multiplied out, for inference.
 
 BatchNorm disappears into convolutions, convex gates into depthwise kernels and projections, shortcuts around depthwise
-convolutions into their kernels. All of it is algebra, done in float64; the convolutions that are left are packed ones.
+convolutions into their kernels. All of it is algebra, done in float64; the convolutions of maps are packed ones.
 LayerNorm keeps its weight and bias: within what follows it they would be no cheaper, as the hidden states would need a
 bias that depends on the image.
 Maps are (B, C, H, W) in channels_last, where LayerNorm and the products over tokens need no copy.
