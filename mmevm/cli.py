@@ -3,20 +3,22 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch.distributed
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
-from mmengine.dist import all_gather_object
+from mmengine.dist import all_gather_object, is_main_process
 from mmengine.hub import get_config
 from mmengine.runner import Runner
 
-from .errors import ExplainedError
-from .preflight import ConfigError
+from .checks import CheckHook, check_config, explain_errors
+from .errors import ConfigError, ExplainedError
 
 
 def run(main: Callable[[], None]) -> None:
@@ -37,6 +39,11 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--data-root', help="where the data is, in place of the config's data_root")
     parser.add_argument(
         '--tensorboard', action='store_true', help='write scalars and pictures for TensorBoard too, below the work dir'
+    )
+    parser.add_argument(
+        '--check',
+        action='store_true',
+        help='do everything up to the first iteration, print a summary, and exit with 0, or with 1 on an error',
     )
     parser.add_argument(
         '--cfg-options',
@@ -62,11 +69,19 @@ def read_config(path: str) -> Config:
     """
     try:
         return get_config(path) if '::' in path else Config.fromfile(path)
-    # mmengine asserts that it knows a package, and has a TypeError for a dict over a base's string without _delete_.
-    except (AssertionError, ImportError, OSError, TypeError, ValueError) as error:
+    except KeyError as error:
+        if 'Duplicate key' not in str(error):
+            raise
         raise ConfigError(
-            f'{path} cannot be read ({error}): give the path of a config file or, of an installed package, something '
-            'like mmdet::retinanet/retinanet_r50_fpn_1x_coco.py.'
+            f'{path}: two configs in _base_ define the same keys ({error.args[0].rpartition(": ")[2]}). Keep one of '
+            'them in _base_, and write what you need of the other into this config.'
+        ) from error
+    # MMEngine asserts that it knows a package, and raises a TypeError for a dict over a base's string.
+    except (AssertionError, ImportError, OSError, TypeError, ValueError) as error:
+        where = '' if '::' in path else f' ({os.path.abspath(path)}; the current folder is {os.getcwd()})'
+        raise ConfigError(
+            f'{path}{where} cannot be read: {error}. Give the path of a config file, or of one in an installed '
+            'package, such as mmdet::retinanet/retinanet_r50_fpn_1x_coco.py.'
         ) from error
 
 
@@ -117,6 +132,34 @@ def build_runner(cfg: Config) -> Runner:
     return runner
 
 
+def start(cfg: Config, splits: Sequence[str], run_loop: Callable[[Runner], Any], check_only: bool = False) -> None:
+    """Build the runner of a config and start it, with checks around both.
+
+    Args:
+        cfg: A config of MMEngine's runner.
+        splits: The splits that are used, out of 'train', 'val' and 'test'.
+        run_loop: Starts the runner.
+        check_only: Stop before the first iteration with a summary and exit status 0. Nothing is written to work_dir.
+
+    Raises:
+        ConfigError: If the config or its data cannot be used.
+    """
+    warnings, hook = check_config(cfg, splits), CheckHook(check_only)
+    with ExitStack() as stack:
+        if check_only:
+            cfg.work_dir = stack.enter_context(TemporaryDirectory(prefix='mmevm_check_', ignore_cleanup_errors=True))
+            cfg.log_level = 'WARNING'
+            if cfg.get('visualizer'):
+                cfg.visualizer.vis_backends = None
+        stack.enter_context(explain_errors(cfg, hook))
+        runner = build_runner(cfg)
+        if is_main_process():
+            for warning in warnings:
+                runner.logger.warning(warning)
+        runner.register_hook(hook)
+        run_loop(runner)
+
+
 def _check_launcher(launcher: str) -> None:
     started = os.environ.get('WORLD_SIZE', '1') if torch.distributed.is_torchelastic_launched() else '1'
     if launcher == 'none' and started != '1':
@@ -136,10 +179,14 @@ def _check_launcher(launcher: str) -> None:
         )
 
 
+# Processes that differ in these would wait for each other, or mix gradients of different models.
+_SHARED_KEYS = ('load_from', 'model', 'optim_wrapper', 'param_scheduler', 'resume', 'train_cfg', 'train_dataloader')
+
+
 def _check_same_config(cfg: Config) -> None:
-    """Processes of other iterations or other weights would wait for each other, or spoil each other's gradients."""
-    mine = dict(_entries(cfg.to_dict()))
-    first, *others = all_gather_object(mine)
+    """Compare what processes must have in common; names of runs and paths may differ."""
+    shared = {key: cfg.get(key) for key in _SHARED_KEYS}
+    first, *others = all_gather_object(dict(_entries(Config(shared).to_dict())))
     for rank, other in enumerate(others, start=1):
         keys = [key for key in sorted(first.keys() | other.keys()) if first.get(key) != other.get(key)]
         if keys:
@@ -147,7 +194,7 @@ def _check_same_config(cfg: Config) -> None:
                 f'Process {rank} has another config than process 0: '
                 + '; '.join(f'{key} is {other.get(key)}, not {first.get(key)}' for key in keys[:5])
                 + ('; and so on' if keys[5:] else '')
-                + '. All nodes need the same files and command, and a work dir that they share.'
+                + '. All nodes need the same config file and command line, and a shared work_dir.'
             )
 
 
@@ -171,20 +218,29 @@ def replace_data_root(cfg: Config, data_root: str) -> Config:
     nothing.
 
     Raises:
-        ConfigError: If the config has no ``data_root``.
+        ConfigError: If the config has no ``data_root``, or no path below it.
     """
     old = (cfg.get('data_root') or '').rstrip('/')
     if not old:
         raise ConfigError('--data-root replaces the data_root of the config, but this config has none.')
     new = os.path.expanduser(data_root).rstrip('/') + '/'
+    replaced = 0
 
     def replace(value: Any) -> Any:
+        nonlocal replaced
         if isinstance(value, dict):
             return {key: replace(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)(replace(item) for item in value)
         if isinstance(value, str) and f'{value}/'.startswith(f'{old}/'):
+            replaced += 1
             return new + value[len(old) :].lstrip('/')
         return value
 
-    return Config(replace(cfg.to_dict()), filename=cfg.filename)
+    result = Config(replace(cfg.to_dict()), filename=cfg.filename)
+    if replaced < 2:  # data_root itself is one
+        raise ConfigError(
+            f'--data-root {data_root} changed nothing: no path of the config but data_root={cfg.data_root!r} itself '
+            'begins with it. Correct data_root in the config, or override the paths with --cfg-options.'
+        )
+    return result

@@ -23,7 +23,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from .checkpoints import pretrained_cfgs
-from .preflight import ConfigError
+from .errors import ConfigError
 
 if find_spec('mmdet') is not None:  # classification alone needs no MMDetection
     from mmdet.models.detectors import BaseDetector

@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from .complexity import DETECTORS
-from .errors import ExplainedError
-from .preflight import ConfigError
+from .errors import ConfigError, ExplainedError
 
 if TYPE_CHECKING:
     import onnx

@@ -13,7 +13,7 @@ from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from .preflight import ConfigError
+from .errors import ConfigError
 
 
 class PostProcessing(nn.Module):

@@ -9,7 +9,7 @@ from mmengine.config import Config
 
 from mmevm.checkpoints import CheckpointError
 from mmevm.cli import add_common_arguments, load_config, read_config, replace_data_root, run
-from mmevm.preflight import ConfigError
+from mmevm.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 CONFIG = """

@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmevm.complexity import build_without_weights, default_input_size, measure_complexity, padded_size
+from mmevm.errors import ConfigError
 from mmevm.models import EfficientViM
-from mmevm.preflight import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 

@@ -15,10 +15,10 @@ from torch import nn
 
 from mmevm import __version__
 from mmevm.complexity import build_without_weights
+from mmevm.errors import ConfigError
 from mmevm.export import ExportError, ModelPart, check_onnx, export_coreml, export_onnx, preprocessing
 from mmevm.models import EfficientViM
 from mmevm.post_processing import differences
-from mmevm.preflight import ConfigError
 
 onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxscript')

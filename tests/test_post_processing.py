@@ -6,8 +6,8 @@ from mmdet.models.dense_heads import ATSSHead, FCOSHead, GFLHead, RetinaHead, RT
 from mmengine.config import ConfigDict
 from mmengine.registry import init_default_scope
 
+from mmevm.errors import ConfigError
 from mmevm.post_processing import PostProcessing, differences
-from mmevm.preflight import ConfigError
 
 SIZE = (72, 104)
 STRIDES = [8, 16, 32]

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mmevm.cli import run
+from mmevm.errors import ConfigError
 from mmevm.latency import (
     DEFAULT_MODELS,
     DTYPES,
@@ -37,7 +38,6 @@ from mmevm.latency.clock import keep_kernels
 from mmevm.latency.measuring import Setting, build, cuda_settings
 from mmevm.latency.results import in_one_line
 from mmevm.latency.subjects import AS_TRAINED
-from mmevm.preflight import ConfigError
 
 
 def parse_args() -> tuple[argparse.Namespace, list[Subject]]:

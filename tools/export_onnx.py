@@ -21,8 +21,8 @@ from mmevm.checkpoints import load_pretrained, load_whole_model
 from mmevm.cli import read_config, run
 from mmevm.complexity import build_without_weights
 from mmevm.deploy import deploy
+from mmevm.errors import ConfigError
 from mmevm.export import EXAMPLE_SIZE, OPSET, PARTS, ModelPart, export_coreml, export_onnx, preprocessing
-from mmevm.preflight import ConfigError
 
 
 def parse_args() -> argparse.Namespace:

@@ -12,7 +12,7 @@ from mmengine.config import DictAction
 
 from mmevm.cli import read_config, run
 from mmevm.complexity import build_without_weights, default_input_size, measure_complexity, padded_size
-from mmevm.preflight import ConfigError
+from mmevm.errors import ConfigError
 
 
 def parse_args() -> argparse.Namespace:

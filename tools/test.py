@@ -3,9 +3,12 @@
 import argparse
 from pathlib import Path
 
+from mmengine.runner import Runner
+
 from mmevm.checkpoints import load_trained_weights
-from mmevm.cli import add_common_arguments, build_runner, load_config, run
-from mmevm.preflight import ConfigError, check_annotations, check_config
+from mmevm.checks.config import type_name
+from mmevm.cli import add_common_arguments, load_config, run, start
+from mmevm.errors import ConfigError
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,7 +39,7 @@ def main() -> None:
     detection = cfg.get('default_scope') == 'mmdet'
     evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
     if args.format_only:
-        formatting = [evaluator for evaluator in evaluators if evaluator.type == 'CocoMetric']
+        formatting = [evaluator for evaluator in evaluators if type_name(evaluator) == 'CocoMetric']
         if not formatting:
             raise ConfigError(
                 '--format-only is for detectors: there is no CocoMetric in test_evaluator of this config.'
@@ -51,12 +54,13 @@ def main() -> None:
         cfg.default_hooks.visualization.update(
             dict(draw=True, test_out_dir=folder) if detection else dict(enable=True, interval=1, out_dir=folder)
         )
-    check_config(cfg, ['test'])
-    check_annotations(cfg, ['test'])
     cfg.load_from, cfg.resume = None, False  # the checkpoint of the command line, and all of it
-    runner = build_runner(cfg)
-    load_trained_weights(runner, args.checkpoint)
-    runner.test()
+
+    def test(runner: Runner) -> None:
+        load_trained_weights(runner, args.checkpoint)
+        runner.test()
+
+    start(cfg, ['test'], test, args.check)
 
 
 if __name__ == '__main__':

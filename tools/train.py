@@ -3,9 +3,10 @@
 import argparse
 
 import torch
+from mmengine.runner import Runner
 
-from mmevm.cli import add_common_arguments, build_runner, load_config, run
-from mmevm.preflight import ConfigError, check_annotations, check_config
+from mmevm.cli import add_common_arguments, load_config, run, start
+from mmevm.errors import ConfigError
 from mmevm.training import make_resumable, resume, start_inertly
 
 
@@ -52,12 +53,7 @@ def main() -> None:
         start_inertly(cfg)
     if not torch.cuda.is_available():
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='mmevm.PeakMemoryHook')]
-    check_config(cfg, ['train', 'val'])
-    left_out = check_annotations(cfg, ['train', 'val'])
-    runner = build_runner(cfg)
-    for sentence in left_out:
-        runner.logger.info(sentence)
-    runner.train()
+    start(cfg, ['train', 'val'], Runner.train, args.check)
 
 
 if __name__ == '__main__':

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmevm.checkpoints import CheckpointError, fetch_checkpoint, model_of, pretrained_cfgs
 from mmevm.checkpoints.converting import differences, shapes_of, some, unwrap
-from mmevm.preflight import ConfigError
+from mmevm.errors import ConfigError
 from mmevm.registry import HOOKS
 
 if TYPE_CHECKING:  # classification needs MMPretrain, the other hooks do not

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from mmevm.cli import read_config
 from mmevm.complexity import DETECTORS, TensorFunction, build_without_weights
 from mmevm.deploy import deploy
+from mmevm.errors import ConfigError
 from mmevm.models import EfficientViM
-from mmevm.preflight import ConfigError
 
 PARTS = ('backbone', 'model')
 

@@ -9,7 +9,7 @@ from mmpretrain.structures import DataSample
 from torch import Tensor
 
 from mmevm.checkpoints import pretrained_cfgs
-from mmevm.preflight import ConfigError
+from mmevm.errors import ConfigError
 from mmevm.registry import MODELS
 
 

@@ -15,8 +15,8 @@ from mmpretrain.structures import DataSample
 from randomise import randomise
 
 from mmevm.checkpoints import CheckpointError
+from mmevm.errors import ConfigError
 from mmevm.hooks import DistillationHook, MESAHook
-from mmevm.preflight import ConfigError
 
 TINY = dict(embed_dims=(8, 16, 16), depths=(1, 1, 1), state_dims=(4, 4, 4))
 TIMM = dict(embed_dim=(8, 16, 16), depths=(1, 1, 1), state_dim=(4, 4, 4), num_classes=5)

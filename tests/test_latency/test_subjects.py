@@ -7,9 +7,9 @@ from command_line import ROOT
 from timm.models import register_model
 from torch import nn
 
+from mmevm.errors import ConfigError
 from mmevm.latency import DEFAULT_MODELS, Subject
 from mmevm.models import EfficientViM
-from mmevm.preflight import ConfigError
 
 RETINANET = str(ROOT / 'configs/retinanet_evm_m1.py')
 MASK_RCNN = str(ROOT / 'configs/maskrcnn_evm_m1.py')

@@ -10,7 +10,7 @@ from randomise import randomise
 from torch import nn
 
 from mmevm.checkpoints import CheckpointError
-from mmevm.preflight import ConfigError
+from mmevm.errors import ConfigError
 
 TINY = dict(embed_dims=(16, 24, 32), depths=(1, 2, 1), state_dims=(9, 4, 4))
 

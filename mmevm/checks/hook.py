@@ -1,0 +1,251 @@
+"""The hook that looks at what the runner has built, before the first iteration, and at the model during it."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import EpochBasedTrainLoop, Runner
+from torch import nn
+
+from mmevm.errors import ConfigError
+
+from .config import iter_dicts, type_name
+from .data import DatasetSummary, check_objects, leaf_datasets, summarize
+from .model import FeatureTracer
+
+# Larger data sets are read by --check only: their annotations would be read twice.
+_MAX_IMAGES = 20_000
+
+
+class CheckHook(Hook):
+    """Warn about data, schedule and model before a run, and watch its first iteration.
+
+    Args:
+        check_only: Print a summary after the first batch has passed through the model, and exit with status 0.
+    """
+
+    priority = 'VERY_LOW'
+
+    def __init__(self, check_only: bool = False) -> None:
+        self.check_only = check_only
+        self.finished = False
+        self.tracer: FeatureTracer | None = None
+
+    def before_train(self, runner: Runner) -> None:
+        """Look at the data sets, the schedule and the heads."""
+        self._check(runner, 'train', runner.train_dataloader, runner.val_loop and runner.val_dataloader)
+
+    def before_test(self, runner: Runner) -> None:
+        """Look at the data set."""
+        self._check(runner, 'test', runner.test_dataloader)
+
+    def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        """Watch the first iteration."""
+        if not self.finished and self.tracer is None and not runner.cfg.get('compile'):
+            self.tracer = FeatureTracer(_model(runner), runner.cfg.model).__enter__()
+
+    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        """Warn about what the first iteration has shown."""
+        if not self.finished:
+            self._finish(runner)
+
+    def before_test_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        """Watch the first iteration."""
+        self.before_train_iter(runner)
+
+    def after_test_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        """Warn about what the first iteration has shown."""
+        self.after_train_iter(runner)
+
+    def explain(self) -> str | None:
+        """Explain why the first iteration failed by the channels that met; None if they are not the cause."""
+        return None if self.tracer is None else self.tracer.explain()
+
+    def _finish(self, runner: Runner) -> None:
+        self.finished = True
+        if self.tracer is not None:
+            self.tracer.__exit__()
+            _warn(runner, self.tracer.warnings())
+
+    def _check(self, runner: Runner, split: str, loader: Any, val_loader: Any = None) -> None:
+        datasets = [(f'{split}_dataloader.dataset', loader.dataset)]
+        if val_loader:
+            datasets.append(('val_dataloader.dataset', val_loader.dataset))
+        summaries: dict[str, list[DatasetSummary]] = {}
+        if is_main_process():
+            for key, dataset in datasets:
+                summaries[key] = self._summarize(runner, key, dataset, training=key.startswith('train'))
+            if split == 'train':
+                check_objects(summaries[datasets[0][0]])
+                _warn(runner, _different_classes(*summaries.values()))
+        _check_topk(runner, ('val', 'test') if split == 'train' else ('test',))
+        _warn(runner, _class_counts(_model(runner), loader.dataset, f'{split}_dataloader.dataset'))
+        if split == 'train':
+            _warn(runner, _schedule(runner))
+        if self.check_only:
+            self._try_batch(runner, split, loader)
+            if is_main_process():
+                _print_summary(runner, split, summaries, self.tracer)
+            sys.exit(0)
+
+    def _summarize(self, runner: Runner, key: str, dataset: Any, training: bool) -> list[DatasetSummary]:
+        summaries = []
+        for leaf_key, leaf in leaf_datasets(dataset, key):
+            if len(leaf) > _MAX_IMAGES and not self.check_only:
+                continue
+            try:
+                summary = summarize(leaf_key, leaf, training)
+            except ConfigError:
+                raise
+            except Exception as error:  # a data set of other rules than those that are known here
+                runner.logger.debug(f'{leaf_key} is not checked: {error!r}')
+                continue
+            summaries.append(summary)
+            _warn(runner, summary.warnings)
+            if training and not self.check_only:
+                runner.logger.info(str(summary))
+        return summaries
+
+    def _try_batch(self, runner: Runner, split: str, loader: Any) -> None:
+        """Pass two samples through the model, without a gradient."""
+        samples = [loader.dataset[i] for i in range(min(2, len(loader.dataset)))]
+        batch = loader.collate_fn(samples)
+        model: Any = _model(runner)
+        with torch.no_grad(), FeatureTracer(model, runner.cfg.model) as self.tracer:
+            if split == 'train':
+                model.train()
+                data = model.data_preprocessor(batch, True)
+                model(**data, mode='loss') if isinstance(data, dict) else model(*data, mode='loss')
+            else:
+                model.eval()
+                model.test_step(batch)
+        _warn(runner, self.tracer.warnings())
+
+
+def _model(runner: Runner) -> nn.Module:
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def _warn(runner: Runner, messages: Any) -> None:
+    if is_main_process():
+        for message in dict.fromkeys(messages):
+            runner.logger.warning(message)
+
+
+def _different_classes(train: list[DatasetSummary], val: list[DatasetSummary] | None = None) -> Iterator[str]:
+    for first, second in zip(train[:1], (val or [])[:1], strict=False):
+        if type(first.dataset) is type(second.dataset) and first.classes != second.classes:
+            yield (
+                f'{first.key} and {second.key} have different classes ({", ".join(first.classes[:5])} and '
+                f'{", ".join(second.classes[:5])}), so a label means another class in each. Give both the same '
+                'metainfo.classes (of image folders: the same folders).'
+            )
+
+
+def _heads(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Heads whose ``num_classes`` is the number of classes of the data."""
+    for name, module in model.named_modules():
+        if name.rpartition('.')[2] in ('bbox_head', 'mask_head', 'head') and type(module).__name__.endswith('Head'):
+            yield f'model.{name}', module
+
+
+def _class_counts(model: nn.Module, dataset: Any, key: str) -> Iterator[str]:
+    meta = getattr(dataset, 'metainfo', None) or {}
+    classes = meta.get('thing_classes') or meta.get('classes')
+    if not classes or isinstance(classes, str):
+        return
+    for name, head in _heads(model):
+        number = getattr(head, 'num_classes', None)
+        if not isinstance(number, int) or number == len(classes) or hasattr(model, 'language_model'):
+            continue
+        consequence = (
+            f'{number - len(classes)} outputs will never be trained'
+            if number > len(classes)
+            else f'objects of the last {len(classes) - number} classes are not learned'
+        )
+        yield f'{name}.num_classes={number}, but {key} has {len(classes)} classes; {consequence}.'
+
+
+def _check_topk(runner: Runner, splits: tuple[str, ...]) -> None:
+    numbers = [getattr(head, 'num_classes', None) for _, head in _heads(_model(runner))]
+    classes = [number for number in numbers if isinstance(number, int)]
+    for split in splits:
+        for key, metric in iter_dicts(runner.cfg.get(f'{split}_evaluator'), f'{split}_evaluator'):
+            topk = metric.get('topk')
+            largest = max(topk) if isinstance(topk, (list, tuple)) and topk else topk
+            if type_name(metric) == 'Accuracy' and isinstance(largest, int) and classes and largest > min(classes):
+                raise ConfigError(
+                    f'{key}.topk={topk}, but the head has num_classes={min(classes)}. Set topk=(1,) in val_evaluator '
+                    'and test_evaluator.'
+                )
+
+
+def _schedule(runner: Runner) -> Iterator[str]:
+    schedulers = runner.param_schedulers
+    if not isinstance(schedulers, list):
+        return
+    for i, scheduler in enumerate(schedulers):
+        unit, total = ('epochs', runner.max_epochs) if scheduler.by_epoch else ('iterations', runner.max_iters)
+        key = f'param_scheduler.{i} ({type(scheduler).__name__})'
+        milestones = sorted(getattr(scheduler, 'milestones', ()))
+        if scheduler.begin >= total:
+            yield f'{key} begins at {scheduler.begin} of {total} {unit}: it never starts.'
+        elif type(scheduler).__name__.startswith(('LinearLR', 'ConstantLR')) and total < scheduler.end < 10**9:
+            yield (
+                f'{key} is a warm-up of {scheduler.end} {unit}, but the training ends after {total}: the learning rate '
+                f'is never reached. Set param_scheduler.{i}.end to a tenth of the training or less.'
+            )
+        elif milestones and milestones[0] + scheduler.begin >= total:
+            yield (
+                f'{key} has its first milestone at {milestones[0]} of {total} {unit}: the learning rate is never '
+                'lowered.'
+            )
+
+
+def _weights(cfg: Config) -> Iterator[str]:
+    if cfg.get('load_from'):
+        yield f'{"resumed from" if cfg.get("resume") else "load_from"} {str(cfg.load_from).removeprefix("mmevm://")}'
+    for key, part in iter_dicts(cfg.model, 'model'):
+        if part.get('checkpoint') and type_name(part) == 'Pretrained':
+            yield f'{key.removesuffix(".init_cfg")} from {part["checkpoint"]}'
+
+
+def _print_summary(
+    runner: Runner, split: str, summaries: dict[str, list[DatasetSummary]], tracer: FeatureTracer | None
+) -> None:
+    lines = []
+    for summary in (summary for several in summaries.values() for summary in several):
+        lines.append(str(summary))
+        if summary.objects and summary.classes:
+            lines.append(f'    per class: {summary.per_class()}')
+    if tracer is not None:
+        if tracer.image_size:
+            lines.append('input: {} × {} pixels (height × width) after the pipeline'.format(*tracer.image_size))
+        lines += tracer.table()
+    model = _model(runner)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    lines.append(f'parameters: {total / 1e6:.2f} M, of which {trained / 1e6:.2f} M are trained')
+    lines.append(f'weights: {"; ".join(_weights(runner.cfg)) or "random"}')
+    if split == 'train':
+        loader = runner.train_dataloader
+        batch = getattr(loader.batch_sampler, 'batch_size', loader.batch_size)
+        by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
+        lines.append(
+            f'training: {runner.max_iters} iterations of {batch} images per process'
+            + (f' ({runner.max_epochs} epochs of {len(loader)} iterations)' if by_epoch else '')
+        )
+        for i, scheduler in enumerate(runner.param_schedulers if isinstance(runner.param_schedulers, list) else ()):
+            unit = 'epoch' if scheduler.by_epoch else 'iteration'
+            end = 'the end' if scheduler.end >= 10**9 else scheduler.end
+            milestones = sorted(getattr(scheduler, 'milestones', ()))
+            lines.append(
+                f'    param_scheduler.{i}: {type(scheduler).__name__} from {unit} {scheduler.begin} to {end}'
+                + (f', milestones {milestones}' if milestones else '')
+            )
+    sys.stdout.write('\n'.join(['', 'Check passed. This is what would run:', *(f'  {line}' for line in lines), '']))
