@@ -30,7 +30,8 @@ class DatasetSummary:
         objects: Number of objects (of a classifier, images) of each class.
         ignored: Number of objects that are regions to ignore.
         empty: Number of images without an object.
-        is_detection: Whether images have objects.
+        is_detection: Whether its images are annotated with objects.
+        unlabeled: Whether there are images without labels of a known kind, which may be all that is wanted.
         total_images: Number of images in the annotation file; None if it is not known.
         left_out: Objects of the annotation file that are not used, by the reason.
         warnings: One line each.
@@ -44,6 +45,7 @@ class DatasetSummary:
     ignored: int = 0
     empty: int = 0
     is_detection: bool = False
+    unlabeled: bool = False
     total_images: int | None = None
     left_out: Counter = field(default_factory=Counter)
     warnings: list[str] = field(default_factory=list)
@@ -108,6 +110,7 @@ def summarize(key: str, dataset: BaseDataset, training: bool) -> DatasetSummary:
             summary.objects.update([int(labels)] if not hasattr(labels, '__iter__') else map(int, labels))
             continue
         summary.is_detection |= instances is not None
+        summary.unlabeled |= instances is None
         used = [instance for instance in instances or () if not instance.get('ignore_flag')]
         summary.objects.update(instance['bbox_label'] for instance in used if 'bbox_label' in instance)
         summary.ignored += len(instances or ()) - len(used)
@@ -146,15 +149,49 @@ def describe_empty(key: str, dataset: BaseDataset) -> str:
     )
 
 
-def check_objects(summaries: Iterable[DatasetSummary]) -> None:
-    """Make sure that there is an object to train on.
+def summarize_all(datasets: dict[str, Any], max_images: int | None = None) -> list[DatasetSummary]:
+    """Summarize the data sets of a run, as far as they are understood.
+
+    Args:
+        datasets: Built data sets, wrappers included, by their keys in the config; those to train on begin with 'train'.
+        max_images: Larger data sets are passed over; None for none.
+
+    Returns:
+        A summary of each data set within them.
 
     Raises:
-        ConfigError: If all data sets are known to have none.
+        ConfigError: If there is no object to train on, or as :func:`summarize` says.
     """
-    summaries = list(summaries)
-    if summaries and all(not summary.objects and (summary.empty or not summary.images) for summary in summaries):
-        raise ConfigError(describe_empty(summaries[0].key, summaries[0].dataset).replace('images of', 'objects of', 1))
+    summaries = []
+    for key, dataset in datasets.items():
+        training, of_key, unknown = key.startswith('train'), [], False
+        for leaf_key, leaf in leaf_datasets(dataset, key):
+            if max_images is not None and len(leaf) > max_images:
+                unknown = True
+                continue
+            try:
+                of_key.append(summarize(leaf_key, leaf, training))
+            except ConfigError:
+                raise
+            except Exception:  # a data set of other rules than those that are known here
+                unknown = True
+        summaries += of_key
+        if training and of_key and not unknown and not any(summary.objects or summary.unlabeled for summary in of_key):
+            raise ConfigError(describe_empty(of_key[0].key, of_key[0].dataset))
+    return summaries
+
+
+def different_classes(summaries: list[DatasetSummary]) -> Iterator[str]:
+    """Warn if training and evaluation number their classes differently."""
+    train = [summary for summary in summaries if summary.key.startswith('train')]
+    others = [summary for summary in summaries if not summary.key.startswith('train')]
+    for first, second in zip(train[:1], others[:1], strict=False):
+        if type(first.dataset) is type(second.dataset) and first.classes != second.classes:
+            yield (
+                f'{first.key} and {second.key} have different classes ({_preview(first.classes)} and '
+                f'{_preview(second.classes)}), so a label means another class in each. Give both the same '
+                'metainfo.classes (of image folders: the same folders).'
+            )
 
 
 def _images(info: dict) -> list[dict]:

@@ -79,9 +79,8 @@ def explain(error: Exception, cfg: Config) -> str | None:
                 isinstance(name, str)
                 and key.startswith(('model.', 'optim_wrapper.'))
                 and _find_class(None, part) is None
-            ):
-                if closest(name, names, cutoff=0.75):  # other types are read by their owners
-                    return _unknown_type(cfg, name)
+            ) and closest(name, names, cutoff=0.75):  # other types are read by their owners
+                return _unknown_type(cfg, name)
     return None
 
 

@@ -12,11 +12,9 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import nn
 
-from mmevm.errors import ConfigError
-
 from .config import iter_dicts, type_name
-from .data import DatasetSummary, check_objects, leaf_datasets, summarize
-from .model import FeatureTracer
+from .data import DatasetSummary, different_classes, summarize_all
+from .model import FeatureTracer, check_topk, compare_class_counts
 
 # Larger data sets are read by --check only: their annotations would be read twice.
 _MAX_IMAGES = 20_000
@@ -73,43 +71,26 @@ class CheckHook(Hook):
             _warn(runner, self.tracer.warnings())
 
     def _check(self, runner: Runner, split: str, loader: Any, val_loader: Any = None) -> None:
-        datasets = [(f'{split}_dataloader.dataset', loader.dataset)]
+        datasets = {f'{split}_dataloader.dataset': loader.dataset}
         if val_loader:
-            datasets.append(('val_dataloader.dataset', val_loader.dataset))
-        summaries: dict[str, list[DatasetSummary]] = {}
+            datasets['val_dataloader.dataset'] = val_loader.dataset
+        model, summaries = _model(runner), []
+        check_topk(runner.cfg, model, ['val', 'test'] if split == 'train' else ['test'])
         if is_main_process():
-            for key, dataset in datasets:
-                summaries[key] = self._summarize(runner, key, dataset, training=key.startswith('train'))
+            summaries = summarize_all(datasets, None if self.check_only else _MAX_IMAGES)
+            for summary in summaries:
+                _warn(runner, summary.warnings)
+                if not self.check_only and summary.key.startswith('train'):
+                    runner.logger.info(str(summary))
+            _warn(runner, different_classes(summaries))
+            _warn(runner, compare_class_counts(model, loader.dataset, f'{split}_dataloader.dataset'))
             if split == 'train':
-                check_objects(summaries[datasets[0][0]])
-                _warn(runner, _different_classes(*summaries.values()))
-        _check_topk(runner, ('val', 'test') if split == 'train' else ('test',))
-        _warn(runner, _class_counts(_model(runner), loader.dataset, f'{split}_dataloader.dataset'))
-        if split == 'train':
-            _warn(runner, _schedule(runner))
+                _warn(runner, _schedule(runner))
         if self.check_only:
             self._try_batch(runner, split, loader)
             if is_main_process():
                 _print_summary(runner, split, summaries, self.tracer)
             sys.exit(0)
-
-    def _summarize(self, runner: Runner, key: str, dataset: Any, training: bool) -> list[DatasetSummary]:
-        summaries = []
-        for leaf_key, leaf in leaf_datasets(dataset, key):
-            if len(leaf) > _MAX_IMAGES and not self.check_only:
-                continue
-            try:
-                summary = summarize(leaf_key, leaf, training)
-            except ConfigError:
-                raise
-            except Exception as error:  # a data set of other rules than those that are known here
-                runner.logger.debug(f'{leaf_key} is not checked: {error!r}')
-                continue
-            summaries.append(summary)
-            _warn(runner, summary.warnings)
-            if training and not self.check_only:
-                runner.logger.info(str(summary))
-        return summaries
 
     def _try_batch(self, runner: Runner, split: str, loader: Any) -> None:
         """Pass two samples through the model, without a gradient."""
@@ -135,54 +116,6 @@ def _warn(runner: Runner, messages: Any) -> None:
     if is_main_process():
         for message in dict.fromkeys(messages):
             runner.logger.warning(message)
-
-
-def _different_classes(train: list[DatasetSummary], val: list[DatasetSummary] | None = None) -> Iterator[str]:
-    for first, second in zip(train[:1], (val or [])[:1], strict=False):
-        if type(first.dataset) is type(second.dataset) and first.classes != second.classes:
-            yield (
-                f'{first.key} and {second.key} have different classes ({", ".join(first.classes[:5])} and '
-                f'{", ".join(second.classes[:5])}), so a label means another class in each. Give both the same '
-                'metainfo.classes (of image folders: the same folders).'
-            )
-
-
-def _heads(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Heads whose ``num_classes`` is the number of classes of the data."""
-    for name, module in model.named_modules():
-        if name.rpartition('.')[2] in ('bbox_head', 'mask_head', 'head') and type(module).__name__.endswith('Head'):
-            yield f'model.{name}', module
-
-
-def _class_counts(model: nn.Module, dataset: Any, key: str) -> Iterator[str]:
-    meta = getattr(dataset, 'metainfo', None) or {}
-    classes = meta.get('thing_classes') or meta.get('classes')
-    if not classes or isinstance(classes, str):
-        return
-    for name, head in _heads(model):
-        number = getattr(head, 'num_classes', None)
-        if not isinstance(number, int) or number == len(classes) or hasattr(model, 'language_model'):
-            continue
-        consequence = (
-            f'{number - len(classes)} outputs will never be trained'
-            if number > len(classes)
-            else f'objects of the last {len(classes) - number} classes are not learned'
-        )
-        yield f'{name}.num_classes={number}, but {key} has {len(classes)} classes; {consequence}.'
-
-
-def _check_topk(runner: Runner, splits: tuple[str, ...]) -> None:
-    numbers = [getattr(head, 'num_classes', None) for _, head in _heads(_model(runner))]
-    classes = [number for number in numbers if isinstance(number, int)]
-    for split in splits:
-        for key, metric in iter_dicts(runner.cfg.get(f'{split}_evaluator'), f'{split}_evaluator'):
-            topk = metric.get('topk')
-            largest = max(topk) if isinstance(topk, (list, tuple)) and topk else topk
-            if type_name(metric) == 'Accuracy' and isinstance(largest, int) and classes and largest > min(classes):
-                raise ConfigError(
-                    f'{key}.topk={topk}, but the head has num_classes={min(classes)}. Set topk=(1,) in val_evaluator '
-                    'and test_evaluator.'
-                )
 
 
 def _schedule(runner: Runner) -> Iterator[str]:
@@ -215,11 +148,9 @@ def _weights(cfg: Config) -> Iterator[str]:
             yield f'{key.removesuffix(".init_cfg")} from {part["checkpoint"]}'
 
 
-def _print_summary(
-    runner: Runner, split: str, summaries: dict[str, list[DatasetSummary]], tracer: FeatureTracer | None
-) -> None:
+def _print_summary(runner: Runner, split: str, summaries: list[DatasetSummary], tracer: FeatureTracer | None) -> None:
     lines = []
-    for summary in (summary for several in summaries.values() for summary in several):
+    for summary in summaries:
         lines.append(str(summary))
         if summary.objects and summary.classes:
             lines.append(f'    per class: {summary.per_class()}')

@@ -1,13 +1,66 @@
 """What passes between the parts of a model in one iteration: channels, strides, and where it stopped."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mmengine.config import Config
 from torch import Tensor, nn
 
-from .config import type_name
+from mmevm.errors import ConfigError
+
+from .config import iter_dicts, type_name
+
+
+def heads(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the heads whose ``num_classes`` is, as a rule, the number of classes of the data, with their keys."""
+    for name, module in model.named_modules():
+        if name.rpartition('.')[2] in ('bbox_head', 'mask_head', 'head') and type(module).__name__.endswith('Head'):
+            yield f'model.{name}', module
+
+
+def compare_class_counts(model: nn.Module, dataset: Any, key: str) -> Iterator[str]:
+    """Warn about heads of another number of classes than the data has.
+
+    Args:
+        model: The model.
+        dataset: What it is trained on, or evaluated.
+        key: Key of the data set in the config.
+    """
+    meta = getattr(dataset, 'metainfo', None) or {}
+    classes = meta.get('thing_classes') or meta.get('classes')
+    if not classes or isinstance(classes, str) or hasattr(model, 'language_model'):  # whose classes are a text
+        return
+    for name, head in heads(model):
+        number = getattr(head, 'num_classes', None)
+        if not isinstance(number, int) or number == len(classes):
+            continue
+        consequence = (
+            f'{number - len(classes)} outputs will never be trained'
+            if number > len(classes)
+            else f'objects of the last {len(classes) - number} classes are not learned'
+        )
+        yield f'{name}.num_classes={number}, but {key} has {len(classes)} classes; {consequence}.'
+
+
+def check_topk(cfg: Config, model: nn.Module, splits: Sequence[str]) -> None:
+    """Make sure that MMPretrain's top-k accuracy can be computed: it fails after the first epoch.
+
+    Raises:
+        ConfigError: If k is larger than the number of classes.
+    """
+    numbers = [getattr(head, 'num_classes', None) for _, head in heads(model)]
+    classes = [number for number in numbers if isinstance(number, int)]
+    for split in splits:
+        for key, metric in iter_dicts(cfg.get(f'{split}_evaluator'), f'{split}_evaluator'):
+            topk = metric.get('topk')
+            largest = max(topk) if isinstance(topk, (list, tuple)) and topk else topk
+            if type_name(metric) == 'Accuracy' and isinstance(largest, int) and classes and largest > min(classes):
+                raise ConfigError(
+                    f'{key}.topk={topk}, but the head has num_classes={min(classes)}. Set topk=(1,) in val_evaluator '
+                    'and test_evaluator.'
+                )
 
 
 @dataclass
