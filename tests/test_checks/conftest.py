@@ -43,7 +43,7 @@ def classifier(tmp_path):
     cfg = replace_data_root(Config.fromfile(ROOT / 'configs/demo/evm_m1_digits.py'), str(tmp_path))
     for split in ('train', 'val', 'test'):
         cfg[f'{split}_dataloader'].update(num_workers=0, persistent_workers=False, batch_size=4)
-        cfg[f'{split}_evaluator'].topk = (1,)
+    cfg.val_evaluator.topk = cfg.test_evaluator.topk = (1,)
     cfg.model.head.num_classes = cfg.data_preprocessor.num_classes = 2
     return cfg
 
