@@ -24,6 +24,7 @@ import mmdet
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import Config
 from mmengine.fileio import LocalBackend, register_backend
@@ -143,7 +144,9 @@ def authors_detector(kind: str, num_classes: int = 7) -> dict:
             tensor = tensor.reshape(1, -1, 1, 1)
         name = name.replace('neck.pre_norms.', 'neck.batch_norm.')
         name = name.replace('neck.upsample_convs.', 'neck.extra_trans_convs.')
-        name = name.replace('neck.upsample_fpn_convs.', 'neck.extra_fpn_convs.')
+        if match := re.fullmatch(r'neck\.upsample_fpn_convs\.(\d)(.*)', name):  # theirs count from the finest level
+            upsamples = 1 if kind == 'retinanet' else 2
+            name = f'neck.extra_fpn_convs.{upsamples - 1 - int(match[1])}{match[2]}'
         state[name] = tensor
     meta = {'mmdet_version': '2.25.0', 'CLASSES': ('cat', 'dog'), 'PALETTE': [HistoryBuffer()]}
     return {'meta': meta, 'state_dict': state, 'optimizer': {'state': {}}}
@@ -418,6 +421,78 @@ def test_authors_detectors(tmp_path, kind):
     assert_same(again['state_dict'], converted['state_dict'])
     assert not report.renamed
     assert not report.reshaped
+
+
+def authors_neck(state: dict[str, torch.Tensor], maps: list[torch.Tensor], upsamples: int) -> list[torch.Tensor]:
+    """The authors' neck in plain operators (FACTS.md, section 3). Return its levels, finest first."""
+
+    def conv(name: str, x: torch.Tensor, **kwargs) -> torch.Tensor:
+        return F.conv2d(x, state[f'neck.{name}.conv.weight'], state[f'neck.{name}.conv.bias'], **kwargs)
+
+    normed = []
+    for i, x in enumerate(maps):
+        variance, mean = torch.var_mean(x, dim=1, keepdim=True, unbiased=False)
+        x = (x - mean) / (variance + 1e-5).sqrt()
+        normed.append(x * state[f'neck.batch_norm.{i}.weight'] + state[f'neck.batch_norm.{i}.bias'])
+    laterals = [conv(f'lateral_convs.{i}', x) for i, x in enumerate(normed)]
+    for i in (1, 0):
+        laterals[i] = laterals[i] + F.interpolate(laterals[i + 1], size=laterals[i].shape[2:], mode='nearest')
+    finer = [laterals[0]]  # finest first
+    for i in range(upsamples):
+        weight, bias = (state[f'neck.extra_trans_convs.{i}.conv.{leaf}'] for leaf in ('weight', 'bias'))
+        finer.insert(0, F.conv_transpose2d(finer[0], weight, bias, stride=2))
+    levels = [conv(f'extra_fpn_convs.{i}', finer[i], padding=1) for i in range(upsamples)]
+    levels += [conv(f'fpn_convs.{i}', x, padding=1) for i, x in enumerate(laterals)]
+    if 'neck.fpn_convs.3.conv.weight' in state:
+        return [*levels, conv('fpn_convs.3', normed[-1], stride=2, padding=1)]
+    return levels
+
+
+@pytest.mark.parametrize('coarser', [False, True])
+@pytest.mark.parametrize('upsamples', [1, 2, 3])
+def test_converted_neck_gives_the_levels_of_the_authors_neck(upsamples, coarser):
+    channels, width = [128, 192, 320], 16
+    shapes = {}
+    for i, c in enumerate(channels):
+        shapes[f'batch_norm.{i}.weight'] = shapes[f'batch_norm.{i}.bias'] = (1, c, 1, 1)
+        shapes[f'lateral_convs.{i}.conv.weight'] = (width, c, 1, 1)
+        shapes[f'fpn_convs.{i}.conv.weight'] = (width, width, 3, 3)
+    if coarser:
+        shapes['fpn_convs.3.conv.weight'] = (width, channels[-1], 3, 3)
+    for i in range(upsamples):
+        shapes[f'extra_trans_convs.{i}.conv.weight'] = (width, width, 2, 2)
+        shapes[f'extra_fpn_convs.{i}.conv.weight'] = (width, width, 3, 3)
+    shapes |= {name.replace('weight', 'bias'): (width,) for name in shapes if '.conv.' in name}
+    generator = torch.Generator().manual_seed(0)
+    neck_state = {f'neck.{name}': torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    backbone = authors_layout(detector_state('mask-rcnn', 7))
+    backbone = {name: tensor for name, tensor in backbone.items() if name.startswith('backbone.')}
+    converted, report = convert_checkpoint({'state_dict': {**backbone, **neck_state}})
+
+    assert sum(name.startswith('neck.extra_') for name in report.renamed) == 4 * upsamples
+    for i in range(upsamples):
+        new = f'neck.upsample_fpn_convs.{upsamples - 1 - i}.conv.weight'
+        assert report.renamed[f'neck.extra_fpn_convs.{i}.conv.weight'] == new
+        assert f'\n  neck.extra_fpn_convs.{i}.* -> neck.upsample_fpn_convs.{upsamples - 1 - i}.* (2)\n' in str(report)
+
+    neck = UpsampleFPN(channels, width, upsamples + 3 + coarser, upsamples, 'on_input' if coarser else False)
+    state = converted['state_dict']
+    neck.load_state_dict({name[5:]: tensor for name, tensor in state.items() if name.startswith('neck.')})
+    maps = [torch.randn(2, c, *size) for c, size in zip(channels, [(9, 13), (5, 7), (3, 4)], strict=True)]
+    with torch.no_grad():
+        levels = neck(maps)
+    expected = authors_neck(neck_state, maps, upsamples)
+    assert len(levels) == len(expected) == 3 + upsamples + coarser
+    for ours, theirs in zip(levels, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
+def test_a_missing_output_convolution_of_the_authors_is_named_by_its_new_index():
+    state = dict(authors_detector('mask-rcnn')['state_dict'])
+    del state['neck.extra_fpn_convs.1.conv.bias']
+    del state['neck.extra_fpn_convs.1.conv.weight']
+    with pytest.raises(CheckpointError, match=r'2 missing \(neck\.upsample_fpn_convs\.0\.conv'):
+        convert_checkpoint({'state_dict': state})
 
 
 def test_faster_rcnn_needs_no_masks():

@@ -178,20 +178,23 @@ _OUR_PREFIXES = {
     'heads_dist.': 'head.heads_dist.',
     'neck.batch_norm.': 'neck.pre_norms.',  # the authors' name for LayerNorms
     'neck.extra_trans_convs.': 'neck.upsample_convs.',
-    'neck.extra_fpn_convs.': 'neck.upsample_fpn_convs.',
 }
 
 
 def our_names(state: StateDict) -> dict[str, str]:
     """Our name of each of their names."""
-    names = {name: _our_name(name) for name in state}
+    indices = [int(match[1]) for name in state if (match := re.match(r'neck\.extra_(?:trans|fpn)_convs\.(\d)\.', name))]
+    names = {name: _our_name(name, upsamples=max(indices, default=-1) + 1) for name in state}
     twice = [name for name, count in Counter(names.values()).items() if count > 1]
     if twice:
         raise CheckpointError(f'{len(twice)} tensors are in the file under two names, theirs and ours: {some(twice)}.')
     return names
 
 
-def _our_name(name: str) -> str:
+def _our_name(name: str, upsamples: int) -> str:
+    # The authors count these from the finest level, but extra_trans_convs and both of ours from the coarsest.
+    if match := re.match(r'neck\.extra_fpn_convs\.(\d)\.', name):
+        return f'neck.upsample_fpn_convs.{upsamples - 1 - int(match[1])}.{name[match.end() :]}'
     for theirs, ours in _OUR_PREFIXES.items():
         if name == theirs or (theirs.endswith('.') and name.startswith(theirs)):
             return ours + name[len(theirs) :]
@@ -236,9 +239,12 @@ def some(names: Iterable[str]) -> str:
 
 
 def _group(name: str) -> str:
-    """A name's place: 'stages.0.blocks.1.alpha' is in 'stages.*', 'neck.batch_norm.0.bias' in 'neck.batch_norm.*'."""
+    """Shorten a name for the report: 'stages.0.blocks.1.alpha' to 'stages.*', but keep an index that changes."""
     parts = name.split('.')
-    depth = 2 if parts[0] in ('backbone', 'neck', 'head') else 1
+    if name.startswith(('neck.extra_fpn_convs.', 'neck.upsample_fpn_convs.')):
+        depth = 3
+    else:
+        depth = 2 if parts[0] in ('backbone', 'neck', 'head') else 1
     return '.'.join([*parts[:depth], '*']) if len(parts) > depth else name
 
 
