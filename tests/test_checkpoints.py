@@ -12,10 +12,12 @@ import pickle
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import types
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -317,6 +319,77 @@ def test_a_truncated_file_is_refused(tmp_path, layout):
         path.write_bytes(content[:size])
         with pytest.raises(CheckpointError, match='cut off or damaged'):
             read_checkpoint(path)
+
+
+HUGE = 10**13
+LIES = {
+    # A number of elements in the pickle: 256 (BININT2) becomes 10^13 (LONG1).
+    'storage': (b'M\x00\x01', b'\x8a\x06' + HUGE.to_bytes(6, 'little')),
+    'header': (b'[256],"data_offsets":[0,1024]', b'[%d],"data_offsets":[0,%d]' % (HUGE, 4 * HUGE)),
+    'shape': (b'[256]', b'[%d]' % HUGE),
+}
+
+
+def save_lie(path: Path, layout: str) -> None:
+    """Save a kilobyte that claims to hold a tensor of 10^13 elements."""
+    kind, _, lie = layout.partition(', ')
+    if lie in ('expanded', 'strided'):
+        stored = torch.ones(256)
+        huge = stored[:1].expand(HUGE) if lie == 'expanded' else stored.as_strided((1, 10**7, 10**6), (256, 0, 0))
+        torch.save({'w': huge}, path, _use_new_zipfile_serialization=kind == 'zip')
+    elif kind == 'safetensors':
+        save_file({'w': torch.ones(256)}, path)
+        data = path.read_bytes()
+        (size,) = struct.unpack('<Q', data[:8])
+        header = data[8 : 8 + size].replace(*LIES[lie])
+        path.write_bytes(struct.pack('<Q', len(header)) + header + data[8 + size :])
+    elif kind == 'legacy':
+        torch.save({'w': torch.ones(256)}, path, _use_new_zipfile_serialization=False)
+        path.write_bytes(path.read_bytes().replace(*LIES[lie]))
+    else:
+        torch.save({'w': torch.ones(256)}, path)
+        with zipfile.ZipFile(path) as archive:
+            records = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, 'w') as archive:
+            for name, data in records.items():
+                archive.writestr(name, data.replace(*LIES[lie]) if name.endswith('data.pkl') else data)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='limits the address space')
+@pytest.mark.parametrize(
+    'layout',
+    [
+        *('zip, storage', 'zip, expanded', 'zip, strided'),
+        *('legacy, storage', 'legacy, expanded', 'legacy, strided'),
+        *('safetensors, header', 'safetensors, shape'),
+    ],
+)
+def test_small_file_that_describes_a_huge_tensor_is_refused_without_allocating(tmp_path, layout):
+    import resource
+
+    path = tmp_path / 'x.pth'
+    save_lie(path, layout)
+    assert path.stat().st_size < 4096
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path('/proc/self/statm').read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**26, limits[1]))
+    try:
+        for read in (read_checkpoint, functools.partial(read_checkpoint, map_location='meta')):
+            with pytest.raises(CheckpointError, match='cut off or damaged') as error:
+                read(path)
+            assert str(path) in str(error.value)
+            assert 'allocate' not in str(error.value)
+            assert layout.startswith('safetensors') or re.search('needs 40000000000000 bytes', str(error.value))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_reads_expanded_tensors(tmp_path, zipped):
+    path = tmp_path / 'x.pth'
+    expected = {'row': torch.arange(5.0).expand(1000, 5), 'one': torch.ones(1, dtype=torch.bool).expand(3, 4)}
+    torch.save(expected, path, _use_new_zipfile_serialization=zipped)
+    assert_same(read_checkpoint(path), expected)
 
 
 # Converting

@@ -204,6 +204,12 @@ def lying_safetensors(content, path):
     path.write_bytes(struct.pack('<Q', 2**40) + header + data[8 + size :])
 
 
+def huge(content, path):
+    """A tensor of 10^13 elements, of which four bytes are stored."""
+    name = 'backbone.patch_embed.conv.0.conv.weight'
+    saved({**content, 'state_dict': {**content['state_dict'], name: torch.ones(1).expand(10**13)}}, path)
+
+
 def npz(content, path):
     with path.open('wb') as file:
         np.savez(file, **{name: tensor.numpy() for name, tensor in content['state_dict'].items()})
@@ -227,6 +233,7 @@ BYTES = {
     'plain pickle': (as_bytes(pickle.dumps({'w': 1})), 'a pickle that torch.save has not written'),
     'npz': (npz, 'a zip archive that torch.save has not written'),
     'TorchScript': (program, 'a TorchScript program'),
+    'huge tensor': (huge, 'cut off or damaged .* needs 40000000000000 bytes, but the file stores 4'),
     'safetensors, cut': (short_safetensors, 'cut off or damaged|holds weights only'),
     'safetensors, header lies': (lying_safetensors, 'cut off or damaged|holds weights only'),
 }
