@@ -1419,6 +1419,8 @@ def server(tmp_path):
         def end_headers(self):
             self.send_header('X-Repo-Commit', '0123456789012345678901234567890123456789')
             self.send_header('ETag', '"0123456789"')
+            if not Path(self.translate_path(self.path)).exists():
+                self.send_header('X-Error-Code', 'EntryNotFound')
             super().end_headers()
 
         def do_GET(self):
@@ -1567,14 +1569,14 @@ def test_one_process_of_a_node_downloads_and_none_waits_for_ever(server, tmp_pat
 NAME = 'efficientvim_m1.e450_in1k'
 
 
-def fill_hub_cache(hub: Path) -> None:
+def fill_hub_cache(hub: Path, repository: str = f'timm/{NAME}', seed: int = 0, revision: str = 'main') -> None:
     """As the hub lays it out: a reference from a branch to a commit, and the files of this commit."""
-    commit = 'a' * 40
-    repo = hub / f'models--timm--{NAME}'
-    (repo / 'refs').mkdir(parents=True)
-    (repo / 'refs' / 'main').write_text(commit)
+    commit = f'{seed:040}'
+    repo = hub / f'models--{repository.replace("/", "--")}'
+    (repo / 'refs').mkdir(parents=True, exist_ok=True)
+    (repo / 'refs' / revision).write_text(commit)
     (repo / 'snapshots' / commit).mkdir(parents=True)
-    save_file(timm_state('efficientvim_m1'), repo / 'snapshots' / commit / 'model.safetensors')
+    save_file(timm_state('efficientvim_m1', seed), repo / 'snapshots' / commit / 'model.safetensors')
 
 
 def test_timm_scheme_from_the_cache(tmp_path, monkeypatch):
@@ -1593,6 +1595,40 @@ def test_timm_scheme_from_the_cache(tmp_path, monkeypatch):
     assert_same(loaded['state_dict'], convert_checkpoint(expected)[0]['state_dict'])
 
 
+@pytest.mark.parametrize(
+    ('name', 'seed'),
+    [
+        ('efficientvim_m1', 1),  # timm's default tag, e300_in1k
+        ('efficientvim_m1.e300_in1k', 1),
+        ('efficientvim_m1.e450_in1k', 2),
+        ('hf-hub:timm/efficientvim_m1.e450_in1k', 2),
+        ('hf_hub:me/private', 3),
+        ('hf-hub:me/private@main', 3),
+        ('hf-hub:me/private@v2', 4),
+    ],
+)
+def test_timm_scheme_takes_the_names_that_timm_takes(tmp_path, monkeypatch, name, seed):
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    fill_hub_cache(tmp_path, 'timm/efficientvim_m1.e300_in1k', 1)
+    fill_hub_cache(tmp_path, 'timm/efficientvim_m1.e450_in1k', 2)
+    fill_hub_cache(tmp_path, 'me/private', 3)
+    fill_hub_cache(tmp_path, 'me/private', 4, 'v2')
+    state = fetch_checkpoint(f'timm://{name}')['state_dict']
+    assert_same(state, convert_checkpoint(timm_state('efficientvim_m1', seed))[0]['state_dict'])
+    if not name.startswith('hf'):
+        assert torch.equal(timm.create_model(name, pretrained=True).weights, state['head.weights'])
+
+
+def test_timm_scheme_names_the_repository_whose_weights_are_of_another_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
+    fill_hub_cache(tmp_path, 'me/other')
+    (path,) = tmp_path.rglob('model.safetensors')
+    save_file({'w': torch.ones(1)}, path)
+    with pytest.raises(CheckpointError, match=r'^timm://hf-hub:me/other: These are no weights of EfficientViM'):
+        fetch_checkpoint('timm://hf-hub:me/other')
+
+
 def test_timm_scheme_offline_says_the_two_ways_out(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
@@ -1600,12 +1636,48 @@ def test_timm_scheme_offline_says_the_two_ways_out(tmp_path, monkeypatch):
         load_pretrained(EfficientViM('m1'), f'timm://{NAME}')
     assert f'timm/{NAME}' in str(error.value)
     assert error.value.__cause__ is not None
+    with pytest.raises(CheckpointError, match=r'^timm://hf-hub:a/b/c is not in the cache .* \(HFValidationError\)'):
+        fetch_checkpoint('timm://hf-hub:a/b/c')
 
 
 def test_timm_scheme_lists_the_names_there_are():
     for name in ('efficientvim_m5.e450_in1k', 'resnet50.a1_in1k', 'efficientvim_m1.e1_in1k'):
         with pytest.raises(CheckpointError, match=f'{name}.*efficientvim_m4.e450_in1k'):
             load_pretrained(EfficientViM('m1'), f'timm://{name}')
+
+
+HUB = """
+import sys
+from mmevm.checkpoints import fetch_checkpoint
+for name in sys.argv[1:]:
+    try:
+        print(name, fetch_checkpoint(f'timm://{name}')['state_dict']['head.weights'].sum().item())
+    except RuntimeError as error:
+        print(name, error)
+"""
+
+
+def test_timm_scheme_downloads_from_the_hub(server, tmp_path):
+    names = ['efficientvim_m1', 'hf-hub:me/both', 'hf-hub:me/bin', 'hf-hub:me/none']
+    for seed, (repository, filename) in enumerate(
+        [
+            ('timm/efficientvim_m1.e300_in1k', 'model.safetensors'),
+            ('me/both', 'model.safetensors'),
+            ('me/both', 'pytorch_model.bin'),
+            ('me/bin', 'pytorch_model.bin'),
+        ]
+    ):
+        path = server.folder / repository / 'resolve' / 'main' / filename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save = save_file if filename.endswith('safetensors') else torch.save
+        save(timm_state('efficientvim_m1', seed), path)
+    environment = dict(HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / 'hf'), HF_HUB_OFFLINE='0', PYTHONPATH=str(ROOT))
+    command = [sys.executable, '-c', HUB, *names]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=100)
+    said = dict(line.split(' ', 1) for line in done.stdout.splitlines() if line.startswith(tuple(names)))
+    for name, seed in zip(names, [0, 1, 3], strict=False):
+        assert float(said[name]) == pytest.approx(timm_state('efficientvim_m1', seed)['weights'].sum().item())
+    assert re.match(r'timm://hf-hub:me/none is not in the cache .* its download failed \(\w+Error\)\.', said[names[-1]])
 
 
 # The tool
