@@ -321,6 +321,27 @@ def test_a_truncated_file_is_refused(tmp_path, layout):
             read_checkpoint(path)
 
 
+@pytest.mark.skipif(not hasattr(torch.serialization, 'set_crc32_options'), reason='of torch 2.6')
+def test_reads_files_without_checksums(tmp_path):
+    path = tmp_path / 'x.pth'
+    state = {'w': torch.arange(5.0), 'v': torch.ones(2, 3)}
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert_same(read_checkpoint(path), state)
+    content = path.read_bytes()
+    path.write_bytes(content[:-5])
+    with pytest.raises(CheckpointError, match='cut off or damaged'):
+        read_checkpoint(path)
+    sizes = struct.pack('<II', 20, 20)  # of data/0, in the central directory
+    assert content.count(sizes) >= 1
+    path.write_bytes(content.replace(sizes, struct.pack('<II', 2**31, 2**31)))
+    with pytest.raises(CheckpointError, match='records are larger than the file'):
+        read_checkpoint(path)
+
+
 HUGE = 10**13
 LIES = {
     # A number of elements in the pickle: 256 (BININT2) becomes 10^13 (LONG1).
