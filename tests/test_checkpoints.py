@@ -1173,6 +1173,22 @@ def test_a_constant_buffer_more_or_less_is_a_warning(tmp_path, log):
     assert [record.levelname for record in log.records] == ['INFO']
 
 
+def test_a_model_whose_names_differ_in_its_state_dict(tmp_path, log):
+    """mmpretrain's TimmClassifier adds a prefix while loading, and removes it from its state dict."""
+    cfg = dict(type='TimmClassifier', model_name='efficientvim_m1', pretrained=False, _scope_='mmpretrain')
+    state = timm_state('efficientvim_m1')
+    torch.save(state, tmp_path / 'x.pth')
+    model = MODELS.build(cfg)
+    log.clear()
+    load_whole_model(model, str(tmp_path / 'x.pth'))
+    assert_same(model.model.state_dict(), state)
+    check_start(model, state, 'x.pth')
+    assert [record.levelname for record in log.records] == ['INFO', 'INFO']
+    torch.save({name: tensor for name, tensor in state.items() if name != 'norm.0.bias'}, tmp_path / 'x.pth')
+    with pytest.raises(CheckpointError, match=r'1 missing \(model\.norm\.0\.bias\)'):
+        load_whole_model(model, str(tmp_path / 'x.pth'))
+
+
 def test_versions_of_layers_are_kept_for_loading(tmp_path):
     """Layers of mmdet and torch rename or add what files of their earlier versions call otherwise or lack."""
 
@@ -1197,10 +1213,12 @@ def test_versions_of_layers_are_kept_for_loading(tmp_path):
 def test_a_model_whose_own_loading_fails_says_so():
     class Failing(nn.Linear):
         def _load_from_state_dict(self, *args):
-            raise KeyError('pos_embed')
+            raise ValueError('no pos_embed\nin this file')
 
     model = Failing(1, 1)
-    with pytest.raises(CheckpointError, match=r"x\.pth cannot be loaded into Failing \(KeyError: 'pos_embed'\)\."):
+    with pytest.raises(
+        CheckpointError, match=r'x\.pth cannot be loaded into Failing \(ValueError: no pos_embed in this file\)\.'
+    ):
         check_start(model, model.state_dict(), 'x.pth')
 
 

@@ -98,10 +98,13 @@ def load_pretrained(
         )
 
 
+_STATISTICS = ('running_mean', 'running_var')
+
+
 def _constants(module: nn.Module) -> set[str]:
     """Return the names of buffers that training does not learn: counters, masks, indices."""
     names = (name for name, _ in module.named_buffers(remove_duplicate=False))
-    return {name for name in names if not name.endswith(('running_mean', 'running_var'))}
+    return {name for name in names if not name.endswith(_STATISTICS)}
 
 
 def _advice(expected: Shapes, received: StateDict, raw: StateDict) -> str:
@@ -150,6 +153,7 @@ class _Trial:
     Attributes:
         total: Number of tensors of the model.
         received: Names of the model's tensors that were written.
+        learned: Those of them that are parameters or normalization statistics.
         missing: Names that torch reports as missing.
         unexpected: Names that torch reports as unexpected, after the model has renamed what it renames.
         errors: Tensors that cannot be copied, with the reason.
@@ -157,6 +161,7 @@ class _Trial:
 
     total: int
     received: list[str]
+    learned: list[str]
     missing: list[str]
     unexpected: list[str]
     errors: list[str]
@@ -178,8 +183,8 @@ def _try_loading(model: nn.Module, state: StateDict, checkpoint: str) -> _Trial:
         CheckpointError: If loading fails otherwise than by missing, unexpected or mismatched tensors, or if a learned
             tensor would receive integers, NaN or infinite numbers.
     """
-    own = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
-    before = {name: (tensor.clone(), tensor._version) for name, tensor in own.items()}
+    own = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    before = {name: (tensor.detach().clone(), tensor._version) for name, tensor in own.items()}
     reported: list[tuple[list[str], list[str]]] = []
     hook = model.register_load_state_dict_post_hook(
         lambda _, keys: reported.append((list(keys.missing_keys), list(keys.unexpected_keys)))
@@ -190,8 +195,9 @@ def _try_loading(model: nn.Module, state: StateDict, checkpoint: str) -> _Trial:
             model.load_state_dict(state, strict=False)
         except Exception as error:
             if not reported:  # a hook of the model has failed
+                reason = ' '.join(str(error).split())
                 raise CheckpointError(
-                    f'{checkpoint} cannot be loaded into {type(model).__name__} ({type(error).__name__}: {error}).'
+                    f'{checkpoint} cannot be loaded into {type(model).__name__} ({type(error).__name__}: {reason}).'
                 ) from error
             errors = [
                 f'{match[1]}: {_shape(match[3])} expected, {_shape(match[2])} in the file'
@@ -200,14 +206,15 @@ def _try_loading(model: nn.Module, state: StateDict, checkpoint: str) -> _Trial:
                 for line in map(str.strip, str(error).splitlines()[1:])
             ]
         received = [name for name, tensor in own.items() if tensor._version != before[name][1]]
+        learned = [name for name in received if isinstance(own[name], nn.Parameter) or name.endswith(_STATISTICS)]
         with file_named(checkpoint):
-            check_values({name: state.get(name, own[name]) for name in received}, _constants(model))
+            check_values({name: state.get(name, own[name]) for name in learned}, ())
     finally:
         hook.remove()
         with torch.no_grad():
             for name, (tensor, _) in before.items():
                 own[name].copy_(tensor)
-    return _Trial(len(own), received, *reported[-1], errors)
+    return _Trial(len(own), received, learned, *reported[-1], errors)
 
 
 def _shape(numbers: str) -> tuple[int, ...]:
@@ -269,7 +276,7 @@ def check_start(model: nn.Module, content: Any, checkpoint: str) -> None:
         state, _, _ = unwrap(content)
     trial = _try_loading(model, state, checkpoint)
     problems = '; '.join(trial.problems(set()))
-    if not set(trial.received) - _constants(model):
+    if not trial.learned:
         raise CheckpointError(
             f'{checkpoint} has nothing of {type(model).__name__}, which has {trial.total} tensors: {problems}. '
             f"In the file they are called {some(state)}. A file of the authors' or of timm's goes through "
