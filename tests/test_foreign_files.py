@@ -91,6 +91,18 @@ def trained(config, tmp_path_factory):
     return torch.load(work_dir / 'epoch_1.pth', weights_only=False)
 
 
+@pytest.fixture(autouse=True)
+def unchanged_safe_globals():
+    """Forget the classes that resuming a training admits for the whole process."""
+    if not hasattr(torch.serialization, 'get_safe_globals'):  # torch 2.3
+        yield
+        return
+    before = torch.serialization.get_safe_globals()
+    yield
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(before)
+
+
 # A runner asks compilers for their versions, each time anew.
 ENVIRONMENT = functools.cache(runner.collect_env)
 
