@@ -12,10 +12,12 @@ import pickle
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import types
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -24,6 +26,7 @@ import mmdet
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import Config
 from mmengine.fileio import LocalBackend, register_backend
@@ -143,7 +146,9 @@ def authors_detector(kind: str, num_classes: int = 7) -> dict:
             tensor = tensor.reshape(1, -1, 1, 1)
         name = name.replace('neck.pre_norms.', 'neck.batch_norm.')
         name = name.replace('neck.upsample_convs.', 'neck.extra_trans_convs.')
-        name = name.replace('neck.upsample_fpn_convs.', 'neck.extra_fpn_convs.')
+        if match := re.fullmatch(r'neck\.upsample_fpn_convs\.(\d)(.*)', name):  # theirs count from the finest level
+            upsamples = 1 if kind == 'retinanet' else 2
+            name = f'neck.extra_fpn_convs.{upsamples - 1 - int(match[1])}{match[2]}'
         state[name] = tensor
     meta = {'mmdet_version': '2.25.0', 'CLASSES': ('cat', 'dog'), 'PALETTE': [HistoryBuffer()]}
     return {'meta': meta, 'state_dict': state, 'optimizer': {'state': {}}}
@@ -316,6 +321,98 @@ def test_a_truncated_file_is_refused(tmp_path, layout):
             read_checkpoint(path)
 
 
+@pytest.mark.skipif(not hasattr(torch.serialization, 'set_crc32_options'), reason='of torch 2.6')
+def test_reads_files_without_checksums(tmp_path):
+    path = tmp_path / 'x.pth'
+    state = {'w': torch.arange(5.0), 'v': torch.ones(2, 3)}
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert_same(read_checkpoint(path), state)
+    content = path.read_bytes()
+    path.write_bytes(content[:-5])
+    with pytest.raises(CheckpointError, match='cut off or damaged'):
+        read_checkpoint(path)
+    sizes = struct.pack('<II', 20, 20)  # of data/0, in the central directory
+    assert content.count(sizes) >= 1
+    path.write_bytes(content.replace(sizes, struct.pack('<II', 2**31, 2**31)))
+    with pytest.raises(CheckpointError, match='records are larger than the file'):
+        read_checkpoint(path)
+
+
+HUGE = 10**13
+LIES = {
+    # A number of elements in the pickle: 256 (BININT2) becomes 10^13 (LONG1).
+    'storage': (b'M\x00\x01', b'\x8a\x06' + HUGE.to_bytes(6, 'little')),
+    'header': (b'[256],"data_offsets":[0,1024]', b'[%d],"data_offsets":[0,%d]' % (HUGE, 4 * HUGE)),
+    'shape': (b'[256]', b'[%d]' % HUGE),
+}
+
+
+def save_lie(path: Path, layout: str) -> None:
+    """Save a kilobyte that claims to hold a tensor of 10^13 elements."""
+    kind, _, lie = layout.partition(', ')
+    if lie in ('expanded', 'strided'):
+        stored = torch.ones(256)
+        huge = stored[:1].expand(HUGE) if lie == 'expanded' else stored.as_strided((1, 10**7, 10**6), (256, 0, 0))
+        torch.save({'w': huge}, path, _use_new_zipfile_serialization=kind == 'zip')
+    elif kind == 'safetensors':
+        save_file({'w': torch.ones(256)}, path)
+        data = path.read_bytes()
+        (size,) = struct.unpack('<Q', data[:8])
+        header = data[8 : 8 + size].replace(*LIES[lie])
+        path.write_bytes(struct.pack('<Q', len(header)) + header + data[8 + size :])
+    elif kind == 'legacy':
+        torch.save({'w': torch.ones(256)}, path, _use_new_zipfile_serialization=False)
+        path.write_bytes(path.read_bytes().replace(*LIES[lie]))
+    else:
+        torch.save({'w': torch.ones(256)}, path)
+        with zipfile.ZipFile(path) as archive:
+            records = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, 'w') as archive:
+            for name, data in records.items():
+                archive.writestr(name, data.replace(*LIES[lie]) if name.endswith('data.pkl') else data)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='limits the address space')
+@pytest.mark.parametrize(
+    'layout',
+    [
+        *('zip, storage', 'zip, expanded', 'zip, strided'),
+        *('legacy, storage', 'legacy, expanded', 'legacy, strided'),
+        *('safetensors, header', 'safetensors, shape'),
+    ],
+)
+def test_small_file_that_describes_a_huge_tensor_is_refused_without_allocating(tmp_path, layout):
+    import resource
+
+    path = tmp_path / 'x.pth'
+    save_lie(path, layout)
+    assert path.stat().st_size < 4096
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path('/proc/self/statm').read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**26, limits[1]))
+    try:
+        for read in (read_checkpoint, functools.partial(read_checkpoint, map_location='meta')):
+            with pytest.raises(CheckpointError, match='cut off or damaged') as error:
+                read(path)
+            assert str(path) in str(error.value)
+            assert 'allocate' not in str(error.value)
+            assert layout.startswith('safetensors') or re.search('needs 40000000000000 bytes', str(error.value))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_reads_expanded_tensors(tmp_path, zipped):
+    path = tmp_path / 'x.pth'
+    expected = {'row': torch.arange(5.0).expand(1000, 5), 'one': torch.ones(1, dtype=torch.bool).expand(3, 4)}
+    torch.save(expected, path, _use_new_zipfile_serialization=zipped)
+    assert_same(read_checkpoint(path), expected)
+
+
 # Converting
 
 
@@ -418,6 +515,78 @@ def test_authors_detectors(tmp_path, kind):
     assert_same(again['state_dict'], converted['state_dict'])
     assert not report.renamed
     assert not report.reshaped
+
+
+def authors_neck(state: dict[str, torch.Tensor], maps: list[torch.Tensor], upsamples: int) -> list[torch.Tensor]:
+    """The authors' neck in plain operators (FACTS.md, section 3). Return its levels, finest first."""
+
+    def conv(name: str, x: torch.Tensor, **kwargs) -> torch.Tensor:
+        return F.conv2d(x, state[f'neck.{name}.conv.weight'], state[f'neck.{name}.conv.bias'], **kwargs)
+
+    normed = []
+    for i, x in enumerate(maps):
+        variance, mean = torch.var_mean(x, dim=1, keepdim=True, unbiased=False)
+        x = (x - mean) / (variance + 1e-5).sqrt()
+        normed.append(x * state[f'neck.batch_norm.{i}.weight'] + state[f'neck.batch_norm.{i}.bias'])
+    laterals = [conv(f'lateral_convs.{i}', x) for i, x in enumerate(normed)]
+    for i in (1, 0):
+        laterals[i] = laterals[i] + F.interpolate(laterals[i + 1], size=laterals[i].shape[2:], mode='nearest')
+    finer = [laterals[0]]  # finest first
+    for i in range(upsamples):
+        weight, bias = (state[f'neck.extra_trans_convs.{i}.conv.{leaf}'] for leaf in ('weight', 'bias'))
+        finer.insert(0, F.conv_transpose2d(finer[0], weight, bias, stride=2))
+    levels = [conv(f'extra_fpn_convs.{i}', finer[i], padding=1) for i in range(upsamples)]
+    levels += [conv(f'fpn_convs.{i}', x, padding=1) for i, x in enumerate(laterals)]
+    if 'neck.fpn_convs.3.conv.weight' in state:
+        return [*levels, conv('fpn_convs.3', normed[-1], stride=2, padding=1)]
+    return levels
+
+
+@pytest.mark.parametrize('coarser', [False, True])
+@pytest.mark.parametrize('upsamples', [1, 2, 3])
+def test_converted_neck_gives_the_levels_of_the_authors_neck(upsamples, coarser):
+    channels, width = [128, 192, 320], 16
+    shapes = {}
+    for i, c in enumerate(channels):
+        shapes[f'batch_norm.{i}.weight'] = shapes[f'batch_norm.{i}.bias'] = (1, c, 1, 1)
+        shapes[f'lateral_convs.{i}.conv.weight'] = (width, c, 1, 1)
+        shapes[f'fpn_convs.{i}.conv.weight'] = (width, width, 3, 3)
+    if coarser:
+        shapes['fpn_convs.3.conv.weight'] = (width, channels[-1], 3, 3)
+    for i in range(upsamples):
+        shapes[f'extra_trans_convs.{i}.conv.weight'] = (width, width, 2, 2)
+        shapes[f'extra_fpn_convs.{i}.conv.weight'] = (width, width, 3, 3)
+    shapes |= {name.replace('weight', 'bias'): (width,) for name in shapes if '.conv.' in name}
+    generator = torch.Generator().manual_seed(0)
+    neck_state = {f'neck.{name}': torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    backbone = authors_layout(detector_state('mask-rcnn', 7))
+    backbone = {name: tensor for name, tensor in backbone.items() if name.startswith('backbone.')}
+    converted, report = convert_checkpoint({'state_dict': {**backbone, **neck_state}})
+
+    assert sum(name.startswith('neck.extra_') for name in report.renamed) == 4 * upsamples
+    for i in range(upsamples):
+        new = f'neck.upsample_fpn_convs.{upsamples - 1 - i}.conv.weight'
+        assert report.renamed[f'neck.extra_fpn_convs.{i}.conv.weight'] == new
+        assert f'\n  neck.extra_fpn_convs.{i}.* -> neck.upsample_fpn_convs.{upsamples - 1 - i}.* (2)\n' in str(report)
+
+    neck = UpsampleFPN(channels, width, upsamples + 3 + coarser, upsamples, 'on_input' if coarser else False)
+    state = converted['state_dict']
+    neck.load_state_dict({name[5:]: tensor for name, tensor in state.items() if name.startswith('neck.')})
+    maps = [torch.randn(2, c, *size) for c, size in zip(channels, [(9, 13), (5, 7), (3, 4)], strict=True)]
+    with torch.no_grad():
+        levels = neck(maps)
+    expected = authors_neck(neck_state, maps, upsamples)
+    assert len(levels) == len(expected) == 3 + upsamples + coarser
+    for ours, theirs in zip(levels, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
+def test_a_missing_output_convolution_of_the_authors_is_named_by_its_new_index():
+    state = dict(authors_detector('mask-rcnn')['state_dict'])
+    del state['neck.extra_fpn_convs.1.conv.bias']
+    del state['neck.extra_fpn_convs.1.conv.weight']
+    with pytest.raises(CheckpointError, match=r'2 missing \(neck\.upsample_fpn_convs\.0\.conv'):
+        convert_checkpoint({'state_dict': state})
 
 
 def test_faster_rcnn_needs_no_masks():
@@ -860,31 +1029,197 @@ def test_a_whole_model_receives_everything_or_nothing(whole, change, problem):
     assert_same(model.state_dict(), before)
 
 
-@pytest.mark.parametrize(('classes', 'level', 'count'), [(3, 'INFO', 7), (4, 'WARNING', 1)])
+@pytest.mark.parametrize(('classes', 'level', 'count'), [(3, 'INFO', 7), (4, 'WARNING', 5)])
 def test_how_much_of_a_model_starts_from_a_file_is_logged(whole, log, classes, level, count):
     path, state = whole
-    check_start(small_model(classes), {'state_dict': state}, path)
+    check_start(nn.Sequential(nn.Linear(2, classes), nn.BatchNorm1d(3)), {'state_dict': state}, path)
     (record,) = log.records
     assert record.levelname == level
     said = f'{count} of 7 tensors of Sequential start from {path}.'
     if classes == 3:
         assert record.message == said
     else:
-        others = ' Others keep the weights that they have without it: 6 of another shape (0.weight: (4, 2) expected,'
+        others = ' Others keep the weights that they have without it: 2 of another shape (0.weight: (4, 2) expected,'
         assert record.message.startswith(said + others)
 
 
 def test_a_model_does_not_start_from_nothing_or_from_numbers_of_no_use(whole):
     path, state = whole
     with pytest.raises(
-        CheckpointError, match=r'nothing of Sequential, which has 7 tensors: 7 missing .* called net\.0\.'
+        CheckpointError, match=r'nothing of Sequential, which has 7 tensors: 6 missing .* called net\.0\.'
     ):
         check_start(small_model(), {f'net.{name}': tensor for name, tensor in state.items()}, path)
+    with pytest.raises(CheckpointError, match=r'nothing of Sequential, .*6 of another shape'):  # but a counter
+        check_start(small_model(4), state, path)
     for content, problem in [([], 'holds a list'), (state | {'0.bias': torch.full((3,), torch.nan)}, 'NaN')]:
         with pytest.raises(CheckpointError, match=problem) as error:
             check_start(small_model(), content, path)
         assert path in str(error.value)
     check_start(small_model(), {**state, 'else': torch.tensor(torch.nan)}, path)  # is not used
+
+
+TINY = dict(
+    type='mmevm.EfficientViM', arch=dict(embed_dims=(16, 24), depths=(1, 1), state_dims=(4, 4)), out_indices=(0, 1)
+)
+
+
+def tiny_detectors() -> tuple[nn.Module, nn.Module]:
+    """Return mmdet's Faster R-CNN, and a SoftTeacher that trains two of it."""
+    models = Path(mmdet.__file__).parent / '.mim/configs/_base_/models'
+    detector = Config.fromfile(models / 'faster-rcnn_r50_fpn.py').model
+    detector.backbone = TINY
+    detector.neck = dict(type='mmevm.UpsampleFPN', in_channels=[16, 24], out_channels=8, num_outs=5)
+    detector.rpn_head.update(in_channels=8, feat_channels=8)
+    detector.roi_head.bbox_roi_extractor.out_channels = 8
+    detector.roi_head.bbox_head.update(in_channels=8, fc_out_channels=8)
+    preprocessor = dict(type='MultiBranchDataPreprocessor', data_preprocessor=detector.data_preprocessor)
+    semi = dict(freeze_teacher=True, cls_pseudo_thr=0.9)
+    cfg = dict(type='SoftTeacher', detector=detector, data_preprocessor=preprocessor, semi_train_cfg=semi)
+    with torch.random.fork_rng():
+        return tuple(MMDET_MODELS.build(dict(model, _scope_='mmdet')) for model in (detector, cfg))
+
+
+def test_a_model_that_renames_keys_while_loading_starts_from_them(tmp_path, log):
+    detector, soft_teacher = tiny_detectors()
+    state = randomize(detector.state_dict())
+    before = {name: tensor.clone() for name, tensor in soft_teacher.state_dict().items()}
+    log.clear()
+    check_start(soft_teacher, {'state_dict': state}, 'x.pth')
+    assert log.messages == [f'{2 * len(state)} of {2 * len(state)} tensors of SoftTeacher start from x.pth.']
+    assert_same(soft_teacher.state_dict(), before)  # mmengine loads them after the check
+
+    torch.save({'state_dict': state}, tmp_path / 'x.pth')
+    load_whole_model(soft_teacher, str(tmp_path / 'x.pth'))
+    assert_same(soft_teacher.teacher.state_dict(), state)
+    assert_same(soft_teacher.student.state_dict(), state)
+
+    for harm, problem in [
+        (
+            {'neck.fpn_convs.0.conv.bias': torch.ones(3)},
+            r'2 of another shape .*teacher\.neck\.fpn_convs\.0\.conv\.bias: \(8',
+        ),
+        ({'neck.fpn_convs.0.conv.bias': torch.full((8,), torch.nan)}, r'NaN .*teacher\.neck\.fpn_convs\.0\.conv\.bias'),
+        ({'surprise': torch.ones(1)}, r'2 unknown to the model .*teacher\.surprise'),
+    ]:
+        torch.save({'state_dict': {**state, **harm}}, tmp_path / 'x.pth')
+        with pytest.raises(CheckpointError, match=problem):
+            load_whole_model(soft_teacher, str(tmp_path / 'x.pth'))
+    with pytest.raises(CheckpointError, match='has nothing of SoftTeacher'):
+        check_start(soft_teacher, {f'net.{name}': tensor for name, tensor in state.items()}, 'x.pth')
+
+
+def test_a_training_of_a_model_that_renames_keys_starts_from_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, 'collect_env', dict)
+    detector, soft_teacher = tiny_detectors()
+    state = randomize(detector.state_dict())
+    torch.save({'state_dict': state}, tmp_path / 'x.pth')
+    made = Runner(
+        soft_teacher,
+        str(tmp_path),
+        load_from=f'mmevm://{tmp_path}/x.pth',
+        custom_hooks=[dict(type='mmevm.LoadingHook')],
+        experiment_name=str(tmp_path),
+    )
+    made.load_or_resume()
+    assert_same(soft_teacher.teacher.state_dict(), state)
+    assert_same(soft_teacher.student.state_dict(), state)
+
+
+class Masked(nn.Sequential):
+    """A model with buffers that are no statistics, one of them infinite, and complex weights."""
+
+    def __init__(self, *, ids: bool = True) -> None:
+        super().__init__(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        self.frequencies = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+        self.register_buffer('mask', torch.full((3,), -torch.inf))
+        if ids:
+            self.register_buffer('position_ids', torch.arange(3))
+
+
+@pytest.mark.parametrize('load', [load_whole_model, lambda model, path: check_start(model, torch.load(path), path)])
+def test_buffers_may_hold_anything(tmp_path, log, load):
+    path = str(tmp_path / 'x.pth')
+    state = Masked().state_dict()
+    torch.save(state, path)
+    load(Masked(), path)
+    torch.save(state | {'mask': torch.ones(3).bool()}, path)
+    load(Masked(), path)
+    assert {record.levelname for record in log.records} == {'INFO'}
+    for name, value, problem in [
+        ('1.running_var', torch.full((3,), torch.inf), 'infinite'),
+        ('1.running_mean', torch.full((3,), torch.nan), 'NaN'),
+        ('1.running_mean', torch.ones(3).int(), 'int32'),
+        ('frequencies', torch.full((2,), torch.nan, dtype=torch.complex64), 'NaN'),
+        ('0.weight', torch.full((3, 2), 1e300, dtype=torch.double), 'infinite'),
+    ]:
+        torch.save(state | {name: value}, path)
+        with pytest.raises(CheckpointError, match=rf'{problem}.*\({name}\)'):
+            load(Masked(), path)
+
+
+def test_a_constant_buffer_more_or_less_is_a_warning(tmp_path, log):
+    path = str(tmp_path / 'x.pth')
+    for saved, loaded in [(True, False), (False, True)]:  # as after transformers has made its position_ids transient
+        log.clear()
+        torch.save(Masked(ids=saved).state_dict(), path)
+        load_whole_model(Masked(ids=loaded), path)
+        warning, info = log.records
+        assert (warning.levelname, info.levelname) == ('WARNING', 'INFO')
+        assert warning.message.startswith(f'{path}: 1 buffers')
+        assert '(position_ids)' in warning.message
+    torch.save({name: t for name, t in small_model().state_dict().items() if 'num_batches' not in name}, path)
+    log.clear()
+    load_whole_model(small_model(), path)
+    assert [record.levelname for record in log.records] == ['INFO']
+
+
+def test_a_model_whose_names_differ_in_its_state_dict(tmp_path, log):
+    """mmpretrain's TimmClassifier adds a prefix while loading, and removes it from its state dict."""
+    cfg = dict(type='TimmClassifier', model_name='efficientvim_m1', pretrained=False, _scope_='mmpretrain')
+    state = timm_state('efficientvim_m1')
+    torch.save(state, tmp_path / 'x.pth')
+    model = MODELS.build(cfg)
+    log.clear()
+    load_whole_model(model, str(tmp_path / 'x.pth'))
+    assert_same(model.model.state_dict(), state)
+    check_start(model, state, 'x.pth')
+    assert [record.levelname for record in log.records] == ['INFO', 'INFO']
+    torch.save({name: tensor for name, tensor in state.items() if name != 'norm.0.bias'}, tmp_path / 'x.pth')
+    with pytest.raises(CheckpointError, match=r'1 missing \(model\.norm\.0\.bias\)'):
+        load_whole_model(model, str(tmp_path / 'x.pth'))
+
+
+def test_versions_of_layers_are_kept_for_loading(tmp_path):
+    """Layers of mmdet and torch rename or add what files of their earlier versions call otherwise or lack."""
+
+    class Versioned(nn.Linear):
+        _version = 3
+
+        def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+            versions.append(local_metadata.get('version'))
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    versions = []
+    model = nn.Sequential(Versioned(1, 1))
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'x.pth')
+    load_whole_model(model, str(tmp_path / 'x.pth'))
+    assert set(versions) == {3}
+    state = model.state_dict()
+    state._metadata = 'of nobody'
+    check_start(model, {'state_dict': state}, 'x.pth')
+    assert versions[-1] is None
+
+
+def test_a_model_whose_own_loading_fails_says_so():
+    class Failing(nn.Linear):
+        def _load_from_state_dict(self, *args):
+            raise ValueError('no pos_embed\nin this file')
+
+    model = Failing(1, 1)
+    with pytest.raises(
+        CheckpointError, match=r'x\.pth cannot be loaded into Failing \(ValueError: no pos_embed in this file\)\.'
+    ):
+        check_start(model, model.state_dict(), 'x.pth')
 
 
 class Changing(Hook):
@@ -1123,6 +1458,8 @@ def server(tmp_path):
         def end_headers(self):
             self.send_header('X-Repo-Commit', '0123456789012345678901234567890123456789')
             self.send_header('ETag', '"0123456789"')
+            if not Path(self.translate_path(self.path)).exists():
+                self.send_header('X-Error-Code', 'EntryNotFound')
             super().end_headers()
 
         def do_GET(self):
@@ -1271,14 +1608,14 @@ def test_one_process_of_a_node_downloads_and_none_waits_for_ever(server, tmp_pat
 NAME = 'efficientvim_m1.e450_in1k'
 
 
-def fill_hub_cache(hub: Path) -> None:
+def fill_hub_cache(hub: Path, repository: str = f'timm/{NAME}', seed: int = 0, revision: str = 'main') -> None:
     """As the hub lays it out: a reference from a branch to a commit, and the files of this commit."""
-    commit = 'a' * 40
-    repo = hub / f'models--timm--{NAME}'
-    (repo / 'refs').mkdir(parents=True)
-    (repo / 'refs' / 'main').write_text(commit)
+    commit = f'{seed:040}'
+    repo = hub / f'models--{repository.replace("/", "--")}'
+    (repo / 'refs').mkdir(parents=True, exist_ok=True)
+    (repo / 'refs' / revision).write_text(commit)
     (repo / 'snapshots' / commit).mkdir(parents=True)
-    save_file(timm_state('efficientvim_m1'), repo / 'snapshots' / commit / 'model.safetensors')
+    save_file(timm_state('efficientvim_m1', seed), repo / 'snapshots' / commit / 'model.safetensors')
 
 
 def test_timm_scheme_from_the_cache(tmp_path, monkeypatch):
@@ -1297,6 +1634,40 @@ def test_timm_scheme_from_the_cache(tmp_path, monkeypatch):
     assert_same(loaded['state_dict'], convert_checkpoint(expected)[0]['state_dict'])
 
 
+@pytest.mark.parametrize(
+    ('name', 'seed'),
+    [
+        ('efficientvim_m1', 1),  # timm's default tag, e300_in1k
+        ('efficientvim_m1.e300_in1k', 1),
+        ('efficientvim_m1.e450_in1k', 2),
+        ('hf-hub:timm/efficientvim_m1.e450_in1k', 2),
+        ('hf_hub:me/private', 3),
+        ('hf-hub:me/private@main', 3),
+        ('hf-hub:me/private@v2', 4),
+    ],
+)
+def test_timm_scheme_takes_the_names_that_timm_takes(tmp_path, monkeypatch, name, seed):
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    fill_hub_cache(tmp_path, 'timm/efficientvim_m1.e300_in1k', 1)
+    fill_hub_cache(tmp_path, 'timm/efficientvim_m1.e450_in1k', 2)
+    fill_hub_cache(tmp_path, 'me/private', 3)
+    fill_hub_cache(tmp_path, 'me/private', 4, 'v2')
+    state = fetch_checkpoint(f'timm://{name}')['state_dict']
+    assert_same(state, convert_checkpoint(timm_state('efficientvim_m1', seed))[0]['state_dict'])
+    if not name.startswith('hf'):
+        assert torch.equal(timm.create_model(name, pretrained=True).weights, state['head.weights'])
+
+
+def test_timm_scheme_names_the_repository_whose_weights_are_of_another_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
+    fill_hub_cache(tmp_path, 'me/other')
+    (path,) = tmp_path.rglob('model.safetensors')
+    save_file({'w': torch.ones(1)}, path)
+    with pytest.raises(CheckpointError, match=r'^timm://hf-hub:me/other: These are no weights of EfficientViM'):
+        fetch_checkpoint('timm://hf-hub:me/other')
+
+
 def test_timm_scheme_offline_says_the_two_ways_out(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
@@ -1304,12 +1675,48 @@ def test_timm_scheme_offline_says_the_two_ways_out(tmp_path, monkeypatch):
         load_pretrained(EfficientViM('m1'), f'timm://{NAME}')
     assert f'timm/{NAME}' in str(error.value)
     assert error.value.__cause__ is not None
+    with pytest.raises(CheckpointError, match=r'^timm://hf-hub:a/b/c is not in the cache .* \(HFValidationError\)'):
+        fetch_checkpoint('timm://hf-hub:a/b/c')
 
 
 def test_timm_scheme_lists_the_names_there_are():
     for name in ('efficientvim_m5.e450_in1k', 'resnet50.a1_in1k', 'efficientvim_m1.e1_in1k'):
         with pytest.raises(CheckpointError, match=f'{name}.*efficientvim_m4.e450_in1k'):
             load_pretrained(EfficientViM('m1'), f'timm://{name}')
+
+
+HUB = """
+import sys
+from mmevm.checkpoints import fetch_checkpoint
+for name in sys.argv[1:]:
+    try:
+        print(name, fetch_checkpoint(f'timm://{name}')['state_dict']['head.weights'].sum().item())
+    except RuntimeError as error:
+        print(name, error)
+"""
+
+
+def test_timm_scheme_downloads_from_the_hub(server, tmp_path):
+    names = ['efficientvim_m1', 'hf-hub:me/both', 'hf-hub:me/bin', 'hf-hub:me/none']
+    for seed, (repository, filename) in enumerate(
+        [
+            ('timm/efficientvim_m1.e300_in1k', 'model.safetensors'),
+            ('me/both', 'model.safetensors'),
+            ('me/both', 'pytorch_model.bin'),
+            ('me/bin', 'pytorch_model.bin'),
+        ]
+    ):
+        path = server.folder / repository / 'resolve' / 'main' / filename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save = save_file if filename.endswith('safetensors') else torch.save
+        save(timm_state('efficientvim_m1', seed), path)
+    environment = dict(HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / 'hf'), HF_HUB_OFFLINE='0', PYTHONPATH=str(ROOT))
+    command = [sys.executable, '-c', HUB, *names]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=100)
+    said = dict(line.split(' ', 1) for line in done.stdout.splitlines() if line.startswith(tuple(names)))
+    for name, seed in zip(names, [0, 1, 3], strict=False):
+        assert float(said[name]) == pytest.approx(timm_state('efficientvim_m1', seed)['weights'].sum().item())
+    assert re.match(r'timm://hf-hub:me/none is not in the cache .* its download failed \(\w+Error\)\.', said[names[-1]])
 
 
 # The tool

@@ -1,7 +1,7 @@
 """Other people's names and shapes become mmevm's, and each of their tensors is accounted for."""
 
 import re
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -155,7 +155,8 @@ def unwrap(checkpoint: Any, weights: str | None = None) -> tuple[StateDict, str 
             elif entry != wrapper:
                 left_out[entry] = f"beside '{wrapper}', which holds the weights: {_kind(value)}"
         checkpoint = checkpoint[wrapper]
-    state = {}
+    metadata = getattr(checkpoint, '_metadata', None)  # versions of layers, which torch.load_state_dict looks at
+    state: StateDict = OrderedDict()
     for name, value in checkpoint.items():
         if isinstance(value, Tensor) and isinstance(name, str):
             state[name] = value.detach()
@@ -164,7 +165,9 @@ def unwrap(checkpoint: Any, weights: str | None = None) -> tuple[StateDict, str 
     if not state:
         raise CheckpointError(f'There are no tensors in this file, only {some(left_out) or "an empty dict"}.')
     if all(name.startswith('module.') for name in state):  # of DistributedDataParallel
-        state = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
+        state = OrderedDict((name.removeprefix('module.'), tensor) for name, tensor in state.items())
+    if isinstance(metadata, dict) and all(isinstance(layer, dict) for layer in metadata.values()):
+        state._metadata = metadata  # type: ignore[attr-defined]
     return state, chosen, left_out
 
 
@@ -178,20 +181,23 @@ _OUR_PREFIXES = {
     'heads_dist.': 'head.heads_dist.',
     'neck.batch_norm.': 'neck.pre_norms.',  # the authors' name for LayerNorms
     'neck.extra_trans_convs.': 'neck.upsample_convs.',
-    'neck.extra_fpn_convs.': 'neck.upsample_fpn_convs.',
 }
 
 
 def our_names(state: StateDict) -> dict[str, str]:
     """Our name of each of their names."""
-    names = {name: _our_name(name) for name in state}
+    indices = [int(match[1]) for name in state if (match := re.match(r'neck\.extra_(?:trans|fpn)_convs\.(\d)\.', name))]
+    names = {name: _our_name(name, upsamples=max(indices, default=-1) + 1) for name in state}
     twice = [name for name, count in Counter(names.values()).items() if count > 1]
     if twice:
         raise CheckpointError(f'{len(twice)} tensors are in the file under two names, theirs and ours: {some(twice)}.')
     return names
 
 
-def _our_name(name: str) -> str:
+def _our_name(name: str, upsamples: int) -> str:
+    # The authors count these from the finest level, but extra_trans_convs and both of ours from the coarsest.
+    if match := re.match(r'neck\.extra_fpn_convs\.(\d)\.', name):
+        return f'neck.upsample_fpn_convs.{upsamples - 1 - int(match[1])}.{name[match.end() :]}'
     for theirs, ours in _OUR_PREFIXES.items():
         if name == theirs or (theirs.endswith('.') and name.startswith(theirs)):
             return ours + name[len(theirs) :]
@@ -236,15 +242,18 @@ def some(names: Iterable[str]) -> str:
 
 
 def _group(name: str) -> str:
-    """A name's place: 'stages.0.blocks.1.alpha' is in 'stages.*', 'neck.batch_norm.0.bias' in 'neck.batch_norm.*'."""
+    """Shorten a name for the report: 'stages.0.blocks.1.alpha' to 'stages.*', but keep an index that changes."""
     parts = name.split('.')
-    depth = 2 if parts[0] in ('backbone', 'neck', 'head') else 1
+    if name.startswith(('neck.extra_fpn_convs.', 'neck.upsample_fpn_convs.')):
+        depth = 3
+    else:
+        depth = 2 if parts[0] in ('backbone', 'neck', 'head') else 1
     return '.'.join([*parts[:depth], '*']) if len(parts) > depth else name
 
 
 def shapes_of(module: nn.Module) -> Shapes:
     """The shapes of what a module's state dict holds."""
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
 
 
 def differences(expected: Shapes, state: StateDict) -> list[str]:
@@ -260,20 +269,23 @@ def differences(expected: Shapes, state: StateDict) -> list[str]:
     return problems
 
 
-def check_values(state: StateDict, counters: Iterable[str]) -> None:
-    """Refuse numbers that no training works with, and which it or an evaluation would only suffer from in silence.
+def check_values(state: StateDict, exempt: Iterable[str]) -> None:
+    """Refuse integers in place of learned weights, and weights that are NaN or infinite.
 
     Args:
         state: Tensors that a model is to receive.
-        counters: Names of those that are whole numbers in it, such as ``num_batches_tracked``.
+        exempt: Names of tensors that may hold anything, such as counters and masks.
     """
-    whole = [name for name in state if not state[name].is_floating_point() and name not in set(counters)]
+    state = {name: tensor for name, tensor in state.items() if name not in set(exempt)}
+    whole = [name for name, tensor in state.items() if not (tensor.is_floating_point() or tensor.is_complex())]
     if whole:
         raise CheckpointError(
             f'{len(whole)} tensors are of type {state[whole[0]].dtype}, where floating-point numbers are needed '
             f'({some(whole)}): take the file as it was before it was quantised.'
         )
-    infinite = [name for name, tensor in state.items() if not tensor.float().isfinite().all()]
+    # float: models are float32, in which larger numbers of a float64 file are infinite.
+    values = ((name, tensor if tensor.is_complex() else tensor.float()) for name, tensor in state.items())
+    infinite = [name for name, tensor in values if not tensor.isfinite().all()]
     if infinite:
         raise CheckpointError(
             f'{len(infinite)} tensors hold NaN or infinite numbers ({some(infinite)}), as after a training that '

@@ -93,47 +93,72 @@ def load_inert(filename: str, map_location: str | None = None) -> Any:
 
 @CheckpointLoader.register_scheme(prefixes='timm://', force=True)
 def load_from_timm(filename: str, map_location: str | None = None) -> dict[str, Any]:
-    """Fetch timm's weights of EfficientViM from the Hugging Face hub, and convert them.
-
-    The cache is that of the hub (``HF_HOME``); what lies there is used without a network.
+    """Download EfficientViM weights from the Hugging Face Hub, or take them from its cache, and convert them.
 
     Args:
-        filename: ``timm://`` and a name of timm's, such as ``timm://efficientvim_m4.e450_in1k``.
+        filename: ``timm://`` and what ``timm.create_model`` takes: a name with or without a pretrained tag, such as
+            ``timm://efficientvim_m4.e450_in1k``, or a repository, ``timm://hf-hub:OWNER/NAME@REVISION``.
         map_location: Device of the tensors; None is the CPU.
 
     Returns:
         ``{'state_dict': ..., 'meta': ...}`` as ``convert_checkpoint`` gives it.
 
     Raises:
-        CheckpointError: If timm has no weights of that name, or they are neither cached nor to be had.
+        CheckpointError: If timm has no weights of that name, if they are neither in the cache (``HF_HOME``) nor can be
+            downloaded, or if they are not those of an EfficientViM.
     """
-    name = filename.removeprefix('timm://')
-    names = timm.list_models('efficientvim*', pretrained=True)
-    if name not in names:
+    repository, revision = _repository(filename.removeprefix('timm://'))
+    # timm uploads both, people sometimes one of them.
+    files: list[dict[str, Any]] = [
+        dict(repo_id=repository, revision=revision, filename=weights)
+        for weights in ('model.safetensors', 'pytorch_model.bin')
+    ]
+    with _first_process_of_node_first():
+        try:
+            cached = [path for file in files if isinstance(path := huggingface_hub.try_to_load_from_cache(**file), str)]
+            path = cached[0] if cached else _download_from_hub(files)
+        except Exception as error:  # of the hub, of its HTTP library (which has changed) or of the system
+            raise CheckpointError(
+                f'{filename} is not in the cache of the Hugging Face Hub, and its download failed '
+                f'({type(error).__name__}). Either download model.safetensors of {repository} elsewhere and '
+                "name that file, init_cfg=dict(type='Pretrained', checkpoint='…/model.safetensors'), or copy a "
+                'filled HF_HOME; or train from random weights, with init_cfg=None where this name is: '
+                '--cfg-options model.backbone.init_cfg=None model.backbone.norm_eval=False for a detector, '
+                'model.init_cfg=None for a classifier.'
+            ) from error
+    with file_named(filename):
+        converted, _ = convert_checkpoint(read_checkpoint(path, map_location))
+    return converted
+
+
+def _repository(name: str) -> tuple[str, str | None]:
+    """Return the repository on the Hub and its revision."""
+    if name.startswith(('hf-hub:', 'hf_hub:')):
+        repository, _, revision = name[len('hf-hub:') :].partition('@')
+        return repository, revision or None
+    if not (name.startswith('efficientvim') and timm.is_model_pretrained(name)):
+        names = timm.list_models('efficientvim*', pretrained=True)
         raise CheckpointError(
             f'timm {timm.__version__} has no weights of the name {name!r}. It has: '
-            f'{", ".join(names) or "none of EfficientViM, which came with timm 1.0.31"}.'
+            f'{", ".join(names) or "none of EfficientViM, which came with timm 1.0.31"}. '
+            'Weights of others on the Hugging Face Hub are timm://hf-hub:OWNER/NAME.'
         )
-    repository = timm.models.get_pretrained_cfg_value(name, 'hf_hub_id')
-    where: dict[str, Any] = dict(repo_id=repository, filename='model.safetensors')
-    with _first_process_of_node_first():
-        path = huggingface_hub.try_to_load_from_cache(**where)
-        if not isinstance(path, str):
-            try:
-                # Where there is no network, hf_hub_download tries again for half a minute; this fails at once.
-                huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(**where), timeout=10)
-                path = huggingface_hub.hf_hub_download(**where)
-            except Exception as error:  # of the hub, of its HTTP library (which has changed) or of the system
-                raise CheckpointError(
-                    f'{filename} is not in the cache of the Hugging Face hub and could not be had from the hub '
-                    f'({type(error).__name__}). Either fetch model.safetensors of {where["repo_id"]} elsewhere and '
-                    "name that file, init_cfg=dict(type='Pretrained', checkpoint='…/model.safetensors'), or copy a "
-                    'filled HF_HOME; or train from random weights, with init_cfg=None where this name is: '
-                    '--cfg-options model.backbone.init_cfg=None model.backbone.norm_eval=False for a detector, '
-                    'model.init_cfg=None for a classifier.'
-                ) from error
-    converted, _ = convert_checkpoint(read_checkpoint(path, map_location))
-    return converted
+    return str(timm.models.get_pretrained_cfg_value(name, 'hf_hub_id')), None
+
+
+def _download_from_hub(files: list[dict[str, Any]]) -> str:
+    """Download the first of some files that exists."""
+    for file in files:
+        url = huggingface_hub.hf_hub_url(**file)
+        try:
+            # Without a network, hf_hub_download retries for half a minute, but this fails at once.
+            huggingface_hub.get_hf_file_metadata(url, timeout=10)
+        except huggingface_hub.utils.EntryNotFoundError:
+            if file is files[-1]:
+                raise
+        else:
+            break
+    return huggingface_hub.hf_hub_download(**file)
 
 
 @contextlib.contextmanager

@@ -1,14 +1,16 @@
 """Weights go into a model, all of them or none: what mmengine only warns of is an error here."""
 
 import re
+from dataclasses import dataclass
 from logging import INFO, WARNING
 from typing import Any
 
+import torch
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import PretrainedInit, is_model_wrapper
 from mmengine.runner import Runner
-from torch import nn
+from torch import Tensor, nn
 
 from .converting import Shapes, StateDict, check_values, differences, flat_norm, our_names, shapes_of, some, unwrap
 from .fetching import fetch_checkpoint
@@ -81,7 +83,7 @@ def load_pretrained(
         )
     received = {name: received[name] for name in expected}
     with file_named(checkpoint):
-        check_values(received, _counters(module))
+        check_values(received, _constants(module))
     module.load_state_dict(received, strict=False)  # all that is expected is there
 
     chosen = f" (its '{weights}' weights)" if weights else ''
@@ -96,8 +98,13 @@ def load_pretrained(
         )
 
 
-def _counters(module: nn.Module) -> list[str]:
-    return [name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()]
+_STATISTICS = ('running_mean', 'running_var')
+
+
+def _constants(module: nn.Module) -> set[str]:
+    """Return the names of buffers that training does not learn: counters, masks, indices."""
+    names = (name for name, _ in module.named_buffers(remove_duplicate=False))
+    return {name for name in names if not name.endswith(_STATISTICS)}
 
 
 def _advice(expected: Shapes, received: StateDict, raw: StateDict) -> str:
@@ -127,14 +134,95 @@ def load_whole_model(model: nn.Module, checkpoint: str) -> Any:
         CheckpointError: If there is no such file, if it cannot be read, or if its names and shapes are not the model's.
     """
     content = fetch_checkpoint(checkpoint)
-    model.load_state_dict(check_whole(model, content, checkpoint))
+    model.load_state_dict(check_whole(model, content, checkpoint), strict=False)  # what is not loaded was reported
     tensors = len(shapes_of(model))
     print_log(f'{tensors} of {tensors} tensors of {type(model).__name__} loaded from {checkpoint}.', 'current')
     return content
 
 
+_MISMATCH = re.compile(
+    r'size mismatch for (\S+): copying a param with shape torch\.Size\(\[(.*?)\]\) from checkpoint, '
+    r'the shape in current model is torch\.Size\(\[(.*?)\]\)'
+)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What ``load_state_dict`` does with a state dict.
+
+    Attributes:
+        total: Number of tensors of the model.
+        received: Names of the model's tensors that were written.
+        learned: Those of them that are parameters or normalization statistics.
+        missing: Names that torch reports as missing.
+        unexpected: Names that torch reports as unexpected, after the model has renamed what it renames.
+        errors: Tensors that cannot be copied, with the reason.
+    """
+
+    total: int
+    received: list[str]
+    learned: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    errors: list[str]
+
+    def problems(self, constants: set[str]) -> list[str]:
+        """Describe which learned tensors are not loaded."""
+        missing = [name for name in self.missing if name not in constants]
+        problems = [f'{len(missing)} missing ({some(missing)})'] if missing else []
+        return problems + ([f'{len(self.errors)} of another shape ({some(self.errors)})'] if self.errors else [])
+
+
+def _try_loading(model: nn.Module, state: StateDict, checkpoint: str) -> _Trial:
+    """Load a state dict, and restore the model.
+
+    Only ``load_state_dict`` knows which names a model accepts: some rename them while loading (hooks and
+    ``_load_from_state_dict``, as in mmdet's SemiBaseDetector).
+
+    Raises:
+        CheckpointError: If loading fails otherwise than by missing, unexpected or mismatched tensors, or if a learned
+            tensor would receive integers, NaN or infinite numbers.
+    """
+    own = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    before = {name: (tensor.detach().clone(), tensor._version) for name, tensor in own.items()}
+    reported: list[tuple[list[str], list[str]]] = []
+    hook = model.register_load_state_dict_post_hook(
+        lambda _, keys: reported.append((list(keys.missing_keys), list(keys.unexpected_keys)))
+    )
+    errors = []
+    try:
+        try:
+            model.load_state_dict(state, strict=False)
+        except Exception as error:
+            if not reported:  # a hook of the model has failed
+                reason = ' '.join(str(error).split())
+                raise CheckpointError(
+                    f'{checkpoint} cannot be loaded into {type(model).__name__} ({type(error).__name__}: {reason}).'
+                ) from error
+            errors = [
+                f'{match[1]}: {_shape(match[3])} expected, {_shape(match[2])} in the file'
+                if (match := _MISMATCH.match(line))
+                else line
+                for line in map(str.strip, str(error).splitlines()[1:])
+            ]
+        received = [name for name, tensor in own.items() if tensor._version != before[name][1]]
+        learned = [name for name in received if isinstance(own[name], nn.Parameter) or name.endswith(_STATISTICS)]
+        with file_named(checkpoint):
+            check_values({name: state.get(name, own[name]) for name in learned}, ())
+    finally:
+        hook.remove()
+        with torch.no_grad():
+            for name, (tensor, _) in before.items():
+                own[name].copy_(tensor)
+    return _Trial(len(own), received, learned, *reported[-1], errors)
+
+
+def _shape(numbers: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r'\d+', numbers)))
+
+
 def check_whole(model: nn.Module, content: Any, checkpoint: str) -> StateDict:
-    """Make sure that what a file holds is all of a model, and nothing else.
+    """Make sure that a file holds all learned tensors of a model, and no others.
 
     Args:
         model: A classifier or detector.
@@ -145,27 +233,36 @@ def check_whole(model: nn.Module, content: Any, checkpoint: str) -> StateDict:
         Its tensors by their names.
 
     Raises:
-        CheckpointError: If its names and shapes are not the model's, or its numbers of no use.
+        CheckpointError: If the model would not receive all of its parameters and normalization statistics, if the file
+            holds floating-point tensors that it does not have, or if the numbers are of no use.
     """
     with file_named(checkpoint):
         state, _, _ = unwrap(content)
-    expected = shapes_of(model)
-    problems = differences(expected, state)
-    if unknown := [name for name in state if name not in expected]:
+    trial = _try_loading(model, state, checkpoint)
+    constants = _constants(model)
+    problems = trial.problems(constants)
+    # Others are counters and indices, such as the position_ids that earlier versions of transformers saved.
+    if unknown := [name for name in trial.unexpected if name not in state or state[name].is_floating_point()]:
         problems.append(f'{len(unknown)} unknown to the model ({some(unknown)})')
     if problems:
         raise CheckpointError(
-            f'{checkpoint} does not fit the model of the config, which has {len(expected)} tensors: '
+            f'{checkpoint} does not fit the model of the config, which has {trial.total} tensors: '
             f'{"; ".join(problems)}. Take the config it was trained with; '
             "a file of the authors' or of timm's goes through tools/convert_checkpoint.py first."
         )
-    with file_named(checkpoint):
-        check_values(state, _counters(model))
+    unloaded = [name for name in trial.missing if not name.endswith('num_batches_tracked')] + trial.unexpected
+    if unloaded:
+        print_log(
+            f'{checkpoint}: {len(unloaded)} buffers are only in the file or only in the model, and not loaded '
+            f'({some(unloaded)}).',
+            'current',
+            WARNING,
+        )
     return state
 
 
 def check_start(model: nn.Module, content: Any, checkpoint: str) -> None:
-    """Say how much of a model starts from a file, whose other tensors are not used.
+    """Log how much of a model starts from a file, whose other tensors are not used.
 
     Args:
         model: A classifier or detector.
@@ -173,23 +270,20 @@ def check_start(model: nn.Module, content: Any, checkpoint: str) -> None:
         checkpoint: Its name, for messages.
 
     Raises:
-        CheckpointError: If it has no tensor of the model, or numbers that are of no use.
+        CheckpointError: If it has no learned tensor of the model, or numbers that are of no use.
     """
     with file_named(checkpoint):
         state, _, _ = unwrap(content)
-    expected = shapes_of(model)
-    fitting = {name: state[name] for name, shape in expected.items() if name in state and state[name].shape == shape}
-    problems = '; '.join(differences(expected, state))
-    if not fitting:
+    trial = _try_loading(model, state, checkpoint)
+    problems = '; '.join(trial.problems(set()))
+    if not trial.learned:
         raise CheckpointError(
-            f'{checkpoint} has nothing of {type(model).__name__}, which has {len(expected)} tensors: {problems}. '
+            f'{checkpoint} has nothing of {type(model).__name__}, which has {trial.total} tensors: {problems}. '
             f"In the file they are called {some(state)}. A file of the authors' or of timm's goes through "
             'tools/convert_checkpoint.py first; weights of the backbone alone are named by its init_cfg.'
         )
-    with file_named(checkpoint):
-        check_values(fitting, _counters(model))
     print_log(
-        f'{len(fitting)} of {len(expected)} tensors of {type(model).__name__} start from {checkpoint}.'
+        f'{len(trial.received)} of {trial.total} tensors of {type(model).__name__} start from {checkpoint}.'
         + (f' Others keep the weights that they have without it: {problems}.' if problems else ''),
         'current',
         WARNING if problems else INFO,
@@ -210,7 +304,7 @@ def load_trained_weights(runner: Runner, checkpoint: str) -> None:
         if not _is_of(model, content.get('ema_state_dict')):  # as after mmpretrain's reparameterize_model.py
             del content['ema_state_dict']
             print_log(f'{checkpoint} has an ema_state_dict of another form of the model, which is not used.', 'current')
-        runner.register_hook(_LoadedHook(model, content), priority='LOWEST')
+        runner.register_hook(_LoadedHook(model, content, checkpoint), priority='LOWEST')
 
 
 def model_of(runner: Runner) -> nn.Module:
@@ -235,11 +329,12 @@ def _is_of(model: nn.Module, averaged: Any) -> bool:
 class _LoadedHook(Hook):
     """Tells the other hooks, once they are ready, of a checkpoint that was loaded before the run."""
 
-    def __init__(self, model: nn.Module, content: dict) -> None:
+    def __init__(self, model: nn.Module, content: dict, checkpoint: str) -> None:
         self.model = model
         self.content = content
+        self.checkpoint = checkpoint
 
     def before_run(self, runner: Runner) -> None:
         """Let them change what is loaded."""
         runner.call_hook('after_load_checkpoint', checkpoint=self.content)
-        self.model.load_state_dict(unwrap(self.content)[0])
+        self.model.load_state_dict(check_whole(self.model, self.content, self.checkpoint), strict=False)

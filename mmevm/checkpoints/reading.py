@@ -1,6 +1,7 @@
 """A file of weights becomes tensors, and nothing in it is run."""
 
 import contextlib
+import math
 import mmap
 import os
 import pickle
@@ -8,12 +9,13 @@ import types
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from mmevm.errors import ExplainedError
 
@@ -46,7 +48,7 @@ def read_checkpoint(path: str | os.PathLike, map_location: str | None = None) ->
         with warnings.catch_warnings():  # about old pickles: the reader of a log cannot act on these
             warnings.simplefilter('ignore')
             return torch.load(
-                path, map_location=device, pickle_module=pickle_module(InertUnpickler), weights_only=False
+                path, map_location=device, pickle_module=pickle_module(InertUnpickler, path), weights_only=False
             )
 
 
@@ -90,7 +92,11 @@ def _check_archive(path: Path) -> None:
                 f'{path} is a zip archive that torch.save has not written, of {len(names)} files: a file of torch.save '
                 '(.pth, .pt, .bin) or of safetensors is needed.'
             )
-        if damaged := archive.testzip():  # torch does not compare the checksums
+        records = archive.infolist()
+        if not any(record.CRC for record in records):  # torch.serialization.set_crc32_options(False)
+            if sum(record.file_size for record in records) > path.stat().st_size:
+                raise ValueError('its records are larger than the file')
+        elif damaged := archive.testzip():  # torch does not compare the checksums
             raise ValueError(f'the bytes of {damaged} are not those that were written')
 
 
@@ -150,12 +156,28 @@ class _Admitted:
         pass
 
 
+# A tensor may repeat what is stored (``Tensor.expand``), but most operations write every repetition to memory.
+_MAX_REPEATED_BYTES = 2**30
+
+
+def _bounded(rebuild: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Check the shape of a tensor before it is built."""
+
+    def rebuild_bounded(storage: Any, offset: int, size: Iterable[int], *args: Any) -> Tensor:
+        stored, needed = storage.untyped().nbytes(), math.prod(size) * storage.dtype.itemsize
+        if needed > max(stored, _MAX_REPEATED_BYTES):
+            raise ValueError(f'a tensor of shape {tuple(size)} needs {needed} bytes, but the file stores {stored}')
+        return rebuild(storage, offset, size, *args)
+
+    return rebuild_bounded
+
+
 # A parameter, or a tensor that carries attributes, is read as the tensor within.
 ADMITTED = {
     'collections.OrderedDict': OrderedDict,
     'torch.Size': torch.Size,
-    'torch._utils._rebuild_tensor': torch._utils._rebuild_tensor,
-    'torch._utils._rebuild_tensor_v2': torch._utils._rebuild_tensor_v2,
+    'torch._utils._rebuild_tensor': _bounded(torch._utils._rebuild_tensor),
+    'torch._utils._rebuild_tensor_v2': _bounded(torch._utils._rebuild_tensor_v2),
     'torch._utils._rebuild_parameter': lambda data, *_: data,
     'torch._utils._rebuild_parameter_with_state': lambda data, *_: data,
     'torch._tensor._rebuild_from_type_v2': lambda rebuild, _type, args, _state: rebuild(*args),
@@ -180,8 +202,41 @@ class InertUnpickler(pickle.Unpickler):
         return type(path, (Inert,), {})
 
 
-def pickle_module(unpickler: type[pickle.Unpickler]) -> types.SimpleNamespace:
-    """What ``torch.load`` takes in place of the module pickle."""
+def pickle_module(unpickler: type[pickle.Unpickler], path: Path) -> types.SimpleNamespace:
+    """Return what ``torch.load`` takes in place of the module pickle.
+
+    Args:
+        unpickler: Reads the pickle.
+        path: The file, which has to hold as many bytes for each storage as the pickle declares: torch allocates them
+            before it reads the file, and older versions read beyond its end.
+    """
+    with path.open('rb') as file:
+        if file.read(2) == b'PK':
+            with zipfile.ZipFile(file) as archive:
+                records = [(name.split('/'), archive.getinfo(name).file_size) for name in archive.namelist()]
+            sizes = {parts[-1]: size for parts, size in records if parts[-2:-1] == ['data']}
+        else:
+            sizes = None
+    file_size = path.stat().st_size
+
+    class BoundedUnpickler(unpickler):  # type: ignore[misc, valid-type]
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, load_bounded(value) if name == 'persistent_load' else value)
+
+    def load_bounded(persistent_load: Callable[[tuple], Any]) -> Callable[[tuple], Any]:
+        def load(saved_id: tuple) -> Any:
+            if saved_id[0] == 'storage':
+                _, kind, key, _, elements, *_ = saved_id
+                needed = elements * (1 if kind is torch.UntypedStorage else kind.dtype.itemsize)
+                stored = file_size if sizes is None else sizes.get(key, 0)
+                if needed > stored:
+                    raise ValueError(f'a tensor needs {needed} bytes, but the file stores {stored}')
+            return persistent_load(saved_id)
+
+        return load
+
     return types.SimpleNamespace(
-        __name__=unpickler.__name__, Unpickler=unpickler, load=lambda file, **kwargs: unpickler(file, **kwargs).load()
+        __name__=unpickler.__name__,
+        Unpickler=BoundedUnpickler,
+        load=lambda file, **kwargs: BoundedUnpickler(file, **kwargs).load(),
     )

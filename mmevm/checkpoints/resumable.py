@@ -106,7 +106,7 @@ def check_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
                 str(path),
                 map_location='cpu',
                 mmap=True,
-                pickle_module=pickle_module(_TrainingUnpickler),
+                pickle_module=pickle_module(_TrainingUnpickler, path),
                 weights_only=False,
             )
         except _UnknownError as error:
