@@ -125,7 +125,9 @@ class Stage(nn.Module):
         """
         for block in self.blocks:
             if self.with_cp and torch.is_grad_enabled():
-                x, h = checkpoint(block, x, use_reentrant=False, context_fn=partial(_contexts, block))
+                # torch.compile cannot trace context_fn. It does not need it: buffers are updated once per step there.
+                options = {} if _is_compiling() else dict(context_fn=partial(_contexts, block))
+                x, h = checkpoint(block, x, use_reentrant=False, **options)
             else:
                 x, h = block(x)
         return x, h
