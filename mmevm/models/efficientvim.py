@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from mmevm.checkpoints import load_pretrained, pretrained_cfgs
 from mmevm.registry import MODELS
 
-from .deployed import DeployedBlock, DeployedPatchMerging, DeployedStem
+from .deployed import DeployedBlock, DeployedPatchMerging, DeployedStem, check_type
 from .layers import FFN, ConvNorm, PatchMerging, Stem, items
 
 _POSITIONS_AT_ONCE = 4 * 32**2  # of a map, in the deploy form on a CPU: docs/performance.md
@@ -350,17 +350,24 @@ class EfficientViM(BaseModule):
             load_pretrained(self, **{'prefix': 'backbone', **cfg})
         self._is_init = True
 
+    @torch.no_grad()
+    @torch.inference_mode(mode=False)  # inference tensors could not be changed in place, or trained on, later
     def switch_to_deploy(self) -> None:
         """Take the form for inference, in place: the same maps with fewer and faster steps (``mmevm.models.deployed``).
 
         Weights are multiplied together, so it cannot be trained any more, and its checkpoints are for ``deploy=True``.
-        A second call does nothing.
+        Each layer keeps its dtype and device. A second call does nothing.
 
         Raises:
-            ValueError: If a norm of ``norm_cfg`` is no BatchNorm.
+            TypeError: If a part, such as a down-sampling layer, was replaced by one of another type.
+            ValueError: If a norm of ``norm_cfg`` is no BatchNorm, or a convolution is not a plain one: it has hooks or a
+                parametrization, such as spectral norm.
         """
         if isinstance(self.patch_embed, DeployedStem):
             return
+        for stage in items(self.stages, Stage):
+            for block in stage.blocks:
+                check_type(block, Block)
         patch_embed = DeployedStem(self.patch_embed)
         stages = [
             (
@@ -369,15 +376,14 @@ class EfficientViM(BaseModule):
                     DeployedBlock(block, self.out_hidden_states and block is stage.blocks[-1])
                     for block in items(stage.blocks, Block)
                 ],
-                DeployedPatchMerging(stage.downsample) if isinstance(stage.downsample, PatchMerging) else None,
+                None if stage.downsample is None else DeployedPatchMerging(stage.downsample),
             )
             for stage in items(self.stages, Stage)
         ]
-        device = next(self.parameters()).device
         self.patch_embed = patch_embed
         for stage, blocks, downsample in stages:
             stage.blocks, stage.downsample = nn.ModuleList(blocks), downsample
-        self.to(device).eval().requires_grad_(False)
+        self.eval().requires_grad_(False)
         self.deploy = True
 
     def train(self, mode: bool = True) -> 'EfficientViM':
