@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from .layers import FFN, ConvNorm, PatchMerging, Stem, items
+from .layers import FFN, ConvNorm, M, PatchMerging, Stem, items
 from .mixers import HSMSSD
 from .packed import PackedConv2d
 
@@ -108,9 +108,7 @@ class DeployedHSMSSD(nn.Module):
         super().__init__()
         self.norm = norm
         self.state_dim = mixer.state_dim
-        weights = {
-            name: fold_norm(layer)[0] for name, layer in mixer.named_children() if isinstance(layer, ConvNorm)
-        }
+        weights = {name: fold_norm(layer)[0] for name, layer in mixer.named_children() if isinstance(layer, ConvNorm)}
         self.BCdt_proj = _conv(weights['BCdt_proj'].unsqueeze(3), None, like=mixer.BCdt_proj.conv)
         self.dw = _conv(weights['dw'], None, like=mixer.dw.conv)
         self.hz_proj = _parameter(weights['hz_proj'].squeeze(2), like)
@@ -167,10 +165,11 @@ class DeployedPatchMerging(nn.Module):
         downsample: What it takes the weights of.
     """
 
-    def __init__(self, downsample: PatchMerging) -> None:
+    def __init__(self, downsample: nn.Module) -> None:
         super().__init__()
-        check_type(downsample, PatchMerging)
-        expand, dwconv, self.se, reduce = downsample.conv
+        downsample = check_type(downsample, PatchMerging)
+        expand, dwconv, reduce = (check_type(downsample.conv[i], ConvNorm) for i in (0, 1, 3))
+        self.se = downsample.conv[2]
         one = torch.ones((), dtype=torch.float64, device=downsample.dwconv1.conv.weight.device)
         self.dwconv1 = _conv(*_gated_shortcut(downsample.dwconv1, one, one), like=downsample.dwconv1.conv)
         self.fc1 = _conv(*fold_norm(expand, relu=True), like=expand.conv)
@@ -185,8 +184,8 @@ class DeployedPatchMerging(nn.Module):
         return self.dwconv2(self.fc2(x))
 
 
-def check_type(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Raise an error for a part whose deploy form is unknown.
+def check_type(module: nn.Module, kind: type[M]) -> M:
+    """Return a part, if its deploy form is known.
 
     Raises:
         TypeError: If ``module`` is not a ``kind``, or a subclass with another forward.
@@ -196,6 +195,7 @@ def check_type(module: nn.Module, kind: type[nn.Module]) -> None:
             f'A {type(module).__name__} has no deploy form: expected {kind.__name__}, or a subclass with the same '
             'forward. Use the model without switch_to_deploy().'
         )
+    return module
 
 
 def fold_norm(layer: ConvNorm, relu: bool = False) -> tuple[Tensor, Tensor]:
@@ -250,8 +250,9 @@ def _is_changed(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or module._forward_hooks or 'forward' in vars(module))
 
 
-def fold_batch_norm(conv: _ConvNd, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+def fold_batch_norm(conv: _ConvNd, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight and bias, in float64, of the one convolution that is equal to both in eval mode, if :func:`can_fold`."""
+    assert isinstance(norm, _BatchNorm)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = (norm.running_var.double() + norm.eps).rsqrt()

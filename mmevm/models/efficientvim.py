@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import torch
 from mmcv.cnn import build_norm_layer
@@ -126,7 +127,7 @@ class Stage(nn.Module):
         for block in self.blocks:
             if self.with_cp and torch.is_grad_enabled():
                 # torch.compile cannot trace context_fn. It does not need it: buffers are updated once per step there.
-                options = {} if _is_compiling() else dict(context_fn=partial(_contexts, block))
+                options: dict[str, Any] = {} if _is_compiling() else dict(context_fn=partial(_contexts, block))
                 x, h = checkpoint(block, x, use_reentrant=False, **options)
             else:
                 x, h = block(x)
@@ -360,8 +361,8 @@ class EfficientViM(BaseModule):
 
         Raises:
             TypeError: If a part, such as a down-sampling layer, was replaced by one of another type.
-            ValueError: If a norm of ``norm_cfg`` is no BatchNorm, or a convolution is not a plain one: it has hooks or a
-                parametrization, such as spectral norm.
+            ValueError: If a norm of ``norm_cfg`` is no BatchNorm, or a convolution is not a plain one, but has hooks or
+                a parametrization such as spectral norm.
         """
         if isinstance(self.patch_embed, DeployedStem):
             return

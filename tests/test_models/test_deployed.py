@@ -268,7 +268,7 @@ def test_a_part_of_unknown_type_raises_and_nothing_has_changed(change, message):
 def test_hooked_and_parametrized_layers_raise(name):
     model = tiny()
     handle = model.get_submodule(name).register_forward_hook(lambda *call: 2 * call[2])
-    with pytest.raises(ValueError, match='cannot be folded .* without hooks'):
+    with pytest.raises(ValueError, match=r'cannot be folded .* without hooks'):
         model.switch_to_deploy()
     handle.remove()
     nn.utils.parametrizations.weight_norm(model.stages[0].blocks[0].dwconv1.conv)
