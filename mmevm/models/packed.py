@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from mmevm.compat import is_autocast_enabled, is_compiling
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -79,7 +81,7 @@ class PackedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """As ``nn.Conv2d``: (B, C, H, W) to (B, C', H', W')."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
+        if is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
             return super().forward(x)
         shape = x.shape
         if shape != self._last_shape:
@@ -125,7 +127,7 @@ class PackedConv2d(nn.Conv2d):
             and x.is_contiguous(memory_format=torch.channels_last)
             and not x.is_contiguous()  # as maps of one pixel are too, which kernels take for either
             and torch.backends.mkldnn.enabled
-            and not _autocasts()
+            and not is_autocast_enabled('cpu')
             and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
             and type(weight) in (nn.Parameter, WatchedParameter)
             and _has_version(weight)
@@ -150,13 +152,6 @@ def _is_shared(weight: Tensor) -> bool:
 
 def _uses(tensor: Tensor) -> int:
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-
-
-def _autocasts() -> bool:
-    try:
-        return torch.is_autocast_enabled('cpu')
-    except TypeError:  # of torch < 2.4, which has a function for each device
-        return torch.is_autocast_cpu_enabled()
 
 
 _HAS_KERNELS = (
