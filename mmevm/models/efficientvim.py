@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
 
 import torch
 from mmcv.cnn import build_norm_layer
@@ -119,12 +118,17 @@ class Stage(nn.Module):
         """
         for block in self.blocks:
             if self.with_cp and torch.is_grad_enabled():
-                # torch.compile cannot trace context_fn. It does not need it: buffers are updated once per step there.
-                options: dict[str, Any] = {} if is_compiling() else dict(context_fn=partial(_contexts, block))
-                x, h = checkpoint(block, x, use_reentrant=False, **options)
+                x, h = _checkpoint(block, x)
             else:
                 x, h = block(x)
         return x, h
+
+
+# torch.compile cannot trace context_fn, and without it older versions fail at BatchNorm's running statistics (2.3), as
+# does its eager backend in 2.14.
+@torch.compiler.disable
+def _checkpoint(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    return checkpoint(block, x, use_reentrant=False, context_fn=partial(_contexts, block))
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -181,6 +185,7 @@ class EfficientViM(BaseModule):
         norm_eval: Whether BatchNorm stays in eval mode after ``train()``; its weights and biases are trained all the
             same.
         with_cp: Whether blocks recompute their activations in the backward pass, which saves memory and costs time.
+            ``torch.compile`` leaves such blocks as they are in training.
         deploy: Whether to build the deploy form, for weights that were saved after :meth:`switch_to_deploy`.
         init_cfg: mmengine's initialisation config. With ``type='Pretrained'`` every tensor of the backbone must be in
             the checkpoint, which may be a ``timm://`` name, a file of the authors', of timm's or of mmevm's own.

@@ -161,6 +161,7 @@ _HAS_KERNELS = (
     and hasattr(torch.ops.mkldnn, '_reorder_convolution_weight')
     and hasattr(torch._C, '_select_conv_backend')
     and hasattr(torch._C, '_storage_Use_Count')
+    and hasattr(torch.UntypedStorage, 'resizable')  # since torch 2.2: without it, memory of an array is not recognized
 )
 if _HAS_KERNELS:
     _USES_ALONE = _uses(torch.empty(1, device='cpu'))

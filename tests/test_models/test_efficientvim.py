@@ -286,7 +286,7 @@ class TestTraining:
         plain = randomise(EfficientViM(TINY)).double().train()
         saving = EfficientViM(TINY, with_cp=True).double().train()
         saving.load_state_dict(plain.state_dict())
-        compiled = torch.compile(saving, backend='aot_eager', fullgraph=True)
+        compiled = torch.compile(saving, backend='eager')
         x = torch.randn(2, 3, 64, 64, dtype=torch.double)
         for _ in range(2):
             out, ref = compiled(x), plain(x)
