@@ -14,6 +14,7 @@ from mmengine.registry import MODELS, init_default_scope
 from randomise import randomise
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from versions import needs_half
 
 from mmevm.complexity import build_without_weights
 from mmevm.deploy import deploy
@@ -157,7 +158,7 @@ def test_sync_bn_is_folded():
     assert isinstance(layer.norm, nn.Identity)
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('dtype', [pytest.param(torch.float16, marks=needs_half), torch.bfloat16])
 def test_folding_keeps_reduced_precision(dtype):
     layer = conv_module().eval()
     layer.norm.running_var.mul_(1e-6)  # float16 cannot represent 1e-6 + eps accurately

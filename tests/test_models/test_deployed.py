@@ -8,6 +8,7 @@ from mmengine.model import revert_sync_batchnorm
 from randomise import randomise
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from versions import needs_half
 
 from mmevm.models import EfficientViM, efficientvim
 from mmevm.models.efficientvim import Block
@@ -162,7 +163,7 @@ MIXERS = [None, dict(type='mmevm.NCSSD', head_dim=None)]
 
 
 @pytest.mark.parametrize('mixer_cfg', MIXERS, ids=str)
-@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, pytest.param(torch.float16, marks=needs_half)])
 def test_every_layer_keeps_its_dtype(dtype, mixer_cfg):
     model = tiny(mixer_cfg=mixer_cfg, out_hidden_states=True).to(dtype)
     x = torch.randn(2, 3, 96, 64, dtype=dtype)
