@@ -284,3 +284,15 @@ def test_a_subclass_with_the_same_forward_is_converted():
     model = tiny()
     model.stages[0].blocks[0].dwconv1.__class__ = MyConvNorm
     assert_same(model, torch.randn(1, 3, 64, 64))
+
+
+def test_weights_written_through_data_are_used():
+    """As mmengine's EMAHook does before a validation."""
+    form, other = deployed(tiny()), deployed(randomise(EfficientViM(TINY), seed=1))
+    x = torch.randn(16, 3, 64, 48)
+    for _ in range(2):
+        form(x)
+    for parameter, value in zip(form.parameters(), other.parameters(), strict=True):
+        parameter.data.copy_(value.data)
+    for _ in range(3):
+        torch.testing.assert_close(form(x), other(x), rtol=0, atol=0)
