@@ -5,11 +5,16 @@ from itertools import chain
 
 import pytest
 import torch
+import torch.nn.utils.parametrizations as P
 from command_line import ROOT
+from mmcv.cnn import ConvModule
 from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from randomise import randomise
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from versions import needs_half
 
 from mmevm.complexity import build_without_weights
 from mmevm.deploy import deploy
@@ -56,3 +61,131 @@ def test_a_detector(name, tmp_path):
         assert (out - ref).abs().max() < 1e-4 * ref.abs().max()
     assert not [m for m in model.backbone.modules() if isinstance(m, _BatchNorm)]
     assert not any(m.training for m in model.modules())
+
+
+BN = dict(type='BN')
+
+
+def conv_module(norm_cfg=BN, **settings):
+    layer = randomise(ConvModule(4, 6, 3, padding=1, norm_cfg=norm_cfg, **settings))
+    if layer.norm.running_mean is not None:
+        nn.init.normal_(layer.norm.running_mean)
+        nn.init.uniform_(layer.norm.running_var, 0.5, 2)
+    return layer
+
+
+def changed(change, module='conv'):
+    layer = conv_module()
+    change(getattr(layer, module))
+    return layer
+
+
+def shared():
+    layers = nn.Sequential(conv_module(), conv_module(), nn.Conv2d(6, 4, 1), conv_module())
+    layers[3].conv = layers[0].conv
+    return nn.Sequential(layers[0], layers[2], layers[3])
+
+
+def shared_with_another_kind():
+    layer = conv_module()
+    return nn.Sequential(layer, nn.Conv2d(6, 4, 1), nn.Sequential(layer.conv, nn.ReLU()))
+
+
+class Residual(ConvModule):
+    def forward(self, x):
+        return self.conv(x) + self.norm(self.conv(x))
+
+
+def residual():
+    layer = conv_module()
+    layer.__class__ = Residual
+    return layer
+
+
+LAYERS = dict(
+    plain=(conv_module, True),
+    bias=(lambda: conv_module(bias=True), True),
+    groups=(lambda: conv_module(groups=2), True),
+    padding=(lambda: conv_module(padding_mode='reflect'), True),
+    no_affine=(lambda: conv_module(dict(BN, affine=False)), True),
+    conv_of_mmcv=(lambda: conv_module(conv_cfg=dict(type='Conv')), True),
+    activation_first=(lambda: conv_module(order=('act', 'conv', 'norm'), inplace=False), True),
+    efficient=(lambda: conv_module(efficient_conv_bn_eval=True), True),
+    sync_bn_reverted=(lambda: revert_sync_batchnorm(conv_module(dict(type='SyncBN'))), True),
+    shared_norm=(lambda: nn.Sequential(layer := conv_module(), nn.Conv2d(6, 6, 1), layer.norm), True),
+    no_statistics=(lambda: conv_module(dict(BN, track_running_stats=False)), False),
+    instance_norm=(lambda: conv_module(dict(type='IN')), False),
+    activation_between=(lambda: conv_module(order=('conv', 'act', 'norm')), False),
+    weight_standardisation=(lambda: conv_module(conv_cfg=dict(type='ConvWS')), False),
+    adaptive_weight_standardisation=(lambda: conv_module(conv_cfg=dict(type='ConvAWS')), False),
+    switchable_atrous=(lambda: conv_module(conv_cfg=dict(type='SAC')), False),
+    deformable=(lambda: conv_module(conv_cfg=dict(type='DCN')), False),
+    modulated_deformable=(lambda: conv_module(conv_cfg=dict(type='DCNv2')), False),
+    transposed=(lambda: conv_module(conv_cfg=dict(type='deconv')), False),
+    transposed_groups=(lambda: conv_module(conv_cfg=dict(type='deconv'), groups=2), False),
+    spectral_norm=(lambda: conv_module(with_spectral_norm=True), False),
+    parametrized=(lambda: changed(P.weight_norm), False),
+    hooked_weight=(lambda: changed(lambda conv: nn.utils.weight_norm(conv)), False),
+    hooked_conv=(lambda: changed(lambda conv: conv.register_forward_hook(lambda *call: call[2] + 1)), False),
+    hooked_norm=(lambda: changed(lambda norm: norm.register_forward_hook(lambda *call: call[2] + 1), 'norm'), False),
+    shared_conv=(shared, False),
+    conv_of_another_module=(shared_with_another_kind, False),
+    another_forward=(residual, False),
+)
+
+
+@pytest.mark.parametrize('name', LAYERS)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_conv_modules_are_folded_only_where_it_is_exact(name, dtype):
+    make, folds = LAYERS[name]
+    layer = make().to(dtype).eval()
+    x = torch.randn(2, 4, 9, 8, dtype=dtype)
+    with torch.no_grad():
+        expected = layer(x)
+        assert deploy(layer) is layer
+        out = layer(x)
+    torch.testing.assert_close(out, expected)
+    folded = [isinstance(module.norm, nn.Identity) for module in layer.modules() if isinstance(module, ConvModule)]
+    assert all(folded) if folds else not any(folded)
+
+
+def test_sync_bn_is_folded():
+    layer = conv_module(dict(type='SyncBN')).eval()
+    x = torch.randn(2, 4, 9, 8)
+    with torch.no_grad():
+        expected = revert_sync_batchnorm(copy.deepcopy(layer))(x)
+        torch.testing.assert_close(deploy(layer)(x), expected)
+    assert isinstance(layer.norm, nn.Identity)
+
+
+@pytest.mark.parametrize('dtype', [pytest.param(torch.float16, marks=needs_half), torch.bfloat16])
+def test_folding_keeps_reduced_precision(dtype):
+    layer = conv_module().eval()
+    layer.norm.running_var.mul_(1e-6)  # float16 cannot represent 1e-6 + eps accurately
+    layer.to(dtype)
+    x = torch.randn(2, 4, 9, 8, dtype=dtype)
+    with torch.no_grad():
+        expected = copy.deepcopy(layer).double()(x.double())
+        out = deploy(layer)(x)
+    assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
+    assert (out.double() - expected).abs().max() < 8 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+def test_a_convolution_whose_weight_its_parent_uses_is_not_folded():
+    """TOOD multiplies it with attention weights and calls the norm itself."""
+    from mmdet.models.dense_heads.tood_head import TaskDecomposition
+
+    layer = randomise(TaskDecomposition(4, 2, norm_cfg=BN)).eval()
+    x = torch.randn(1, 8, 5, 5)
+    with torch.no_grad():
+        expected = layer(x)
+        torch.testing.assert_close(deploy(layer)(x), expected)
+
+
+def test_a_model_deployed_in_inference_mode_can_be_changed_later():
+    layer = conv_module().eval()
+    with torch.inference_mode():
+        deploy(layer)
+    assert not any(parameter.is_inference() for parameter in layer.parameters())
+    layer.to(memory_format=torch.channels_last)
+    layer.conv.weight.data.mul_(2)

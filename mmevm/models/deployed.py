@@ -1,7 +1,8 @@
 """The deploy form of the backbone's parts: the same functions with their constants multiplied out, for inference.
 
 BatchNorm disappears into convolutions, convex gates into depthwise kernels and projections, shortcuts around depthwise
-convolutions into their kernels. All of it is algebra, done in float64; the convolutions of maps are packed ones.
+convolutions into their kernels. All of it is algebra, done in float64 and rounded to the dtype of each layer's weight,
+on its device; the convolutions of maps are packed ones.
 LayerNorm keeps its weight and bias: within what follows it they would be no cheaper, as the hidden states would need a
 bias that depends on the image.
 Maps are (B, C, H, W) in channels_last, where LayerNorm and the products over tokens need no copy.
@@ -11,11 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from mmcv.cnn.bricks import Conv2d, Conv3d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from .layers import ConvNorm, PatchMerging, Stem, items
+from .layers import FFN, ConvNorm, M, PatchMerging, Stem, items
 from .mixers import HSMSSD
 from .packed import PackedConv2d
 
@@ -32,9 +34,12 @@ class DeployedStem(nn.Module):
 
     def __init__(self, stem: Stem) -> None:
         super().__init__()
-        layers = items(stem.conv, ConvNorm)
-        self.conv = nn.Sequential(*(_conv(*fold_norm(layer), like=layer.conv) for layer in layers))
-        self.num_relus = sum(isinstance(layer.act, nn.ReLU) for layer in layers)
+        check_type(stem, Stem)
+        layers = list(items(stem.conv, ConvNorm))
+        self.num_relus = len(layers) - 1
+        self.conv = nn.Sequential(
+            *(_conv(*fold_norm(layer, relu=i < self.num_relus), like=layer.conv) for i, layer in enumerate(layers))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, C, ceil(H/16), ceil(W/16)), in channels_last."""
@@ -69,12 +74,13 @@ class DeployedBlock(nn.Module):
 
         self.dwconv1 = _conv(*_gated_shortcut(block.dwconv1, gates[0], rests[0]), like=block.dwconv1.conv)
         mixer: type[DeployedHSMSSD | DeployedMixer] = DeployedHSMSSD if type(block.mixer) is HSMSSD else DeployedMixer
-        self.mixer = mixer(block.norm, block.mixer, gates[1] / rests[1])
+        self.mixer = mixer(block.norm, block.mixer, gates[1] / rests[1], like=block.dwconv1.conv.weight)
 
         weight, bias = _gated_shortcut(block.dwconv2, gates[2], rests[2])
         self.dwconv2 = _conv(_times(weight, rests[1] * rests[3]), bias * rests[3], like=block.dwconv2.conv)
 
-        weight, bias = fold_norm(block.ffn.fc1)
+        check_type(block.ffn, FFN)
+        weight, bias = fold_norm(block.ffn.fc1, relu=True)
         self.fc1 = _conv(weight / rests[3].view(-1, 1, 1), bias, like=block.ffn.fc1.conv)
         weight, bias = fold_norm(block.ffn.fc2)
         self.fc2 = _conv(_times(weight, gates[3]), bias * gates[3], like=block.ffn.fc2.conv)
@@ -95,18 +101,20 @@ class DeployedHSMSSD(nn.Module):
         norm: The norm before the mixer.
         mixer: The mixer.
         ratio: r of each channel, (D,), in float64.
+        like: A weight of the dtype that the constants shall have.
     """
 
-    def __init__(self, norm: nn.Module, mixer: HSMSSD, ratio: Tensor) -> None:
+    def __init__(self, norm: nn.Module, mixer: HSMSSD, ratio: Tensor, like: Tensor) -> None:
         super().__init__()
         self.norm = norm
         self.state_dim = mixer.state_dim
-        self.BCdt_proj = _conv(mixer.BCdt_proj.conv.weight.unsqueeze(3), None, like=mixer.BCdt_proj.conv)
-        self.dw = _conv(mixer.dw.conv.weight, None, like=mixer.dw.conv)
-        self.hz_proj = _parameter(mixer.hz_proj.conv.weight.squeeze(2))
-        self.out_proj = _parameter(_times(mixer.out_proj.conv.weight.detach().double().squeeze(2), ratio))
-        self.D = _parameter(mixer.D)
-        self.ratio = _parameter(ratio.unsqueeze(1))
+        weights = {name: fold_norm(layer)[0] for name, layer in mixer.named_children() if isinstance(layer, ConvNorm)}
+        self.BCdt_proj = _conv(weights['BCdt_proj'].unsqueeze(3), None, like=mixer.BCdt_proj.conv)
+        self.dw = _conv(weights['dw'], None, like=mixer.dw.conv)
+        self.hz_proj = _parameter(weights['hz_proj'].squeeze(2), like)
+        self.out_proj = _parameter(_times(weights['out_proj'].squeeze(2), ratio), like)
+        self.D = _parameter(mixer.D, like)
+        self.ratio = _parameter(ratio.unsqueeze(1), like)
 
     def forward(self, x: Tensor, out_hidden_states: bool) -> tuple[Tensor, Tensor | None]:
         """(B, D, H, W), L = H·W, to the same in channels_last, and the hidden states (B, D, N) if they are wanted."""
@@ -134,13 +142,14 @@ class DeployedMixer(nn.Module):
         norm: The norm before the mixer.
         mixer: The mixer.
         ratio: r of each channel, (D,).
+        like: A weight of the dtype that the constants shall have.
     """
 
-    def __init__(self, norm: nn.Module, mixer: nn.Module, ratio: Tensor) -> None:
+    def __init__(self, norm: nn.Module, mixer: nn.Module, ratio: Tensor, like: Tensor) -> None:
         super().__init__()
         self.norm = norm
         self.mixer = mixer
-        self.ratio = _parameter(ratio.unflatten(0, (-1, 1, 1)))
+        self.ratio = _parameter(ratio.unflatten(0, (-1, 1, 1)), like)
 
     def forward(self, x: Tensor, out_hidden_states: bool) -> tuple[Tensor, Tensor | None]:
         """(B, D, H, W) to the same in channels_last, and the mixer's hidden states if they are wanted."""
@@ -156,14 +165,15 @@ class DeployedPatchMerging(nn.Module):
         downsample: What it takes the weights of.
     """
 
-    def __init__(self, downsample: PatchMerging) -> None:
+    def __init__(self, downsample: nn.Module) -> None:
         super().__init__()
-        expand, dwconv, reduce = (layer for layer in downsample.conv if isinstance(layer, ConvNorm))
+        downsample = check_type(downsample, PatchMerging)
+        expand, dwconv, reduce = (check_type(downsample.conv[i], ConvNorm) for i in (0, 1, 3))
         self.se = downsample.conv[2]
-        one = torch.ones(())
+        one = torch.ones((), dtype=torch.float64, device=downsample.dwconv1.conv.weight.device)
         self.dwconv1 = _conv(*_gated_shortcut(downsample.dwconv1, one, one), like=downsample.dwconv1.conv)
-        self.fc1 = _conv(*fold_norm(expand), like=expand.conv)
-        self.dwconv = _conv(*fold_norm(dwconv), like=dwconv.conv)
+        self.fc1 = _conv(*fold_norm(expand, relu=True), like=expand.conv)
+        self.dwconv = _conv(*fold_norm(dwconv, relu=True), like=dwconv.conv)
         self.fc2 = _conv(*fold_norm(reduce), like=reduce.conv)
         self.dwconv2 = _conv(*_gated_shortcut(downsample.dwconv2, one, one), like=downsample.dwconv2.conv)
 
@@ -174,29 +184,87 @@ class DeployedPatchMerging(nn.Module):
         return self.dwconv2(self.fc2(x))
 
 
-def fold_norm(layer: ConvNorm) -> tuple[Tensor, Tensor]:
+def check_type(module: nn.Module, kind: type[M]) -> M:
+    """Return a part, if its deploy form is known.
+
+    Raises:
+        TypeError: If ``module`` is not a ``kind``, or a subclass with another forward.
+    """
+    if not isinstance(module, kind) or type(module).forward is not kind.forward:
+        raise TypeError(
+            f'A {type(module).__name__} has no deploy form: expected {kind.__name__}, or a subclass with the same '
+            'forward. Use the model without switch_to_deploy().'
+        )
+    return module
+
+
+def fold_norm(layer: ConvNorm, relu: bool = False) -> tuple[Tensor, Tensor]:
     """Multiply a BatchNorm out into the convolution before it.
 
     Args:
         layer: Convolution and norm, or no norm.
+        relu: Whether a ReLU is expected behind them, in place of nothing.
 
     Returns:
         Weight and bias of the one convolution that is equal to both in eval mode, in float64.
 
     Raises:
-        ValueError: If the norm is another one: what it does depends on the image, and cannot be multiplied out.
+        TypeError: If the layer is no ``ConvNorm``, or has another activation.
+        ValueError: If the norm is another one: what it does depends on the image, and cannot be multiplied out. Or if
+            the convolution is not a plain one.
     """
-    weight, norm = layer.conv.weight.detach().double(), layer.norm
-    if isinstance(norm, nn.Identity):
+    check_type(layer, ConvNorm)
+    check_type(layer.act, nn.ReLU if relu else nn.Identity)
+    conv, norm = layer.conv, layer.norm
+    if isinstance(norm, nn.Identity) and is_plain(conv):
+        weight = conv.weight.detach().double()
         return weight, weight.new_zeros(len(weight))
-    if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
-        raise ValueError(f'{type(norm).__name__} cannot be folded into a convolution: only a BatchNorm can (norm_cfg).')
+    if not can_fold(conv, norm):
+        raise ValueError(
+            f'{type(conv).__name__} and {type(norm).__name__} cannot be folded into one convolution: expected a plain '
+            'convolution and a BatchNorm with running statistics, both without hooks (norm_cfg). Use the model without '
+            'switch_to_deploy().'
+        )
+    return fold_batch_norm(conv, norm)
+
+
+def can_fold(conv: nn.Module, norm: nn.Module | None) -> bool:
+    """Whether a convolution and the norm behind it are known to be equal to one convolution in eval mode."""
+    return (
+        is_plain(conv)
+        and isinstance(norm, _BatchNorm)
+        and type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+        and norm.running_mean is not None
+        and norm.running_var is not None
+        and not _is_changed(norm)
+    )
+
+
+def is_plain(conv: nn.Module) -> bool:
+    """Whether a convolution uses its weight as it is: no weight standardisation, parametrisation or hook changes it."""
+    return type(conv) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2d, Conv3d) and not _is_changed(conv)
+
+
+def _is_changed(module: nn.Module) -> bool:
+    # Spectral norm, weight norm and pruning set the weight in a hook.
+    return bool(module._forward_pre_hooks or module._forward_hooks or 'forward' in vars(module))
+
+
+def fold_batch_norm(conv: _ConvNd, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias, in float64, of the one convolution that is equal to both in eval mode, if :func:`can_fold`."""
+    assert isinstance(norm, _BatchNorm)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     scale = (norm.running_var.double() + norm.eps).rsqrt()
-    bias = -norm.running_mean.double() * scale
-    if norm.affine:
-        scale = scale * norm.weight.detach().double()
-        bias = bias * norm.weight.detach().double() + norm.bias.detach().double()
-    return _times(weight, scale), bias
+    bias = -norm.running_mean.double()
+    if conv.bias is not None:
+        bias = bias + conv.bias.detach().double()
+    bias = bias * scale
+    if norm.weight is not None:
+        scale, bias = scale * norm.weight.detach().double(), bias * norm.weight.detach().double()
+    if norm.bias is not None:
+        bias = bias + norm.bias.detach().double()
+    return _times(conv.weight.detach().double(), scale), bias
 
 
 def _gated_shortcut(layer: ConvNorm, gate: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,8 +281,8 @@ def _times(weight: Tensor, factor: Tensor) -> Tensor:
     return weight * factor.to(weight).view(-1, *[1] * (weight.ndim - 1))
 
 
-def _parameter(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.detach().float(), requires_grad=False)
+def _parameter(tensor: Tensor, like: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().to(like.dtype), requires_grad=False)
 
 
 def _conv(weight: Tensor, bias: Tensor | None, like: _ConvNd) -> PackedConv2d:
@@ -226,10 +294,11 @@ def _conv(weight: Tensor, bias: Tensor | None, like: _ConvNd) -> PackedConv2d:
         like.padding[0],
         groups=like.groups,
         bias=bias is not None,
+        device='meta',  # initial values would be replaced
     )
-    conv.weight = _parameter(weight.contiguous(memory_format=torch.channels_last))
+    conv.weight = _parameter(weight.contiguous(memory_format=torch.channels_last), like.weight)
     if bias is not None:
-        conv.bias = _parameter(bias)
+        conv.bias = _parameter(bias, like.weight)
     return conv
 
 

@@ -19,24 +19,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from mmevm.checkpoints import load_pretrained, pretrained_cfgs
+from mmevm.compat import is_autocast_enabled, is_compiling
 from mmevm.registry import MODELS
 
-from .deployed import DeployedBlock, DeployedPatchMerging, DeployedStem
+from .deployed import DeployedBlock, DeployedPatchMerging, DeployedStem, check_type
 from .layers import FFN, ConvNorm, PatchMerging, Stem, items
 
 _POSITIONS_AT_ONCE = 4 * 32**2  # of a map, in the deploy form on a CPU: docs/performance.md
 
-_is_compiling = getattr(torch.compiler, 'is_compiling', torch.jit.is_tracing)  # torch 2.1 has only the latter
-
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _is_autocast(device: str) -> bool:
-    if hasattr(torch, 'get_autocast_dtype'):  # torch 2.4, where each device came to be asked by its name
-        return torch.is_autocast_enabled(device)
-    return torch.is_autocast_cpu_enabled() if device == 'cpu' else torch.is_autocast_enabled()
 
 
 class Block(nn.Module):
@@ -125,10 +118,17 @@ class Stage(nn.Module):
         """
         for block in self.blocks:
             if self.with_cp and torch.is_grad_enabled():
-                x, h = checkpoint(block, x, use_reentrant=False, context_fn=partial(_contexts, block))
+                x, h = _checkpoint(block, x)
             else:
                 x, h = block(x)
         return x, h
+
+
+# torch.compile cannot trace context_fn, and without it older versions fail at BatchNorm's running statistics (2.3), as
+# does its eager backend in 2.14.
+@torch.compiler.disable
+def _checkpoint(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    return checkpoint(block, x, use_reentrant=False, context_fn=partial(_contexts, block))
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -185,6 +185,7 @@ class EfficientViM(BaseModule):
         norm_eval: Whether BatchNorm stays in eval mode after ``train()``; its weights and biases are trained all the
             same.
         with_cp: Whether blocks recompute their activations in the backward pass, which saves memory and costs time.
+            ``torch.compile`` leaves such blocks as they are in training.
         deploy: Whether to build the deploy form, for weights that were saved after :meth:`switch_to_deploy`.
         init_cfg: mmengine's initialisation config. With ``type='Pretrained'`` every tensor of the backbone must be in
             the checkpoint, which may be a ``timm://`` name, a file of the authors', of timm's or of mmevm's own.
@@ -288,7 +289,7 @@ class EfficientViM(BaseModule):
         Raises:
             ValueError: If ``x`` is not such a batch, or the hidden states are wanted of a mixer that has none.
         """
-        if not torch.jit.is_tracing() and not _is_compiling():
+        if not torch.jit.is_tracing() and not is_compiling():
             self._check_images(x)
         x = _joined([self.patch_embed(part) for part in self._parts(x, stride=16)])
         hidden_states, maps = [], []
@@ -312,7 +313,7 @@ class EfficientViM(BaseModule):
 
     def _parts(self, x: Tensor, stride: int = 1) -> Sequence[Tensor]:
         """A batch of which the next maps have this stride: in the deploy form on a CPU, a few images at a time."""
-        if self.deploy and x.device.type == 'cpu' and not torch.jit.is_tracing() and not _is_compiling():
+        if self.deploy and x.device.type == 'cpu' and not torch.jit.is_tracing() and not is_compiling():
             # So few that what lies between two layers stays in the cache.
             images = max(_POSITIONS_AT_ONCE * stride**2 // (x.shape[2] * x.shape[3]), 1)
             if len(x) > images:
@@ -327,7 +328,7 @@ class EfficientViM(BaseModule):
         if x.ndim != 4 or x.shape[1] != weight.shape[1] or 0 in x.shape[2:]:
             raise ValueError(f'{wanted} with at least one pixel, not {tuple(x.shape)}.')
         # Autocast converts what it is given, but integers.
-        if not x.is_floating_point() or (x.dtype != weight.dtype and not _is_autocast(x.device.type)):
+        if not x.is_floating_point() or (x.dtype != weight.dtype and not is_autocast_enabled(x.device.type)):
             raise ValueError(
                 f'{wanted} of {weight.dtype} as its weights are, not of {x.dtype}: convert them by '
                 f'x.to({weight.dtype}), and normalise them as in training.'
@@ -348,17 +349,24 @@ class EfficientViM(BaseModule):
             load_pretrained(self, **{'prefix': 'backbone', **cfg})
         self._is_init = True
 
+    @torch.no_grad()
+    @torch.inference_mode(mode=False)  # inference tensors could not be changed in place, or trained on, later
     def switch_to_deploy(self) -> None:
         """Take the form for inference, in place: the same maps with fewer and faster steps (``mmevm.models.deployed``).
 
         Weights are multiplied together, so it cannot be trained any more, and its checkpoints are for ``deploy=True``.
-        A second call does nothing.
+        Each layer keeps its dtype and device. A second call does nothing.
 
         Raises:
-            ValueError: If a norm of ``norm_cfg`` is no BatchNorm.
+            TypeError: If a part, such as a down-sampling layer, was replaced by one of another type.
+            ValueError: If a norm of ``norm_cfg`` is no BatchNorm, or a convolution is not a plain one, but has hooks or
+                a parametrization such as spectral norm.
         """
         if isinstance(self.patch_embed, DeployedStem):
             return
+        for stage in items(self.stages, Stage):
+            for block in stage.blocks:
+                check_type(block, Block)
         patch_embed = DeployedStem(self.patch_embed)
         stages = [
             (
@@ -367,15 +375,14 @@ class EfficientViM(BaseModule):
                     DeployedBlock(block, self.out_hidden_states and block is stage.blocks[-1])
                     for block in items(stage.blocks, Block)
                 ],
-                DeployedPatchMerging(stage.downsample) if isinstance(stage.downsample, PatchMerging) else None,
+                None if stage.downsample is None else DeployedPatchMerging(stage.downsample),
             )
             for stage in items(self.stages, Stage)
         ]
-        device = next(self.parameters()).device
         self.patch_embed = patch_embed
         for stage, blocks, downsample in stages:
             stage.blocks, stage.downsample = nn.ModuleList(blocks), downsample
-        self.to(device).eval().requires_grad_(False)
+        self.eval().requires_grad_(False)
         self.deploy = True
 
     def train(self, mode: bool = True) -> 'EfficientViM':

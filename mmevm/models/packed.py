@@ -1,10 +1,64 @@
 """Convolutions whose weights lie in memory as a CPU's kernels read them."""
 
 import platform
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from mmevm.compat import is_autocast_enabled, is_compiling
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class WatchedParameter(nn.Parameter):
+    """A parameter that loses its ``_mark`` when somebody may write to its memory without increasing its ``_version``.
+
+    The ways to do so start with one of the methods below.
+    """
+
+    @property
+    def data(self) -> Tensor:
+        """As of any tensor."""
+        vars(self).pop('_mark', None)
+        return super().data
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        vars(self).pop('_mark', None)
+        nn.Parameter.data.__set__(self, value)  # type: ignore[attr-defined]
+
+    def detach(self) -> Tensor:
+        """As of any tensor."""
+        vars(self).pop('_mark', None)
+        return super().detach()
+
+    def numpy(self, *, force: bool = False) -> 'np.ndarray':
+        """As of any tensor."""
+        vars(self).pop('_mark', None)
+        return super().numpy(force=force)
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """As of any tensor."""
+        vars(self).pop('_mark', None)
+        return super().untyped_storage()
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        vars(self).pop('_mark', None)
+        return super().__dlpack__(*args, **kwargs)
+
+
+def _watch(weight: Tensor) -> tuple[object, int]:
+    """Mark a parameter, and return the state that it keeps until somebody may have written to it."""
+    weight.__class__ = WatchedParameter
+    vars(weight).setdefault('_mark', object())
+    return _state(weight)
+
+
+def _state(weight: Tensor) -> tuple[object, int]:
+    return vars(weight).get('_mark'), weight._version
 
 
 class PackedConv2d(nn.Conv2d):
@@ -14,14 +68,20 @@ class PackedConv2d(nn.Conv2d):
     second batch of one shape in a row is the first that finds its weights so. All else is ``nn.Conv2d``: the numbers,
     bit for bit, the state dict, and what runs where PyTorch has another kernel than oneDNN's, for images that are not
     in channels_last, with autocast, while something traces or compiles the model, and where a gradient is asked for.
+
+    The weight may be written to at any time: in place, through ``weight.data`` as EMA does, a state dict, or an array.
+    It is packed again after that, and is not packed while another tensor shares its memory, nor once NumPy has. Two
+    ways of writing go unseen while it is packed: ``.data`` or ``.numpy()`` of a view, such as ``weight[0].data``, in
+    place of ``weight.data[0]``; and C++ extensions that write to its address.
     """
 
-    _packed: tuple[Tensor, int, torch.Size, Tensor] | None = None  # the weight, its version, the shape, the layout
+    # The weight, its state, the shape of the images, the layout.
+    _packed: tuple[Tensor, tuple[object, int], torch.Size, Tensor] | None = None
     _last_shape: torch.Size | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """As ``nn.Conv2d``: (B, C, H, W) to (B, C', H', W')."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
+        if is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
             return super().forward(x)
         shape = x.shape
         if shape != self._last_shape:
@@ -37,15 +97,16 @@ class PackedConv2d(nn.Conv2d):
         """The weight as oneDNN's kernel for this shape reads it; it would rearrange another one slowly, each time."""
         weight, shape = self.weight, x.shape
         if self._packed is not None:
-            old, version, of, layout = self._packed
-            if of == shape and old.data_ptr() == weight.data_ptr() and version == weight._version:
+            of_weight, state, of_shape, layout = self._packed
+            if of_weight is weight and of_shape == shape and _state(weight) == state:
                 return layout
         if self._backend(x) != 'Mkldnn':
             return None
-        weight = weight.detach()
-        layout = _reorder(weight, self.padding, self.stride, self.dilation, self.groups, shape)
-        # The weight is kept, so that no other one can come to lie where it was.
-        self._packed = weight, weight._version, shape, layout
+        if _is_shared(weight):
+            self._packed = None
+            return None
+        layout = _reorder(weight.detach(), self.padding, self.stride, self.dilation, self.groups, shape)
+        self._packed = weight, _watch(weight), shape, layout
         return layout
 
     def _backend(self, x: Tensor) -> str:
@@ -57,6 +118,8 @@ class PackedConv2d(nn.Conv2d):
         weight = self.weight
         return bool(
             _HAS_KERNELS
+            and forward_ad._current_level < 0
+            and torch._C._functorch.peek_interpreter_stack() is None  # vmap and the like
             and x.is_cpu
             and weight.is_cpu
             and x.dtype == weight.dtype == torch.float32
@@ -64,9 +127,10 @@ class PackedConv2d(nn.Conv2d):
             and x.is_contiguous(memory_format=torch.channels_last)
             and not x.is_contiguous()  # as maps of one pixel are too, which kernels take for either
             and torch.backends.mkldnn.enabled
-            and not _autocasts()
+            and not is_autocast_enabled('cpu')
             and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-            and not weight.is_inference()  # which do not say when they change
+            and type(weight) in (nn.Parameter, WatchedParameter)
+            and _has_version(weight)
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -74,11 +138,20 @@ class PackedConv2d(nn.Conv2d):
         return self.__dict__ | {'_packed': None, '_last_shape': None}
 
 
-def _autocasts() -> bool:
+def _has_version(weight: Tensor) -> bool:
     try:
-        return torch.is_autocast_enabled('cpu')
-    except TypeError:  # of torch < 2.4, which has a function for each device
-        return torch.is_autocast_cpu_enabled()
+        return weight._version >= 0
+    except RuntimeError:  # created in inference mode
+        return False
+
+
+def _is_shared(weight: Tensor) -> bool:
+    """Whether something else may write to the memory of a tensor: another tensor, an array or a process."""
+    return _uses(weight) > _USES_ALONE or weight.is_shared() or not weight.untyped_storage().resizable()
+
+
+def _uses(tensor: Tensor) -> int:
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
 _HAS_KERNELS = (
@@ -87,7 +160,10 @@ _HAS_KERNELS = (
     and hasattr(torch.ops.mkldnn, '_convolution_pointwise')
     and hasattr(torch.ops.mkldnn, '_reorder_convolution_weight')
     and hasattr(torch._C, '_select_conv_backend')
+    and hasattr(torch._C, '_storage_Use_Count')
+    and hasattr(torch.UntypedStorage, 'resizable')  # since torch 2.2: without it, memory of an array is not recognized
 )
 if _HAS_KERNELS:
+    _USES_ALONE = _uses(torch.empty(1, device='cpu'))
     _convolve = torch.ops.mkldnn._convolution_pointwise.default  # looking it up takes microseconds
     _reorder = torch.ops.mkldnn._reorder_convolution_weight.default

@@ -8,8 +8,11 @@ from mmengine.model import revert_sync_batchnorm
 from randomise import randomise
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from versions import needs_half
 
 from mmevm.models import EfficientViM, efficientvim
+from mmevm.models.efficientvim import Block
+from mmevm.models.layers import FFN, ConvNorm, PatchMerging
 from mmevm.models.packed import PackedConv2d
 
 TINY = dict(embed_dims=(16, 32, 48), depths=(1, 2, 1), state_dims=(9, 4, 4))
@@ -154,3 +157,142 @@ def test_reduced_precision():
     exact = model(x)
     for out, other, ref in zip(outs, expected, exact, strict=True):
         assert (out - ref).abs().max() < 2 * (other - ref).abs().max() + 0.01 * ref.abs().max()
+
+
+MIXERS = [None, dict(type='mmevm.NCSSD', head_dim=None)]
+
+
+@pytest.mark.parametrize('mixer_cfg', MIXERS, ids=str)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, pytest.param(torch.float16, marks=needs_half)])
+def test_every_layer_keeps_its_dtype(dtype, mixer_cfg):
+    model = tiny(mixer_cfg=mixer_cfg, out_hidden_states=True).to(dtype)
+    x = torch.randn(2, 3, 96, 64, dtype=dtype)
+    with torch.no_grad():
+        form, exact = deployed(model), copy.deepcopy(model).double()(x.double())
+        assert {parameter.dtype for parameter in form.state_dict().values()} == {dtype}
+        for out, rounded, ref in zip(form(x), model(x), exact, strict=True):
+            assert out.dtype == dtype
+            rounding = torch.finfo(dtype).eps * ref.abs().max()
+            assert (out - ref).abs().max() < 2 * (rounded - ref).abs().max() + 20 * rounding
+
+
+@pytest.mark.parametrize('mixer_cfg', MIXERS, ids=str)
+def test_every_layer_stays_on_its_device(mixer_cfg):
+    """The meta device stands for any other one: an operation on tensors of it and of the CPU raises an error."""
+    model = tiny(mixer_cfg=mixer_cfg)
+    expected = deployed(model)
+    with torch.device('meta'):  # where new tensors are
+        form = deployed(model)
+    for name, tensor in form.state_dict().items():
+        assert torch.equal(tensor, expected.state_dict()[name]), name
+    model.stages[1:].to('meta')
+    devices = {name: str(tensor.device) for name, tensor in deployed(model).state_dict().items()}
+    assert devices == {
+        name: 'meta' if name.startswith(('stages.1', 'stages.2')) else 'cpu' for name in expected.state_dict()
+    }
+
+
+def test_random_numbers_are_not_used_up():
+    model = tiny()
+    before = torch.get_rng_state()
+    model.switch_to_deploy()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_in_inference_mode():
+    model = tiny()
+    x = torch.randn(16, 3, 64, 48)
+    form = copy.deepcopy(model)
+    with torch.inference_mode():
+        expected = model(x)
+        form.switch_to_deploy()
+    form.to(memory_format=torch.channels_last)
+    assert not any(parameter.is_inference() for parameter in form.parameters())
+    for _ in range(2):
+        torch.testing.assert_close(form(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_was_built_in_inference_mode():
+    with torch.inference_mode():
+        model = tiny()
+        x = torch.randn(16, 3, 64, 48)
+        expected = model(x)
+    form = deployed(model)
+    form.to(memory_format=torch.channels_last)
+    for _ in range(2):
+        torch.testing.assert_close(form(x), expected, rtol=1e-4, atol=1e-5)
+
+
+class OtherMerging(PatchMerging):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class OtherBlock(Block):
+    def forward(self, x):
+        return 2 * x, None
+
+
+def other_activation(model):
+    model.stages[0].blocks[0].ffn.fc1.act = nn.GELU()
+
+
+def other_ffn(model):
+    model.stages[0].blocks[0].ffn = nn.Sequential(FFN(16, 32, dict(type='BN')), nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda m: setattr(m.stages[0], 'downsample', nn.Conv2d(16, 32, 2, 2)), 'Conv2d .* expected PatchMerging'),
+        (lambda m: setattr(m.stages[0].downsample, '__class__', OtherMerging), 'OtherMerging .* expected PatchMerging'),
+        (lambda m: setattr(m.stages[1].blocks[1], '__class__', OtherBlock), 'OtherBlock .* expected Block'),
+        (lambda m: setattr(m, 'patch_embed', nn.Conv2d(3, 16, 16, 16)), 'Conv2d .* expected Stem'),
+        (lambda m: m.patch_embed.conv.__setitem__(1, nn.Conv2d(2, 4, 3, 2, 1)), 'Conv2d .* expected ConvNorm'),
+        (other_activation, 'GELU .* expected ReLU'),
+        (other_ffn, 'Sequential .* expected FFN'),
+    ],
+)
+def test_a_part_of_unknown_type_raises_and_nothing_has_changed(change, message):
+    model = tiny()
+    change(model)
+    x = torch.randn(1, 3, 64, 64)
+    expected = model(x)
+    with pytest.raises(TypeError, match=message):
+        model.switch_to_deploy()
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    'name', ['patch_embed.conv.0.conv', 'stages.0.blocks.0.mixer.hz_proj.conv', 'stages.1.blocks.0.dwconv1.norm']
+)
+def test_hooked_and_parametrized_layers_raise(name):
+    model = tiny()
+    handle = model.get_submodule(name).register_forward_hook(lambda *call: 2 * call[2])
+    with pytest.raises(ValueError, match=r'cannot be folded .* without hooks'):
+        model.switch_to_deploy()
+    handle.remove()
+    nn.utils.parametrizations.weight_norm(model.stages[0].blocks[0].dwconv1.conv)
+    with pytest.raises(ValueError, match='ParametrizedConv2d and BatchNorm2d cannot be folded'):
+        model.switch_to_deploy()
+
+
+def test_a_subclass_with_the_same_forward_is_converted():
+    class MyConvNorm(ConvNorm):
+        pass
+
+    model = tiny()
+    model.stages[0].blocks[0].dwconv1.__class__ = MyConvNorm
+    assert_same(model, torch.randn(1, 3, 64, 64))
+
+
+def test_weights_written_through_data_are_used():
+    """As mmengine's EMAHook does before a validation."""
+    form, other = deployed(tiny()), deployed(randomise(EfficientViM(TINY), seed=1))
+    x = torch.randn(16, 3, 64, 48)
+    for _ in range(2):
+        form(x)
+    for parameter, value in zip(form.parameters(), other.parameters(), strict=True):
+        parameter.data.copy_(value.data)
+    for _ in range(3):
+        torch.testing.assert_close(form(x), other(x), rtol=0, atol=0)

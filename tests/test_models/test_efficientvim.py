@@ -282,6 +282,21 @@ class TestTraining:
         features_and_gradients(model, torch.randn(2, 3, 64, 64))
         assert len(calls) == 2 * len(model.stages[1].blocks)
 
+    def test_compiled_activation_checkpointing_changes_neither_gradients_nor_statistics(self):
+        plain = randomise(EfficientViM(TINY)).double().train()
+        saving = EfficientViM(TINY, with_cp=True).double().train()
+        saving.load_state_dict(plain.state_dict())
+        compiled = torch.compile(saving, backend='eager')
+        x = torch.randn(2, 3, 64, 64, dtype=torch.double)
+        for _ in range(2):
+            out, ref = compiled(x), plain(x)
+            torch.testing.assert_close(out, ref)
+            sum(map(torch.sum, out)).backward()
+            sum(map(torch.sum, ref)).backward()
+        for parameter, expected in zip(saving.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad, expected.grad)
+        torch.testing.assert_close(dict(saving.named_buffers()), dict(plain.named_buffers()))
+
     def test_norm_cfg(self):
         model = EfficientViM(TINY, norm_cfg=dict(type='SyncBN'))
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
