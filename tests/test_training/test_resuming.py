@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
-from recorded_training import train
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from recorded_training import OwnLoop, train
 from safetensors.torch import save_file
 
 from mmevm.checkpoints import CheckpointError, check_training_checkpoint, find_unresumable, training_globals
-from mmevm.training import last_whole_checkpoint, make_resumable, resume
+from mmevm.training import ResumableEpochLoop, last_whole_checkpoint, make_resumable, resume
 
 
 @pytest.fixture(scope='module')
@@ -167,8 +169,14 @@ def test_the_seed_goes_on_and_pretrained_weights_are_not_fetched(checkpoint, tmp
     [
         (dict(by_epoch=True, max_epochs=1), 'mmevm.ResumableEpochLoop'),
         (dict(by_epoch=False, max_iters=1), 'mmevm.ResumableIterLoop'),
+        (dict(max_epochs=1), 'mmevm.ResumableEpochLoop'),
+        (dict(max_iters=1), 'mmevm.ResumableIterLoop'),
         (dict(type='EpochBasedTrainLoop', max_epochs=1), 'mmevm.ResumableEpochLoop'),
+        (dict(type='mmengine.IterBasedTrainLoop', max_iters=1), 'mmevm.ResumableIterLoop'),
+        (dict(type=EpochBasedTrainLoop, max_epochs=1), 'mmevm.ResumableEpochLoop'),
+        (dict(type=IterBasedTrainLoop, max_iters=1), 'mmevm.ResumableIterLoop'),
         (dict(type='mine.Loop', max_epochs=1), 'mine.Loop'),
+        (dict(type=OwnLoop, max_epochs=1), OwnLoop),
     ],
 )
 def test_mmengine_loops_become_resumable(tmp_path, train_cfg, loop):
@@ -177,6 +185,92 @@ def test_mmengine_loops_become_resumable(tmp_path, train_cfg, loop):
     assert cfg.train_cfg.type == loop
     assert 'by_epoch' not in cfg.train_cfg
     assert cfg.default_hooks.checkpoint.backend_args == dict(backend='mmevm.atomic')
+
+
+@pytest.mark.parametrize('default_hooks', [..., None, {}, {'logger': dict(type='LoggerHook')}])
+def test_without_a_checkpoint_hook_in_the_config_mmengine_saves_each_epoch(tmp_path, default_hooks):
+    cfg = Config(dict(work_dir=str(tmp_path), train_cfg=dict(by_epoch=True, max_epochs=1)))
+    if default_hooks is not ...:
+        cfg.default_hooks = default_hooks
+    make_resumable(cfg)
+    assert cfg.default_hooks.checkpoint.interval == 1
+    assert cfg.default_hooks.checkpoint.backend_args == dict(backend='mmevm.atomic')
+
+
+@pytest.mark.parametrize(
+    ('hook', 'backend_args'),
+    [
+        (dict(type=CheckpointHook), dict(backend='mmevm.atomic')),
+        (dict(type='mmengine.CheckpointHook', backend_args=None), dict(backend='mmevm.atomic')),
+        (dict(type='CheckpointHook', backend_args=dict(backend='petrel')), dict(backend='petrel')),
+        (dict(type='CheckpointHook', file_client_args=dict(backend='disk')), None),
+        (dict(type='mine.Hook'), None),
+        (None, None),
+    ],
+)
+def test_a_checkpoint_hook_of_mmengine_saves_with_the_atomic_backend(tmp_path, hook, backend_args):
+    cfg = Config(dict(work_dir=str(tmp_path), default_hooks=dict(checkpoint=hook), train_cfg=None, custom_hooks=None))
+    make_resumable(cfg)
+    assert (cfg.default_hooks.checkpoint or {}).get('backend_args') == backend_args
+    assert [hook.type for hook in cfg.custom_hooks] == ['mmevm.LoadingHook', 'mmevm.PreemptionHook']
+
+
+PURE_PYTHON = {
+    'base.py': """
+from mmengine.dataset import DefaultSampler
+from mmengine.hooks import CheckpointHook, LoggerHook
+from mmengine.optim import OptimWrapper
+from mmengine.runner import EpochBasedTrainLoop
+from recorded_training import Augmented, Recorder
+from torch.optim import SGD
+
+model = dict(type=Recorder, head=dict(type=Recorder, init_cfg=dict(type='Pretrained', checkpoint='nowhere.pth')))
+train_dataloader = dict(
+    batch_size=2, num_workers=0, sampler=dict(type=DefaultSampler, shuffle=True), dataset=dict(type=Augmented)
+)
+train_cfg = dict(type=EpochBasedTrainLoop, max_epochs=2)
+optim_wrapper = dict(type=OptimWrapper, optimizer=dict(type=SGD, lr=0.1))
+default_hooks = dict(checkpoint=dict(type=CheckpointHook, interval=1), logger=dict(type=LoggerHook))
+log_level = 'WARNING'
+""",
+    'config.py': """
+from mmengine.config import read_base
+
+with read_base():
+    from .base import *
+
+train_cfg.update(max_epochs=3)
+model.pop('head')
+""",
+}
+
+
+def test_a_pure_python_config_trains_and_is_resumed(tmp_path):
+    for name, text in PURE_PYTHON.items():
+        (tmp_path / name).write_text(text)
+
+    def build(checkpoint=None):
+        cfg = Config.fromfile(tmp_path / 'config.py')
+        cfg.work_dir = str(tmp_path / 'work')
+        cfg.experiment_name = f'{tmp_path}{checkpoint}'
+        make_resumable(cfg)
+        if checkpoint:
+            resume(cfg)
+            assert cfg.load_from == str(checkpoint)
+        return Runner.from_cfg(cfg)
+
+    run = build()
+    assert isinstance(run.train_loop, ResumableEpochLoop)
+    (hook,) = [hook for hook in run.hooks if isinstance(hook, CheckpointHook)]
+    assert hook.backend_args == dict(backend='mmevm.atomic')
+    run.train()
+    assert len(run.model.seen) == 18
+    (dumped,) = (tmp_path / 'work').glob('*.py')
+    assert 'mmevm.ResumableEpochLoop' in dumped.read_text()
+    (tmp_path / 'work' / 'epoch_3.pth').unlink()
+    again = build(tmp_path / 'work' / 'epoch_2.pth')
+    again.train()
+    assert again.model.seen == run.model.seen[12:]
 
 
 def test_a_remote_folder_keeps_its_backend(tmp_path):
