@@ -1,17 +1,16 @@
 """The memory of a training without a GPU."""
 
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from mmevm.registry import HOOKS
+
+resource = import_module('resource') if find_spec('resource') else None  # None on Windows
 
 
 @HOOKS.register_module()

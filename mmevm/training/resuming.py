@@ -93,7 +93,7 @@ def resume(cfg: Config, checkpoint: str | Path | None = None) -> None:
         cfg.randomness = randomness | {'seed': meta.get('seed')}
     for part in (cfg.model, cfg.model.get('backbone'), cfg.model.get('head')):
         if isinstance(part, dict) and part.get('init_cfg'):
-            part.init_cfg = None  # pretrained weights would be fetched, and overwritten
+            part['init_cfg'] = None  # pretrained weights would be fetched, and overwritten
 
 
 def start_inertly(cfg: Config) -> None:
