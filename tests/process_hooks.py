@@ -14,17 +14,21 @@ from mmengine.registry import HOOKS
 
 @HOOKS.register_module()
 class FaultHook(Hook):
-    """Befalls one process before an iteration, or before an evaluation, in which the others wait for it."""
+    """Befalls one process before an iteration, an evaluation or a batch of it, where the others wait for it."""
 
-    def __init__(self, fault=None, rank=1, at=8, evaluating=False):
-        self.fault, self.rank, self.at, self.evaluating = fault, rank, at, evaluating
+    def __init__(self, fault=None, rank=1, at=8, evaluating=False, batch=None):
+        self.fault, self.rank, self.at, self.evaluating, self.batch = fault, rank, at, evaluating, batch
 
     def before_train_iter(self, runner, *args, **kwargs):
         if not self.evaluating and runner.iter == self.at:
             self.befall(runner)
 
     def before_val(self, runner):
-        if self.evaluating:
+        if self.evaluating and self.batch is None:
+            self.befall(runner)
+
+    def before_val_iter(self, runner, batch_idx, *args, **kwargs):
+        if self.evaluating and self.batch == batch_idx:
             self.befall(runner)
 
     def befall(self, runner):

@@ -25,8 +25,11 @@ EPOCHS = 3
 class Augmented(torch.utils.data.Dataset):
     """Numbers of images, each with one number from each of the generators that augmentations use."""
 
+    def __init__(self, length=LENGTH):
+        self.length = length
+
     def __len__(self):
-        return LENGTH
+        return self.length
 
     def __getitem__(self, index):
         return torch.tensor([index, random.random(), np.random.rand(), torch.rand(()).item()], dtype=torch.float64)

@@ -287,6 +287,46 @@ def test_killed_and_terminated_trainings_end_as_if_they_had_not_been(uninterrupt
     assert str(saved['optimizer']) == str(uninterrupted['optimizer'])
 
 
+def evaluated(images):
+    """The tiny training, evaluated every second epoch on images that are not divided equally."""
+    return (
+        TINY
+        + f"""
+train_cfg = dict(by_epoch=True, max_epochs=4, val_interval=2)
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=0,
+    sampler=dict(type='DefaultSampler', shuffle=False, round_up=False),
+    dataset=dict(type='Augmented', length={images}),
+)
+"""
+    )
+
+
+@pytest.mark.parametrize('images', [1, 19, 21])
+def test_processes_with_different_numbers_of_batches_evaluate(tmp_path, images):
+    """Nobody all-reduces while the others gather; 1 leaves a process without a batch."""
+    result = tiny(tmp_path, text=evaluated(images))
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count('nothing: 0') == 2
+
+
+@pytest.mark.parametrize(('images', 'batch'), [(19, None), (3, 0), (19, 2), (39, 2)])
+def test_sigterm_in_an_evaluation_ends_all_processes_together(tmp_path, images, batch):
+    """They agree at its start, at its end, or after the tenth batch if all have so many."""
+    fault = dict(fault='terminated', rank=0, evaluating=True, batch=batch)
+    result = tiny(tmp_path, text=evaluated(images), **fault)
+    is_complete = batch is not None and images < 20
+    assert ('nothing: 0' in result.stdout) == is_complete
+    assert 'got signal: 15' in result.stdout
+    assert f'the training ends after 12 of {LENGTH} iterations' in result.stdout
+    meta = checkpoint(tmp_path / 'here/epoch_2_iter_12.pth')['meta']
+    assert (meta['epoch'], meta['iter'], meta['trained']) == (2, 12, 0)
+    result = tiny(tmp_path, '--resume', text=evaluated(images))
+    assert result.returncode == 0, result.stdout
+    assert 'resumed epoch: 2, iter: 12' in result.stdout
+
+
 def test_another_number_of_processes_goes_on_from_the_beginning_of_the_epoch(tmp_path):
     tiny(tmp_path, '--auto-scale-lr', fault='terminated', at=14)
     result = tiny(tmp_path, '--auto-scale-lr', '--resume', count=3)

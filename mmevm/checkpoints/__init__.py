@@ -18,7 +18,7 @@ from .loading import (
     pretrained_cfgs,
 )
 from .reading import CheckpointError, file_named, read_checkpoint
-from .resumable import check_training_checkpoint, training_globals
+from .resumable import check_training_checkpoint, find_unresumable, read_training_meta, training_globals
 
 __all__ = [
     'CheckpointError',
@@ -29,11 +29,13 @@ __all__ = [
     'convert_checkpoint',
     'fetch_checkpoint',
     'file_named',
+    'find_unresumable',
     'load_pretrained',
     'load_trained_weights',
     'load_whole_model',
     'model_of',
     'pretrained_cfgs',
     'read_checkpoint',
+    'read_training_meta',
     'training_globals',
 ]

@@ -1,15 +1,25 @@
 """A training's checkpoint is looked at before mmengine resumes from it, which unpickles it, and runs what it names."""
 
+import argparse
+import collections
+import datetime
+import decimal
+import fractions
+import io
 import os
+import pathlib
 import re
+import uuid
 import warnings
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from pickle import UnpicklingError
+from pickle import Pickler, UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
+from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
@@ -42,9 +52,24 @@ _NUMPY = {
     for function in _RECONSTRUCTING
 }
 _CALLABLES: dict[str, Callable] = {'builtins.getattr': _attribute, **_NUMPY}
-_CLASSES = (HistoryBuffer, OneCycleParamScheduler, np.ndarray, np.dtype)
+# Values that users keep in meta. Creating one runs nothing else, and torch.load(weights_only=True) can create it.
+_METADATA: tuple[type, ...] = (
+    *(datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone),
+    *(type(Path()), pathlib.PurePosixPath, pathlib.PureWindowsPath),
+    *(
+        collections.Counter,
+        decimal.Decimal,
+        fractions.Fraction,
+        uuid.UUID,
+        range,
+        slice,
+        argparse.Namespace,
+        ConfigDict,
+    ),
+)
+_CLASSES = (HistoryBuffer, OneCycleParamScheduler, np.ndarray, np.dtype, *_METADATA)
 # Beyond tensors and plain containers; torch.load(weights_only=True) admits these too.
-_OTHERS = ('collections.Counter', 'torch.device', 'builtins.bytearray', '_codecs.encode')
+_OTHERS = ('torch.device', 'builtins.bytearray', '_codecs.encode', 'builtins.xrange')  # range, in protocol 2
 
 
 def training_globals() -> list[Any]:
@@ -54,8 +79,8 @@ def training_globals() -> list[Any]:
         For ``torch.serialization.add_safe_globals``, so that an mmengine that leaves it to torch what may be read can
         read its own checkpoints.
     """
-    kinds = [type(np.dtype(code)) for code in np.typecodes['AllInteger'] + np.typecodes['Float'] + '?']
-    return [*_CLASSES, *dict.fromkeys(kinds), *_NAMED]
+    kinds = [type(np.dtype(code)) for code in np.typecodes['All']]
+    return [*_CLASSES, set, frozenset, complex, *dict.fromkeys(kinds), *_NAMED]
 
 
 def _under(path: str, function: Callable) -> Callable:
@@ -72,6 +97,9 @@ def _under(path: str, function: Callable) -> Callable:
 _NAMED = [_under(path, function) for path, function in _CALLABLES.items()]  # once: torch keeps a set of them
 
 
+_WEIGHTS_ONLY = 'holds weights only: a training can start from it (init_cfg or load_from), but not be resumed'
+
+
 def check_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Make sure that a training can be resumed from a file, and that this runs nothing that the file brings.
 
@@ -85,16 +113,13 @@ def check_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         CheckpointError: If there is no such file, if it is damaged, if it is that of weights alone, or if it names an
-            object that mmengine does not save. A class of one's own is admitted by
+            object of a class that neither mmengine nor plain metadata needs. A class of one's own is admitted by
             ``torch.serialization.add_safe_globals``.
     """
     path = Path(path).expanduser()
-    weights_only = (
-        f'{path} holds weights only: a training can start from it (init_cfg or load_from), but not be resumed'
-    )
     layout = layout_of(path)
     if layout == 'safetensors':
-        raise CheckpointError(f'{weights_only}.')
+        raise CheckpointError(f'{path} {_WEIGHTS_ONLY}.')
     if layout == 'legacy':
         raise CheckpointError(
             f"{path} is in torch.save's old format, which mmengine does not write: no training can be resumed from it."
@@ -115,24 +140,98 @@ def check_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
                 'nothing of it was run. If the file is your own, and this belongs there, admit it by '
                 "torch.serialization.add_safe_globals in a module of the config's custom_imports."
             ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f'A checkpoint is a dict, but {path} holds a {type(content).__name__}.')
-    entries = ('state_dict', 'meta', 'optimizer', 'message_hub')
-    if missing := [name for name in entries if not (isinstance(content.get(name), dict) and content[name])]:
-        raise CheckpointError(f'{weights_only}, for which {", ".join(missing)} would be needed.')
+    _check_content(content, str(path))
+    return content['meta']
+
+
+def read_training_meta(path: Path) -> dict[str, Any] | None:
+    """Read what a training's checkpoint says of itself, without its tensors and without a check of the whole file.
+
+    Args:
+        path: A local file.
+
+    Returns:
+        Its 'epoch', 'iter' and more, with empty shells in place of all objects; None if the file is something else
+        than a training's checkpoint, such as converted weights.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+    """
+    with damage_named(path):
+        with path.open('rb') as file:
+            if file.read(1) == b'\x80':  # torch.save's old format, in which mmengine does not write
+                return None
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith('/data.pkl')]
+            data = archive.read(names[0]) if names else b''
+        content = _MetaUnpickler(io.BytesIO(data)).load() if data else None
+    if not (isinstance(content, dict) and content.get('message_hub') and isinstance(content.get('meta'), dict)):
+        return None
     meta = content['meta']
-    if any(type(meta.get(name)) is not int or meta[name] < 0 for name in ('epoch', 'iter')):
-        raise CheckpointError(f'{path} does not say after which epoch and iteration it was saved (meta).')
+    return meta if all(type(meta.get(name)) is int for name in ('epoch', 'iter')) else None
+
+
+def find_unresumable(checkpoint: dict[str, Any]) -> list[str]:
+    """Find what :func:`check_training_checkpoint` will refuse in a checkpoint that is about to be saved.
+
+    Returns:
+        One sentence for each problem; empty if the checkpoint can be resumed from.
+    """
+    problems = [
+        f'{key} names {name}: --resume will refuse this checkpoint, because an object of an unknown class might run '
+        'anything when it is read. Save it as a plain type (str, float, list, dict), or admit the class by '
+        "torch.serialization.add_safe_globals in a module of the config's custom_imports."
+        for key, name in _unadmitted(checkpoint)
+    ]
+    try:
+        _check_content(checkpoint, 'The checkpoint that is saved')
+    except CheckpointError as error:
+        problems.append(f'{error} --resume will refuse it.')
+    return problems
+
+
+def _unadmitted(value: Any, key: str = '') -> Iterator[tuple[str, str]]:
+    """The innermost keys whose values name something that is not admitted, and what they name."""
+    stream = io.BytesIO()
+    try:
+        _TensorlessPickler(stream, protocol=2).dump(value)
+        stream.seek(0)
+        _TensorlessUnpickler(stream).load()
+    except _UnknownError as error:
+        is_list = isinstance(value, (list, tuple))
+        items = value.items() if isinstance(value, dict) else enumerate(value) if is_list else ()
+        inner = [found for name, item in items for found in _unadmitted(item, f'{key}.{name}' if key else str(name))]
+        yield from inner or [(key, str(error))]
+    except Exception:  # what pickle cannot save is an error of torch.save's, in its own words
+        return
+
+
+def _check_content(content: Any, name: str) -> None:
+    """Make sure that mmengine can resume from what a checkpoint holds; ``name`` is what messages call it."""
+    if not isinstance(content, dict):
+        raise CheckpointError(f'A checkpoint is a dict, but {name} holds a {type(content).__name__}.')
+    entries = ('state_dict', 'meta', 'message_hub')
+    missing = [entry for entry in entries if not (isinstance(content.get(entry), dict) and content[entry])]
+    if not isinstance(content.get('optimizer', {}), dict):
+        missing.append('optimizer')
+    if missing:
+        raise CheckpointError(f'{name} {_WEIGHTS_ONLY}, for which {", ".join(missing)} would be needed.')
+    meta = content['meta']
+    if any(type(meta.get(entry)) is not int or meta[entry] < 0 for entry in ('epoch', 'iter')):
+        raise CheckpointError(f'{name} does not say after which epoch and iteration it was saved (meta).')
     if 'config' in meta:  # mmengine saves 'cfg'
-        raise CheckpointError(f"{path} has a meta['config'], which mmengine would run as Python: it is not resumed.")
-    _check_message_hub(content['message_hub'], path)
+        raise CheckpointError(f"{name} has a meta['config'], which mmengine would run as Python: it is not resumed.")
+    _check_message_hub(content['message_hub'], name)
     state, _, _ = unwrap({'state_dict': content['state_dict']})
-    with file_named(str(path)):
-        check_values(state, [name for name, tensor in state.items() if not tensor.is_floating_point()])
-    return meta
+    # Which names are buffers is not known without the model, and a buffer may hold -inf, as a mask does, or NaN. A
+    # training that diverged has NaN in these too.
+    suffixes = ('weight', 'bias', 'running_mean', 'running_var')
+    finite = {key: tensor for key, tensor in state.items() if key.rpartition('.')[2] in suffixes}
+    with file_named(name):
+        check_values(finite, [key for key, tensor in finite.items() if not tensor.is_floating_point()])
 
 
-def _check_message_hub(hub: dict[str, Any], path: Path) -> None:
+def _check_message_hub(hub: dict[str, Any], path: str) -> None:
     """What mmengine remembers of files is what CheckpointHook removes when it saves the next one."""
     if not all(isinstance(hub.get(name), dict) for name in ('log_scalars', 'runtime_info', 'resumed_keys')):
         raise CheckpointError(f"{path} has a message_hub that is not mmengine's: a training cannot be resumed from it.")
@@ -162,6 +261,31 @@ class _TrainingUnpickler(InertUnpickler):
         if path in {*_CALLABLES, *map(_path, _CLASSES), *_OTHERS, *registered}:
             return super().unknown(path)
         raise _UnknownError(path)
+
+
+class _MetaUnpickler(InertUnpickler):
+    """Reads plain values, and puts shells in place of all objects, tensors included."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return super().find_class(module, name) if name == 'OrderedDict' else self.unknown(f'{module}.{name}')
+
+    def persistent_load(self, storage: Any) -> None:
+        return None
+
+
+class _TensorlessPickler(Pickler):
+    """Writes what ``torch.save`` does, without the tensors."""
+
+    def persistent_id(self, value: Any) -> str | None:
+        is_plain = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided
+        return 'tensor' if is_plain and not value.is_quantized else None
+
+
+class _TensorlessUnpickler(_TrainingUnpickler):
+    """Reads what :class:`_TensorlessPickler` has written."""
+
+    def persistent_load(self, tensor: Any) -> None:
+        return None
 
 
 def _check_attribute(owner: Any, name: Any) -> Inert:

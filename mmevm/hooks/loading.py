@@ -13,6 +13,7 @@ class LoadingHook(Hook):
 
     All of the model has to be in one that a training is resumed from (``resume=True``). Of one that it starts from
     (``load_from``) the log says how much there is, and what starts from other weights; nothing at all is an error.
+    A warning names what else mmengine cannot resume, because it was not saved.
     """
 
     priority = 'VERY_HIGH'  # before EMAHook swaps the averaged weights for the others
@@ -23,5 +24,16 @@ class LoadingHook(Hook):
         Raises:
             CheckpointError: If the checkpoint does not fit.
         """
-        check = check_whole if runner.cfg.get('resume') else check_start
-        check(model_of(runner), checkpoint, str(runner.cfg.get('load_from')).removeprefix('mmevm://'))
+        name = str(runner.cfg.get('load_from')).removeprefix('mmevm://')
+        if not runner.cfg.get('resume'):
+            check_start(model_of(runner), checkpoint, name)
+            return
+        check_whole(model_of(runner), checkpoint, name)
+        if 'optimizer' not in checkpoint:
+            runner.logger.warning(
+                f'{name} was saved with save_optimizer=False: the optimizer starts anew. The schedulers go on from its '
+                'initial learning rate, or from that at the start of a warm-up, not from the one at the checkpoint: '
+                'compare lr in the log.'
+            )
+        if 'param_schedulers' not in checkpoint and runner.param_schedulers:
+            runner.logger.warning(f'{name} was saved with save_param_scheduler=False: the schedulers start anew.')

@@ -2,15 +2,17 @@
 
 import signal
 import sys
+import threading
 from functools import partial
 from typing import Any
 
 import torch
 from mmengine.device import get_device
-from mmengine.dist import all_reduce, get_world_size
+from mmengine.dist import all_reduce, barrier, get_world_size
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
+from mmevm.checkpoints import find_unresumable
 from mmevm.registry import HOOKS
 from mmevm.training.loops import ResumableEpochLoop, start_worker
 
@@ -22,9 +24,14 @@ class PreemptionHook(Hook):
     The exit status is 143 (128 + SIGTERM), as of a process that the signal has ended: the training is not complete.
     ``--resume`` goes on with the next iteration, within the epoch too.
 
+    A single process acts after the iteration. Several processes agree first, by an all-reduce, and only where each of
+    them arrives: every ``interval`` iterations of training; at the start and the end of an evaluation; and every
+    ``interval`` batches of it, as long as no process is out of batches.
+
+    Each checkpoint is also checked while it is saved: a warning names what a resume will refuse.
+
     Args:
-        interval: Several processes ask each other every so many iterations whether one has got the signal. One process
-            alone acts after the iteration.
+        interval: Number of iterations between two agreements of several processes.
     """
 
     priority = 'LOWEST'  # after the schedules, the average and the regular checkpoint
@@ -32,17 +39,25 @@ class PreemptionHook(Hook):
     def __init__(self, interval: int = 10) -> None:
         self.interval = interval
         self.received = False
+        self.previous: Any = None
+        self.shared_batches = self.evaluated = 0
+        self.warned: set[str] = set()
 
     def before_run(self, runner: Runner) -> None:
         """Listen to SIGTERM, and let the evaluation's loader outlive it, as the loops of ``mmevm.training`` do."""
-        signal.signal(signal.SIGTERM, self._receive)
+        if threading.current_thread() is not threading.main_thread():
+            runner.logger.warning('PreemptionHook is off: Python receives signals in the main thread only.')
+            return
+        self.previous = signal.signal(signal.SIGTERM, self._receive) or signal.SIG_DFL
         if runner.val_loop is not None:
             loader = runner.val_loop.dataloader
             loader.worker_init_fn = partial(start_worker, init=loader.worker_init_fn)
 
     def after_run(self, runner: Runner) -> None:
-        """Listen no longer."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        """Restore the handler that was there before the run."""
+        if self.previous is not None:
+            signal.signal(signal.SIGTERM, self.previous)
+            self.previous = None
 
     def _receive(self, *args: Any) -> None:
         self.received = True
@@ -52,15 +67,37 @@ class PreemptionHook(Hook):
         if self._is_time(runner.iter + 1):
             self._save_and_exit(runner, runner.iter + 1, trained=batch_idx + 1)
 
-    def after_val_iter(self, runner: Runner, batch_idx: int, *args: Any, **kwargs: Any) -> None:
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Find the number of batches that each process evaluates; save and end if it is time."""
+        try:
+            batches = len(runner.val_loop.dataloader)
+        except TypeError:  # an iterable dataset or batch sampler without a length
+            batches = 0
+        least = torch.tensor(float(batches), device=get_device())
+        all_reduce(least, 'min')
+        self.shared_batches, self.evaluated = int(least.item()), 0
+        self._save_and_exit_in_evaluation(runner, is_time=self._is_time())
+
+    def after_val_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         """Save and end if it is time; this evaluation is not done again."""
-        if self._is_time(batch_idx + 1):
-            for hook in runner.hooks:
-                if isinstance(hook, EMAHook):
-                    hook.after_val_epoch(runner)  # which takes the average out of the model again
+        # One process may have more batches than another, which then waits in the evaluator's collective calls.
+        self.evaluated += 1
+        can_agree = self.evaluated <= self.shared_batches or get_world_size() == 1
+        self._save_and_exit_in_evaluation(runner, is_time=can_agree and self._is_time(self.evaluated))
+
+    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        """Save and end if it is time."""
+        if self._is_time():  # EMAHook has taken the average out of the model
             self._save_and_exit(runner, runner.iter, trained=0)
 
-    def _is_time(self, count: int) -> bool:
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Warn once of each thing that a resume from this checkpoint will refuse."""
+        for problem in find_unresumable(checkpoint):
+            if problem not in self.warned:
+                self.warned.add(problem)
+                runner.logger.warning(problem)
+
+    def _is_time(self, count: int = 0) -> bool:
         if get_world_size() == 1:
             return self.received
         if count % self.interval:
@@ -68,6 +105,13 @@ class PreemptionHook(Hook):
         received = torch.tensor(float(self.received), device=get_device())
         all_reduce(received)
         return received.item() > 0
+
+    def _save_and_exit_in_evaluation(self, runner: Runner, is_time: bool) -> None:
+        if is_time:
+            for hook in runner.hooks:
+                if isinstance(hook, EMAHook):
+                    hook.after_val_epoch(runner)  # which takes the average out of the model again
+            self._save_and_exit(runner, runner.iter, trained=0)
 
     def _save_and_exit(self, runner: Runner, iteration: int, trained: int) -> None:
         name = f'iter_{iteration}.pth'
@@ -79,6 +123,7 @@ class PreemptionHook(Hook):
         runner.save_checkpoint(
             runner.work_dir, name, meta=meta, by_epoch=False, backend_args=dict(backend='mmevm.atomic')
         )
+        barrier()  # torchrun ends the process that writes soon after another one has ended
         runner.logger.warning(
             f'SIGTERM: the training ends after {iteration} of {runner.max_iters} iterations. {name} has been saved; '
             'the same command with --resume goes on from there.'

@@ -1,17 +1,22 @@
 """A training goes on from the last checkpoint that is whole, or starts from another's."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from logging import WARNING
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
-from mmevm.checkpoints import CheckpointError, check_training_checkpoint, training_globals
+from mmevm.checkpoints import CheckpointError, check_training_checkpoint, read_training_meta, training_globals
 
-LOOPS = {'EpochBasedTrainLoop': 'mmevm.ResumableEpochLoop', 'IterBasedTrainLoop': 'mmevm.ResumableIterLoop'}
+LOOPS = {EpochBasedTrainLoop: 'mmevm.ResumableEpochLoop', IterBasedTrainLoop: 'mmevm.ResumableIterLoop'}
 ZOOS = ('torchvision://', 'modelzoo://', 'open-mmlab://', 'openmmlab://', 'mmcls://', 'mmevm://', 'timm://')
 
 
@@ -23,17 +28,32 @@ def make_resumable(cfg: Config) -> None:
     Args:
         cfg: A config for mmengine's runner, which is changed.
     """
-    train_cfg = cfg.train_cfg
-    by_epoch = train_cfg.pop('by_epoch', None)
-    if by_epoch is not None:
-        train_cfg.setdefault('type', 'EpochBasedTrainLoop' if by_epoch else 'IterBasedTrainLoop')
-    train_cfg.type = LOOPS.get(train_cfg.type, train_cfg.type)
-    cfg.default_hooks = {'checkpoint': dict(type='CheckpointHook')} | (cfg.get('default_hooks') or {})
+    train_cfg = cfg.get('train_cfg')
+    if train_cfg:
+        by_epoch = train_cfg.pop('by_epoch', None)
+        if by_epoch is None and ('max_epochs' in train_cfg or 'max_iters' in train_cfg):
+            by_epoch = 'max_epochs' in train_cfg
+        if by_epoch is not None and not train_cfg.get('type'):
+            train_cfg.type = 'EpochBasedTrainLoop' if by_epoch else 'IterBasedTrainLoop'
+        for loop, resumable in LOOPS.items():
+            if _is_type(train_cfg.get('type'), loop):
+                train_cfg.type = resumable
+    if not cfg.get('default_hooks'):
+        cfg.default_hooks = {}
+    if 'checkpoint' not in cfg.default_hooks:
+        cfg.default_hooks.checkpoint = dict(type='CheckpointHook', interval=1)  # as mmengine does
     checkpoint = cfg.default_hooks.checkpoint
-    if checkpoint and checkpoint.type == 'CheckpointHook' and '://' not in (checkpoint.get('out_dir') or ''):
-        checkpoint.setdefault('backend_args', dict(backend='mmevm.atomic'))
+    if checkpoint and _is_type(checkpoint.get('type'), CheckpointHook):
+        is_remote = '://' in str(checkpoint.get('out_dir') or '')
+        if not (is_remote or checkpoint.get('backend_args') or checkpoint.get('file_client_args')):
+            checkpoint.backend_args = dict(backend='mmevm.atomic')
     own = [dict(type='mmevm.LoadingHook'), dict(type='mmevm.PreemptionHook')]
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), *own]
+
+
+def _is_type(kind: Any, cls: type) -> bool:
+    """Whether the ``type`` of a config is a class of mmengine's, be it given as a class or by its name."""
+    return kind in (cls, cls.__name__, f'mmengine.{cls.__name__}')
 
 
 def resume(cfg: Config, checkpoint: str | Path | None = None) -> None:
@@ -48,10 +68,11 @@ def resume(cfg: Config, checkpoint: str | Path | None = None) -> None:
         CheckpointError: If the file is not that of a training, or damaged; of those that were left, if all are.
     """
     if checkpoint is None:
+        hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
         folders = [Path(cfg.work_dir)]
-        if out_dir := ((cfg.get('default_hooks') or {}).get('checkpoint') or {}).get('out_dir'):
-            folders.append(Path(out_dir, folders[0].name))
-        found = last_whole_checkpoint(*folders)
+        if out_dir := hook.get('out_dir'):
+            folders.append(Path(out_dir, folders[0].absolute().name))
+        found = last_whole_checkpoint(*folders, filename_tmpl=hook.get('filename_tmpl'))
         if found is None:
             print_log(f'There is nothing in {cfg.work_dir} to resume from: the training starts anew.', level=WARNING)
             cfg.resume = False
@@ -71,8 +92,8 @@ def resume(cfg: Config, checkpoint: str | Path | None = None) -> None:
     if randomness.get('seed') is None:
         cfg.randomness = randomness | {'seed': meta.get('seed')}
     for part in (cfg.model, cfg.model.get('backbone'), cfg.model.get('head')):
-        if part and part.get('init_cfg'):
-            part.init_cfg = None  # pretrained weights would be fetched, and overwritten
+        if isinstance(part, dict) and part.get('init_cfg'):
+            part['init_cfg'] = None  # pretrained weights would be fetched, and overwritten
 
 
 def start_inertly(cfg: Config) -> None:
@@ -87,36 +108,67 @@ def start_inertly(cfg: Config) -> None:
         cfg.load_from = f'mmevm://{cfg.load_from}'
 
 
-def last_whole_checkpoint(*folders: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The last checkpoint of a training that can be resumed; a warning names the later ones that cannot.
+def last_whole_checkpoint(*folders: Path, filename_tmpl: str | None = None) -> tuple[Path, dict[str, Any]] | None:
+    """Find the latest valid checkpoint of a training: the one after the most iterations, by its own metadata.
 
-    mmengine's ``last_checkpoint`` is not asked: it may be cut off, or name a file that was damaged since.
+    A warning names damaged checkpoints. Other files, the best checkpoints, and weights without a training's state are
+    passed over. mmengine's ``last_checkpoint`` is not asked: it may be cut off, or name a file that was damaged since.
 
     Args:
-        folders: Where checkpoints are, of names such as ``epoch_3.pth`` or ``iter_500.pth``.
+        folders: Folders of checkpoints.
+        filename_tmpl: That of the ``CheckpointHook``, which may begin with a folder.
 
     Returns:
-        Its path and meta data, or None if there is no checkpoint at all.
+        Its path and metadata, or None if there is no checkpoint at all.
 
     Raises:
-        CheckpointError: If there are checkpoints, but none is whole.
+        CheckpointError: If there are checkpoints, but none is valid.
     """
-    paths = [path for folder in folders for path in folder.glob('*.pth') if re.fullmatch(r'(?!best_).*_\d+', path.stem)]
-    problems = []
-    for path in sorted(paths, key=_progress, reverse=True):
+    found, unreadable, refused = [], [], []
+    for path in _checkpoints(folders, filename_tmpl):
+        try:
+            meta = read_training_meta(path)
+        except CheckpointError as error:
+            print_log(f'{error} Another checkpoint is tried.', level=WARNING)
+            unreadable.append((path, str(error)))
+        else:
+            if meta:
+                # After the same iteration, the one of PreemptionHook knows its place within the epoch ('trained').
+                found.append((meta['iter'], meta['epoch'], 'trained' in meta, path))
+            else:
+                unreadable.append((path, f'{path} holds no state of a training.'))
+    for *_, path in sorted(found, reverse=True):
         try:
             return path, check_training_checkpoint(path)
         except CheckpointError as error:
-            problems.append(str(error))
             print_log(f'{error} The checkpoint before it is tried.', level=WARNING)
-    if problems:
+            refused.append(str(error))
+    refused += [problem for path, problem in reversed(unreadable) if _would_be_replaced(path.name, filename_tmpl)]
+    if refused:
         raise CheckpointError(
             f'None of the checkpoints in {", ".join(map(str, folders))} can be resumed from; to train from the start, '
-            f'remove them. The last one: {problems[0]}'
+            f'remove them. The last one: {refused[0]}'
         )
     return None
 
 
-def _progress(path: Path) -> tuple[int, ...]:
-    """epoch_2 < epoch_2_iter_50, of a training that ended within its third epoch, < epoch_3."""
-    return tuple(map(int, re.findall(r'\d+', path.stem)))
+def _checkpoints(folders: tuple[Path, ...], filename_tmpl: str | None) -> Iterator[Path]:
+    """Files in torch.save's format, and those that have the name of a checkpoint."""
+    places = {folder / Path(filename_tmpl or '').parent for folder in folders} | set(folders)
+    for folder in sorted(place for place in places if place.is_dir()):
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and not path.name.startswith('best_') and path.suffix != '.part':
+                start = b''
+                with contextlib.suppress(OSError), path.open('rb') as file:
+                    start = file.read(2)
+                if start == b'PK' or _would_be_replaced(path.name, filename_tmpl):
+                    yield path
+
+
+def _would_be_replaced(name: str, filename_tmpl: str | None) -> bool:
+    """Whether a training from the start would write a checkpoint of this name."""
+    patterns = [r'(epoch_\d+|iter_\d+|epoch_\d+_iter_\d+)\.pth']
+    if filename_tmpl:
+        parts = Formatter().parse(Path(filename_tmpl).name)
+        patterns.append(''.join(re.escape(text) + ('.+' if field is not None else '') for text, field, *_ in parts))
+    return any(re.fullmatch(pattern, name) for pattern in patterns)

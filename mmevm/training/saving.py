@@ -1,5 +1,6 @@
 """Checkpoints that are whole or not there."""
 
+import errno
 import os
 from pathlib import Path
 from typing import ClassVar
@@ -14,7 +15,8 @@ class AtomicBackend(LocalBackend):
     """mmengine's backend of local files, but what it writes appears at once and whole, and nothing is lost meanwhile.
 
     ``CheckpointHook(backend_args=dict(backend='mmevm.atomic'))`` saves with it. A process that dies while it writes
-    leaves ``NAME.part``, which the next one to write that name replaces.
+    leaves ``NAME.part``, which the next one to write that name replaces. On file systems that cannot sync a file or a
+    folder, this holds for a process that dies, but not for a machine that loses its power.
     """
 
     # The hook and the runner have an object each.
@@ -33,7 +35,7 @@ class AtomicBackend(LocalBackend):
             with part.open('wb') as file:
                 file.write(obj)
                 file.flush()
-                os.fsync(file.fileno())
+                _sync(file.fileno())
             part.replace(path)
             _sync_folder(path.parent)
         except OSError as error:
@@ -55,11 +57,28 @@ class AtomicBackend(LocalBackend):
         self._outdated.append(Path(filepath))
 
 
+# What network and FUSE file systems answer where they cannot sync. A full or failing disk answers otherwise.
+_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+_LOST = (errno.EIO, errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC))
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+
+
 def _sync_folder(folder: Path) -> None:
     if not hasattr(os, 'O_DIRECTORY'):  # Windows, which cannot open one
         return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:  # without it, a power failure may undo the renaming: the file before is there then
+        if error.errno in _LOST:
+            raise

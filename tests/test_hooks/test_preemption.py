@@ -1,8 +1,15 @@
+import datetime
+import enum
 import signal
+import threading
 
 import pytest
 import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 from recorded_training import BATCH, EPOCHS, PER_EPOCH, runner, train
+
+from mmevm.checkpoints import CheckpointError, check_training_checkpoint
 
 
 def end_by_signal(*args, **kwargs):
@@ -61,6 +68,70 @@ def test_where_the_place_within_the_epoch_is_lost_a_warning_says_so(tmp_path, ch
     assert len(run.model.seen) == (EPOCHS - 1) * len(run.train_dataloader)
 
 
-def test_the_signal_ends_a_process_again_after_the_training(tmp_path):
-    train(tmp_path, options={'train_cfg.max_epochs': 1})
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+@pytest.mark.parametrize('handler', [signal.SIG_DFL, signal.SIG_IGN, lambda *_: None])
+def test_the_handler_before_the_training_is_restored(tmp_path, handler):
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        train(tmp_path, options={'train_cfg.max_epochs': 1})
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_training_in_another_thread_is_warned_and_runs(tmp_path, caplog):
+    run = runner(tmp_path, options={'train_cfg.max_epochs': 1})
+    run.logger.addHandler(caplog.handler)
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=run.train)
+    thread.start()
+    thread.join()
+    assert len(run.model.seen) == PER_EPOCH
+    assert 'PreemptionHook is off' in caplog.text
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@HOOKS.register_module()
+class MetaHook(Hook):
+    """Adds what a user may want to keep."""
+
+    def __init__(self, **meta):
+        self.meta = meta
+
+    def before_save_checkpoint(self, runner, checkpoint):
+        checkpoint['meta'].update(self.meta)
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+def test_what_a_resume_will_refuse_is_warned_of_once_while_saving(tmp_path, caplog):
+    meta = dict(kept={'date': datetime.date(2026, 1, 2)}, colors={'first': [0, Color.RED]})
+    run = runner(tmp_path, options=dict(custom_hooks=[dict(type='MetaHook', **meta)]))
+    run.logger.addHandler(caplog.handler)
+    run.train()
+    (warning,) = [record.getMessage() for record in caplog.records if '--resume will refuse' in record.getMessage()]
+    assert warning.startswith(f'meta.colors.first.1 names {__name__}.Color: ')
+    assert 'torch.serialization.add_safe_globals' in warning
+    with pytest.raises(CheckpointError, match=rf'{__name__}\.Color'):
+        check_training_checkpoint(tmp_path / f'epoch_{EPOCHS}.pth')
+
+
+def test_a_diverged_model_is_warned_of_while_saving(tmp_path, caplog):
+    run = runner(tmp_path)
+    run.logger.addHandler(caplog.handler)
+    run.model.weight.data.fill_(torch.nan)
+    run.train()
+    assert caplog.text.count('NaN or infinite numbers (weight)') == 1
+
+
+@pytest.mark.parametrize('entry', ['optimizer', 'param_scheduler'])
+def test_a_training_goes_on_without_what_was_not_saved_and_is_warned(tmp_path, caplog, entry):
+    scheduler = dict(type='MultiStepLR', milestones=[1], by_epoch=True)
+    options = {f'default_hooks.checkpoint.save_{entry}': False, 'param_scheduler': scheduler}
+    train(tmp_path, options=options | {'default_hooks.checkpoint.interval': 1})
+    run = runner(tmp_path, checkpoint=tmp_path / 'epoch_1.pth', options=options)
+    run.logger.addHandler(caplog.handler)
+    run.train()
+    assert len(run.model.seen) == (EPOCHS - 1) * PER_EPOCH
+    assert f'epoch_1.pth was saved with save_{entry}=False' in caplog.text

@@ -1,5 +1,6 @@
+import errno
 import os
-import resource
+import stat
 import subprocess
 import sys
 import threading
@@ -47,6 +48,7 @@ def test_readers_see_the_old_file_or_the_new_one(tmp_path):
 
 def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path):
     """A process with a quota of 1 MB for a file."""
+    resource = pytest.importorskip('resource')  # Windows has none
     path = tmp_path / 'a.pth'
     path.write_bytes(b'before')
     code = (
@@ -101,3 +103,53 @@ def test_the_old_checkpoint_stays_where_the_new_one_cannot_be_written(tmp_path):
 def test_mmengine_hook_takes_it(tmp_path):
     hook = CheckpointHook(backend_args=ATOMIC)
     assert isinstance(get_file_backend(str(tmp_path), backend_args=hook.backend_args), AtomicBackend)
+
+
+# Faults of a file system: what os.fsync answers, for files or for folders
+
+
+def fail_fsync(monkeypatch, number, *, folders):
+    fsync = os.fsync
+
+    def fail(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == folders:
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, 'fsync', fail)
+
+
+@pytest.mark.parametrize(
+    ('number', 'folders'),
+    [
+        *((number, folders) for number in (errno.EINVAL, errno.ENOTSUP) for folders in (False, True)),
+        *((number, True) for number in (errno.EBADF, errno.EACCES, errno.EPERM)),
+    ],
+)
+def test_a_file_system_that_cannot_sync_is_tolerated(tmp_path, monkeypatch, number, folders):
+    fail_fsync(monkeypatch, number, folders=folders)
+    AtomicBackend().put(b'1', tmp_path / 'new' / 'epoch_1.pth')
+    assert [path.read_bytes() for path in (tmp_path / 'new').iterdir()] == [b'1']
+
+
+@pytest.mark.skipif(not hasattr(os, 'O_DIRECTORY'), reason='Windows cannot open a folder')
+def test_a_folder_that_cannot_be_opened_is_tolerated(tmp_path, monkeypatch):
+    os_open = os.open
+
+    def fail(path, flags, *args, **kwargs):
+        if flags & os.O_DIRECTORY:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return os_open(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, 'open', fail)
+    AtomicBackend().put(b'1', tmp_path / 'epoch_1.pth')
+    assert (tmp_path / 'epoch_1.pth').read_bytes() == b'1'
+
+
+@pytest.mark.parametrize('folders', [False, True])
+@pytest.mark.parametrize('number', [errno.EIO, errno.ENOSPC])
+def test_a_failing_disk_is_an_error(tmp_path, monkeypatch, number, folders):
+    fail_fsync(monkeypatch, number, folders=folders)
+    with pytest.raises(CheckpointError, match=f'cannot be written .{os.strerror(number)}'):
+        AtomicBackend().put(b'1', tmp_path / 'epoch_1.pth')
+    assert not list(tmp_path.glob('*.part'))
