@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .determinism import allow_nondeterministic
 from .precision import widen
 
 
@@ -59,7 +60,8 @@ def ms_deform_attn_backward(
         inputs = [widen(tensor).detach().requires_grad_() for tensor in parts]
         with torch.enable_grad():
             output = _attend(inputs[0], inputs[1], inputs[2], shape)
-        grads = torch.autograd.grad(output, inputs, grad_output.to(output.dtype))
+        with allow_nondeterministic():
+            grads = torch.autograd.grad(output, inputs, grad_output.to(output.dtype))
         grad_value[:, keys] = grads[0]
         grad_sampling_loc[index] = grads[1]
         grad_attn_weight[index] = grads[2]

@@ -1,9 +1,11 @@
 """Deformable convolutions, without modulation (DCN) and with it (DCNv2)."""
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
+from .determinism import allow_nondeterministic
 from .precision import widen
 
 
@@ -118,13 +120,13 @@ def modulated_deform_conv_forward(
     output.copy_(
         torchvision.ops.deform_conv2d(
             widen(input),
-            _readable(offset),
+            _readable(_truncate(offset, output.shape[2:])),
             widen(weight),
             widen(bias) if with_bias else None,
             (stride_h, stride_w),
             (pad_h, pad_w),
             (dilation_h, dilation_w),
-            widen(mask),
+            widen(_truncate(mask, output.shape[2:])),
         )
     )
 
@@ -157,11 +159,13 @@ def modulated_deform_conv_backward(
 ) -> None:
     """All gradients of :func:`modulated_deform_conv_forward`, written to the five tensors ``grad_…``."""
     geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
-    grads = _backward(grad_output, input, weight, offset, mask, geometry)
+    size = grad_output.shape[2:]
+    grads = _backward(grad_output, input, weight, _truncate(offset, size), _truncate(mask, size), geometry)
     grad_input.copy_(grads[0])
     grad_weight.copy_(grads[1])
-    grad_offset.copy_(grads[2])
-    grad_mask.copy_(grads[3])
+    for whole, grad in ((grad_offset, grads[2]), (grad_mask, grads[3])):
+        unread = whole.shape[1:].numel() - grad.shape[1:].numel()
+        whole.copy_(F.pad(grad.flatten(1), (0, unread)).view(whole.shape))
     if with_bias:
         grad_bias.copy_(grads[4])
 
@@ -179,10 +183,41 @@ def _backward(
     use_mask = mask is not None
     if mask is None:
         mask = grad_output.new_zeros(len(input), 1)
-    tensors = widen(grad_output), widen(input), widen(weight), _readable(offset), widen(mask), widen(bias)
-    return torch.ops.torchvision._deform_conv2d_backward(*tensors, *geometry, use_mask)
+    offset = _leave_border(_readable(offset), weight.shape[2:], geometry[:6])
+    tensors = widen(grad_output), widen(input), widen(weight), offset, widen(mask), widen(bias)
+    with allow_nondeterministic():
+        return torch.ops.torchvision._deform_conv2d_backward(*tensors, *geometry, use_mask)
 
 
 def _readable(offset: Tensor) -> Tensor:
     """Offsets that are no number point outside, where samples are 0, as for mmcv; torchvision would read anywhere."""
     return widen(offset).nan_to_num(nan=torch.inf)
+
+
+def _truncate(tensor: Tensor, size: torch.Size) -> Tensor:
+    """The first numbers of each image in the output's size, where offsets or masks are larger than the output.
+
+    mmcv's kernels read them so without a look at their height and width. DyHead relies on it for levels of equal size.
+    """
+    channels = tensor.shape[1]
+    if tensor.shape[2:].numel() < size.numel():
+        return tensor  # for torchvision to refuse
+    return tensor.flatten(1)[:, : channels * size.numel()].unflatten(1, (channels, *size))
+
+
+def _leave_border(offset: Tensor, kernel: torch.Size, geometry: tuple[int, ...]) -> Tensor:
+    """Offsets of which those that point to row or column -1 point to -2.
+
+    Samples there are 0 either way. Their derivative has a jump at -1, where mmcv takes that of the outside, 0, and
+    torchvision that of the inside. New layers have all offsets 0, so with padding 1 each of them has such samples.
+    """
+    strides, paddings, dilations = geometry[:2], geometry[2:4], geometry[4:]
+    # (B, deformable groups, kernel height, kernel width, y and x, H, W)
+    taps = offset.unflatten(1, (-1, *kernel, 2))
+    positions = []
+    for axis in range(2):
+        start = torch.arange(offset.shape[2 + axis], device=offset.device) * strides[axis] - paddings[axis]
+        tap = torch.arange(kernel[axis], device=offset.device) * dilations[axis]
+        base = tap[:, None, None, None] + start[:, None] if axis == 0 else tap[:, None, None] + start
+        positions.append(taps[..., axis, :, :] + base)
+    return torch.where(torch.stack(positions, dim=4) == -1, taps - 1, taps).flatten(1, 4)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .determinism import allow_nondeterministic
 from .grids import align_grids, parts
 from .precision import widen
 
@@ -52,7 +53,8 @@ def deform_roi_pool_backward(
         variables = features[image].detach().requires_grad_(), shift[part].detach().requires_grad_()
         with torch.enable_grad():
             pooled = _pool(variables[0], corners[part], variables[1] * gamma, rows, columns)
-        grads = torch.autograd.grad(pooled, variables, grad_output[part].to(pooled.dtype))
+        with allow_nondeterministic():
+            grads = torch.autograd.grad(pooled, variables, grad_output[part].to(pooled.dtype))
         total[image] += grads[0]
         if offset.numel():
             grad_offset[part] = grads[1].to(grad_offset.dtype)

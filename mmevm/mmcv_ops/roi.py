@@ -5,6 +5,7 @@ import torch.nn.functional as F
 import torchvision  # noqa: F401  (it registers torch.ops.torchvision)
 from torch import Tensor
 
+from .determinism import allow_nondeterministic
 from .grids import align_grids, parts
 from .precision import widen
 
@@ -45,6 +46,7 @@ def roi_align_forward(
         argmax_x[part] = (index % fine_width % columns).to(argmax_x.dtype)
 
 
+@allow_nondeterministic()
 def roi_align_backward(
     grad_output: Tensor,
     rois: Tensor,
@@ -127,6 +129,7 @@ def _pixel_ranges(start: Tensor, end: Tensor, bins: int, size: int) -> tuple[Ten
     return edges[:, :-1].floor().long().clamp(0, size), edges[:, 1:].ceil().long().clamp(0, size)
 
 
+@allow_nondeterministic()
 def roi_pool_backward(
     grad_output: Tensor,
     rois: Tensor,

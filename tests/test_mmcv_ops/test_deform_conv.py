@@ -84,6 +84,86 @@ def test_gradients(geometry: tuple) -> None:
     )
 
 
+@pytest.mark.parametrize('modulated', [True, False])
+@pytest.mark.parametrize('geometry', GEOMETRIES)
+def test_offset_gradient_at_integer_positions(geometry: tuple, modulated: bool, bilinear: Callable) -> None:
+    """There the derivative is one-sided: to the right, except at -1, where mmcv regards the sample as outside."""
+    maps, offset, mask, weight, bias = make_inputs(*geometry)
+    offset = offset.round().requires_grad_()
+    if modulated:
+        output = modulated_deform_conv2d(maps, offset, mask, weight, bias, *geometry)
+    else:
+        mask, bias = torch.ones_like(mask), 0 * bias
+        output = deform_conv2d(maps, offset, weight, *geometry)
+    grad_output = torch.rand_like(output)
+    (grad,) = torch.autograd.grad(output, offset, grad_output)
+
+    stride, padding, dilation = (pair(value) for value in geometry[:3])
+    offset = offset.detach()
+    step = 2**-10  # exact, because samples are linear between two integers
+    at_minus_one = 0
+    for channel in range(offset.shape[1]):
+        axis = channel % 2
+        tap = divmod(channel // 2 % 6, 2)[axis]
+        size = offset.shape[2 + axis]
+        start = torch.arange(size) * stride[axis] - padding[axis] + tap * dilation[axis]
+        position = offset[:, channel] + (start[:, None] if axis == 0 else start)
+        at_minus_one += (position == -1).sum()
+        moved = offset.clone()
+        moved[:, channel] += step * (1 - 2 * (position == -1).double())
+        difference = by_definition(maps, moved, mask, weight, bias, geometry, bilinear) - output.detach()
+        expected = (difference * grad_output).sum(dim=1) / (moved - offset)[:, channel]
+        torch.testing.assert_close(grad[:, channel], expected)
+    assert at_minus_one
+
+
+def test_first_offset_gradient_is_that_of_mmcv() -> None:
+    """A new layer's offsets are 0. The numbers are of mmcv's compiled operator, from its own test suite."""
+    module = ModulatedDeformConv2dPack(1, 1, 2, padding=1, bias=False).double()
+    module.weight.data.fill_(1)
+    module(torch.arange(1, 4).double().expand(1, 1, 3, 3).contiguous()).sum().backward()
+    expected = torch.tensor([-3, -1.5] * 4 + [4.5] * 4, dtype=torch.float64)
+    torch.testing.assert_close(module.conv_offset.bias.grad, expected)
+
+
+def test_larger_offsets_are_read_as_mmcv_reads_them() -> None:
+    """As DyHead passes them between levels of equal size: the first numbers of each image, in the output's shape."""
+    geometry = (2, 1, 1, 2, 2)
+    maps, offset, mask, weight, bias = (tensor.requires_grad_() for tensor in make_inputs(*geometry))
+
+    def enlarge(tensor: Tensor) -> Tensor:
+        """Three times the rows and twice the columns, of which the last numbers of each image are random."""
+        batch, channels, height, width = tensor.shape
+        rest = torch.rand(batch, 5 * channels * height * width, dtype=tensor.dtype)
+        return torch.cat([tensor.flatten(1), rest], dim=1).reshape(batch, channels, 3 * height, 2 * width)
+
+    results = [
+        modulated_deform_conv2d(maps, resize(offset), resize(mask), weight, bias, *geometry)
+        for resize in (lambda tensor: tensor, enlarge)
+    ]
+    torch.testing.assert_close(results[1], results[0])
+    inputs = (maps, offset, mask, weight, bias)
+    for grads in zip(*(torch.autograd.grad((result**2).sum(), inputs) for result in results), strict=True):
+        torch.testing.assert_close(*grads)
+
+
+def test_memory_format_does_not_matter() -> None:
+    inputs = [tensor.requires_grad_() for tensor in make_inputs(*GEOMETRIES[0])]
+    results = [
+        modulated_deform_conv2d(*tensors, *GEOMETRIES[0])
+        for tensors in (inputs, [*(x.to(memory_format=torch.channels_last) for x in inputs[:4]), inputs[4]])
+    ]
+    torch.testing.assert_close(results[1], results[0])
+    for grads in zip(*(torch.autograd.grad((result**2).sum(), inputs) for result in results), strict=True):
+        torch.testing.assert_close(*grads)
+
+
+def test_smaller_offsets_are_refused() -> None:
+    maps, offset, mask, weight, bias = make_inputs(*GEOMETRIES[0])
+    with pytest.raises(RuntimeError, match='offset output dims'):
+        modulated_deform_conv2d(maps, offset[:, :, 1:], mask, weight, bias, *GEOMETRIES[0])
+
+
 def test_weight_alone_gets_its_gradient() -> None:
     maps, offset, _, weight, _ = make_inputs(*GEOMETRIES[0])
     weight.requires_grad_()
