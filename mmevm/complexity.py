@@ -23,6 +23,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from .checkpoints import pretrained_cfgs
+from .compat import unfused_attention
 from .errors import ConfigError
 
 if find_spec('mmdet') is not None:  # classification alone needs no MMDetection
@@ -43,7 +44,7 @@ POINTWISE, VIEW = 'pointwise', 'view'
 # At most a few operations an element, like those that torch itself tags as pointwise or declares as a view: by fvcore's
 # convention they cost nothing.
 ELEMENTWISE = {
-    *('log_softmax', 'softmax', 'hardswish', 'hardswish_', 'prelu'),
+    *('log_softmax', 'softmax', 'hardswish', 'hardswish_', 'prelu', 'silu', 'silu_'),
     *('adaptive_max_pool2d', 'avg_pool2d', 'max_pool2d', 'max_pool2d_with_indices'),
     *('amax', 'amin', 'argmax', 'argmin', 'argsort', 'cumsum', 'mean', 'min', 'sort', 'std', 'sum', 'topk', 'var'),
     *('linalg_vector_norm', 'norm', 'std_mean', 'var_mean'),
@@ -117,7 +118,8 @@ def measure_complexity(model: nn.Module, inputs: Tensor | Sequence[int]) -> Comp
     traced = TensorFunction(model)
     analyzer = FlopAnalyzer(traced, (inputs,)).set_op_handle(**_HANDLES)
     analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    with _in_eval_mode(model), _counted_regions(model) as regions, torch.no_grad():
+    # The fused attention of inference is one operator that says nothing of its size.
+    with _in_eval_mode(model), _counted_regions(model) as regions, unfused_attention():
         flops = analyzer.by_module()
 
     params = parameter_count(traced)
@@ -213,14 +215,10 @@ def _random_input(model: nn.Module, shape: Sequence[int]) -> Tensor:
 @contextmanager
 def _in_eval_mode(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
-    # The fused attention of inference is one operator that says nothing of its size.
-    fused = torch.backends.mha.get_fastpath_enabled()
     model.eval()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
         for module, training in modes.items():
             module.training = training
 

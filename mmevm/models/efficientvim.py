@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from mmevm.checkpoints import load_pretrained, pretrained_cfgs
+from mmevm.compat import is_autocast_enabled, is_compiling
 from mmevm.registry import MODELS
 
 from .deployed import DeployedBlock, DeployedPatchMerging, DeployedStem
@@ -26,17 +27,9 @@ from .layers import FFN, ConvNorm, PatchMerging, Stem, items
 
 _POSITIONS_AT_ONCE = 4 * 32**2  # of a map, in the deploy form on a CPU: docs/performance.md
 
-_is_compiling = getattr(torch.compiler, 'is_compiling', torch.jit.is_tracing)  # torch 2.1 has only the latter
-
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _is_autocast(device: str) -> bool:
-    if hasattr(torch, 'get_autocast_dtype'):  # torch 2.4, where each device came to be asked by its name
-        return torch.is_autocast_enabled(device)
-    return torch.is_autocast_cpu_enabled() if device == 'cpu' else torch.is_autocast_enabled()
 
 
 class Block(nn.Module):
@@ -288,7 +281,7 @@ class EfficientViM(BaseModule):
         Raises:
             ValueError: If ``x`` is not such a batch, or the hidden states are wanted of a mixer that has none.
         """
-        if not torch.jit.is_tracing() and not _is_compiling():
+        if not torch.jit.is_tracing() and not is_compiling():
             self._check_images(x)
         x = _joined([self.patch_embed(part) for part in self._parts(x, stride=16)])
         hidden_states, maps = [], []
@@ -312,7 +305,7 @@ class EfficientViM(BaseModule):
 
     def _parts(self, x: Tensor, stride: int = 1) -> Sequence[Tensor]:
         """A batch of which the next maps have this stride: in the deploy form on a CPU, a few images at a time."""
-        if self.deploy and x.device.type == 'cpu' and not torch.jit.is_tracing() and not _is_compiling():
+        if self.deploy and x.device.type == 'cpu' and not torch.jit.is_tracing() and not is_compiling():
             # So few that what lies between two layers stays in the cache.
             images = max(_POSITIONS_AT_ONCE * stride**2 // (x.shape[2] * x.shape[3]), 1)
             if len(x) > images:
@@ -327,7 +320,7 @@ class EfficientViM(BaseModule):
         if x.ndim != 4 or x.shape[1] != weight.shape[1] or 0 in x.shape[2:]:
             raise ValueError(f'{wanted} with at least one pixel, not {tuple(x.shape)}.')
         # Autocast converts what it is given, but integers.
-        if not x.is_floating_point() or (x.dtype != weight.dtype and not _is_autocast(x.device.type)):
+        if not x.is_floating_point() or (x.dtype != weight.dtype and not is_autocast_enabled(x.device.type)):
             raise ValueError(
                 f'{wanted} of {weight.dtype} as its weights are, not of {x.dtype}: convert them by '
                 f'x.to({weight.dtype}), and normalise them as in training.'

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmevm.compat import is_autocast_enabled, is_compiling
+
 
 class PackedConv2d(nn.Conv2d):
     """``nn.Conv2d`` for inference, whose weight is brought into oneDNN's own layout once, not in each call.
@@ -21,7 +23,7 @@ class PackedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """As ``nn.Conv2d``: (B, C, H, W) to (B, C', H', W')."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
+        if is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
             return super().forward(x)
         shape = x.shape
         if shape != self._last_shape:
@@ -64,7 +66,7 @@ class PackedConv2d(nn.Conv2d):
             and x.is_contiguous(memory_format=torch.channels_last)
             and not x.is_contiguous()  # as maps of one pixel are too, which kernels take for either
             and torch.backends.mkldnn.enabled
-            and not _autocasts()
+            and not is_autocast_enabled('cpu')
             and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
             and not weight.is_inference()  # which do not say when they change
         )
@@ -72,13 +74,6 @@ class PackedConv2d(nn.Conv2d):
     def __getstate__(self) -> dict[str, Any]:
         """All but the layout, which belongs to this process."""
         return self.__dict__ | {'_packed': None, '_last_shape': None}
-
-
-def _autocasts() -> bool:
-    try:
-        return torch.is_autocast_enabled('cpu')
-    except TypeError:  # of torch < 2.4, which has a function for each device
-        return torch.is_autocast_cpu_enabled()
 
 
 _HAS_KERNELS = (
