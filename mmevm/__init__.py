@@ -4,9 +4,16 @@ Nothing needs to be imported from here by hand: configs name ``mmevm.EfficientVi
 ``import mmevm`` also makes mmpretrain list the classifiers: ``mmpretrain.list_models('efficientvim*')``.
 """
 
+import warnings
+
 from . import mmcv_ops, model_index
 from .families import check_families
 from .version import __version__
+
+# mmengine and mmdet say these on every run. The first is about a metric that mmevm.cli refuses by name where a config
+# uses it, the second about a module that the extra [openmmlab] sees to.
+warnings.filterwarnings('ignore', 'faster_coco_eval is not installed', UserWarning)
+warnings.filterwarnings('ignore', 'pkg_resources is deprecated', UserWarning)
 
 check_families()
 mmcv_ops.register()

@@ -4,12 +4,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import mmengine.logging
 import torch.distributed
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
@@ -28,9 +30,29 @@ def run(main: Callable[[], None]) -> None:
 
         main = record(main)  # torchrun's last words are then the error of the process that failed first
     try:
-        main()
+        with _without_onedl_notice():
+            main()
     except ExplainedError as error:
         sys.exit(f'{type(error).__name__}: {error}')
+
+
+@contextmanager
+def _without_onedl_notice() -> Iterator[None]:
+    """Leave out what onedl's mmdet and mmpretrain print on import: that the unrelated package onedl is not installed.
+
+    It has the level DEBUG but names no logger, and mmengine prints that whatever the level.
+    """
+    print_log = mmengine.logging.print_log
+
+    def print_all_else(msg: Any, *args: Any, **kwargs: Any) -> None:
+        if not str(msg).startswith('Could not import OneDL'):
+            print_log(msg, *args, **kwargs)
+
+    mmengine.logging.print_log = print_all_else
+    try:
+        yield
+    finally:
+        mmengine.logging.print_log = print_log
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,6 +123,12 @@ def load_config(args: argparse.Namespace) -> Config:
     if cfg.get('default_scope') == 'mmpretrain':
         _set_loader_defaults(cfg)
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
+    for key in ('val_evaluator', 'test_evaluator'):
+        if 'FasterCocoMetric' in str(cfg.get(key)) and find_spec('faster_coco_eval') is None:
+            raise ConfigError(
+                f'{key} uses FasterCocoMetric, which needs a package that is not installed: pip install '
+                'faster-coco-eval, or use CocoMetric.'
+            )
     if args.tensorboard:
         cfg.visualizer.vis_backends.append(dict(type='TensorboardVisBackend'))
     return cfg

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from command_line import succeed
 from mmengine.config import Config
 
 from mmevm.checkpoints import CheckpointError
@@ -183,3 +184,28 @@ test_dataloader = dict(num_workers=4, persistent_workers=False, collate_fn=dict(
         load('--cfg-options', 'train_dataloader.num_workers=0', text=text).train_dataloader.persistent_workers is False
     )
     assert 'collate_fn' not in load().train_dataloader
+
+
+def test_faster_coco_metric_needs_its_package(load, monkeypatch):
+    monkeypatch.setattr('mmevm.cli.find_spec', lambda name: None)
+    with pytest.raises(ConfigError, match=r'val_evaluator uses FasterCocoMetric.*pip install faster-coco-eval'):
+        load(text="val_evaluator = [dict(type='mmdet.FasterCocoMetric')]")
+
+
+def test_imports_print_nothing(tmp_path):
+    """Of what mmengine, mmdet and mmpretrain say about packages that they do without."""
+    script = tmp_path / 'tool.py'
+    script.write_text("""
+import importlib
+from mmevm.cli import run
+
+def main():
+    for name in ('mmdet.datasets', 'mmdet.evaluation', 'mmpretrain.datasets'):
+        importlib.import_module(name)
+    import mmengine.logging
+    mmengine.logging.print_log('printed as before')
+
+run(main)
+""")
+    lines = succeed(script, cwd=tmp_path).splitlines()
+    assert [line for line in lines if 'stand-in for mmcv._ext' not in line] == ['printed as before']

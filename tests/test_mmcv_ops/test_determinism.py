@@ -1,5 +1,6 @@
 """``randomness.deterministic=True`` must not stop a training that mmcv's compiled operators would run."""
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -91,9 +92,9 @@ def test_backward_pass_runs_in_deterministic_mode(operator: str) -> None:
 def test_mode_is_restored_after_an_error(mode: int) -> None:
     torch.set_deterministic_debug_mode(mode)
     try:
-        with pytest.raises(ValueError, match='in between'), allow_nondeterministic():
+        with contextlib.suppress(ValueError), allow_nondeterministic():
             assert torch.get_deterministic_debug_mode() == min(mode, 1)
-            raise ValueError('in between')
+            raise ValueError
         assert torch.get_deterministic_debug_mode() == mode
     finally:
         torch.set_deterministic_debug_mode(0)
