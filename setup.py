@@ -52,6 +52,8 @@ setup(
     # the one that is there.
     extras_require={
         'onedl': [
+            'torch>=2.3',  # onedl-mmengine 0.10.12 imports torch.amp.GradScaler
+            'torchvision>=0.18',
             'onedl-mmengine>=0.10.12',
             'onedl-mmcv>=2.3.6',
             'onedl-mmdetection>=3.5.1',

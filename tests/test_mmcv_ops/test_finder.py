@@ -94,6 +94,25 @@ print(mmcv.ops.get_compiler_version(), '|', mmcv.ops.get_compiling_cuda_version(
     assert "none (mmevm's stand-in for mmcv._ext) | not available" in output
 
 
+def test_nothing_else_of_mmevm_is_needed(tmp_path: Path) -> None:
+    """mmcv_ops could be a package of its own."""
+    (tmp_path / 'mmevm').mkdir()
+    (tmp_path / 'mmevm' / '__init__.py').touch()
+    (tmp_path / 'mmevm' / 'mmcv_ops').symlink_to(Path(mmevm.mmcv_ops.__file__).parent)
+    code = """
+import pkgutil, sys
+sys.path.remove('')  # the working directory, where the whole mmevm may be
+import mmevm.mmcv_ops
+mmevm.mmcv_ops.register()
+import mmcv.ops
+for module in pkgutil.iter_modules(mmevm.mmcv_ops.__path__, 'mmevm.mmcv_ops.'):
+    if not module.name.endswith('__main__'):
+        __import__(module.name)
+print([name for name in sys.modules if name.startswith('mmevm.') and not name.startswith('mmevm.mmcv_ops')])
+"""
+    assert run(code, tmp_path).endswith('[]\n')
+
+
 def test_without_mmevm_mmcv_ops_is_not_there() -> None:
     """What the others rest on: this mmcv has no operators of its own."""
     code = """
