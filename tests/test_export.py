@@ -12,6 +12,7 @@ from command_line import ROOT, run_here, succeed
 from mmengine.config import Config
 from randomise import randomise
 from torch import nn
+from versions import EXPORTS_ONNX
 
 from mmevm import __version__
 from mmevm.complexity import build_without_weights
@@ -20,6 +21,8 @@ from mmevm.export import ExportError, ModelPart, check_onnx, export_coreml, expo
 from mmevm.models import EfficientViM
 from mmevm.post_processing import differences
 
+if not EXPORTS_ONNX:
+    pytest.skip('ONNX export needs torch 2.7', allow_module_level=True)
 onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxscript')
 onnxruntime = pytest.importorskip('onnxruntime')

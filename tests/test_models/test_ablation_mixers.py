@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from versions import needs_half
 
 from mmevm.models import HSMSSD, NCSSD, EfficientViM, MultiHeadHSMSSD, SelfAttention
 from mmevm.registry import MODELS
@@ -304,7 +305,10 @@ class TestEveryMixer:
         ('mixer_type', 'proj', 'dt'),
         [(MultiHeadHSMSSD, 'BCdt_proj', slice(4, 6)), (NCSSD, 'BCxdtz_proj', slice(8, 10))],
     )
-    @pytest.mark.parametrize(('dtype', 'size'), [(torch.float16, (1000, 3000)), (torch.bfloat16, (100, 300))])
+    @pytest.mark.parametrize(
+        ('dtype', 'size'),
+        [pytest.param(torch.float16, (1000, 3000), marks=needs_half), (torch.bfloat16, (100, 300))],
+    )
     @torch.no_grad()
     def test_many_tokens_in_half_precision(self, mixer_type, proj, dt, dtype, size):
         """Importances of 1/3000000 are 5.6 of float16's smallest numbers: rounded to 6 they would sum to 1.07."""
