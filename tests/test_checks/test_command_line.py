@@ -123,5 +123,7 @@ def test_editable_install_is_not_shadowed(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / 'site')
     (tmp_path / 'mmevm').mkdir()
-    code = 'import site; site.addsitedir("site"); from importlib.util import find_spec; print(find_spec("mmevm").origin)'
+    code = (
+        'import site; site.addsitedir("site"); from importlib.util import find_spec; print(find_spec("mmevm").origin)'
+    )
     assert succeed('-S', '-c', code, cwd=tmp_path, PYTHONPATH='').strip() == str(ROOT / 'mmevm/__init__.py')

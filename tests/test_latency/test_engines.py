@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from versions import EXPORTS_ONNX
 
 from mmevm.latency import ENGINES, EngineError, prepare
 
 ONNX_ENGINES = ['onnxruntime', 'openvino']
+needs_export = pytest.mark.skipif(not EXPORTS_ONNX, reason='ONNX export needs torch 2.7')
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 
 
@@ -57,7 +59,7 @@ def assert_same(result, model, x, tolerance=1e-5):
         'eager',
         pytest.param('compile', marks=pytest.mark.slow),
         pytest.param('cudagraph', marks=on_a_gpu),
-        *ONNX_ENGINES,
+        *(pytest.param(engine, marks=needs_export) for engine in ONNX_ENGINES),
     ],
 )
 def test_outputs_are_those_of_the_model_for_whatever_it_is_given(engine, model, x, tmp_path):
@@ -100,6 +102,7 @@ def test_training_leaves_the_gradients_of_one_backward_pass(engine, x):
     torch.testing.assert_close(model.bias.grad, torch.full((4,), 2.0 * 16 * 24))
 
 
+@needs_export
 @pytest.mark.parametrize('engine', ONNX_ENGINES)
 def test_an_onnx_file_that_is_there_is_used(engine, model, x, tmp_path):
     pytest.importorskip(engine)
@@ -109,6 +112,7 @@ def test_an_onnx_file_that_is_there_is_used(engine, model, x, tmp_path):
     assert_same(prepare(engine, other, x, onnx_file=file)(x), model, x)
 
 
+@needs_export
 def test_onnx_runtime_has_the_threads_that_it_was_given(model, x, tmp_path):
     pytest.importorskip('onnxruntime')
     tasks = Path('/proc/self/task')
