@@ -10,8 +10,8 @@ from . import mmcv_ops, model_index
 from .families import check_families
 from .version import __version__
 
-# mmengine and mmdet say these on every run. The first is about a metric that mmevm.cli refuses by name where a config
-# uses it, the second about a module that the extra [openmmlab] sees to.
+# mmengine and mmdet say these on every run. mmevm.checks warns of the first where a config uses that metric; the extra
+# [openmmlab] takes care of the second.
 warnings.filterwarnings('ignore', 'faster_coco_eval is not installed', UserWarning)
 warnings.filterwarnings('ignore', 'pkg_resources is deprecated', UserWarning)
 

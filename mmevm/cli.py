@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +31,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         with _without_onedl_notice():
             main()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except ExplainedError as error:
         sys.exit(f'{type(error).__name__}: {error}')
 
@@ -123,12 +124,6 @@ def load_config(args: argparse.Namespace) -> Config:
     if cfg.get('default_scope') == 'mmpretrain':
         _set_loader_defaults(cfg)
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
-    for key in ('val_evaluator', 'test_evaluator'):
-        if 'FasterCocoMetric' in str(cfg.get(key)) and find_spec('faster_coco_eval') is None:
-            raise ConfigError(
-                f'{key} uses FasterCocoMetric, which needs a package that is not installed: pip install '
-                'faster-coco-eval, or use CocoMetric.'
-            )
     if args.tensorboard:
         cfg.visualizer.vis_backends.append(dict(type='TensorboardVisBackend'))
     return cfg

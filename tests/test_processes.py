@@ -345,6 +345,13 @@ def test_torchrun_without_launcher_is_refused(tmp_path):
     assert not (tmp_path / 'here').exists()
 
 
+def test_names_of_runs_may_differ(tmp_path):
+    """As those with the time in them do."""
+    text = TINY + 'import time\nvisualizer = dict(type="Visualizer", name=f"run_{time.time_ns()}")\ndel time\n'
+    result = tiny(tmp_path, text=text)
+    assert result.returncode == 0, result.stdout
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Nodes: one torchrun each
 

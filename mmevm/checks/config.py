@@ -4,6 +4,7 @@ import difflib
 import inspect
 import os
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from mmengine.config import Config
@@ -45,7 +46,7 @@ def check_config(cfg: Config, splits: Sequence[str]) -> list[str]:
                     f'{split}_dataloader.{name}={value!r} is a {type(value).__name__}, but must be an integer. Set '
                     f'{split}_dataloader.{name} to a number without quotes.'
                 )
-    warnings = [*_misspelled_keys(cfg), *_string_classes(cfg, splits), *_evaluator_files(cfg, splits)]
+    warnings = [*_misspelled_keys(cfg), *_string_classes(cfg, splits), *_evaluators(cfg, splits)]
     return warnings + (_pretrained_weights(cfg) if 'train' in splits else [])
 
 
@@ -104,8 +105,14 @@ def _string_classes(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
                 )
 
 
-def _evaluator_files(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
+def _evaluators(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
     for split in splits:
+        metrics = {type_name(metric) for _, metric in iter_dicts(cfg.get(f'{split}_evaluator'))}
+        if 'FasterCocoMetric' in metrics and find_spec('faster_coco_eval') is None:
+            yield (
+                f'{split}_evaluator is a FasterCocoMetric, which computes nothing unless faster-coco-eval is installed. '
+                'Run pip install faster-coco-eval, or use CocoMetric.'
+            )
         files = [
             _join(dataset.get('data_root'), dataset['ann_file'])
             for _, dataset in iter_datasets((cfg.get(f'{split}_dataloader') or {}).get('dataset'), '')

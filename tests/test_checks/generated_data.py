@@ -1,6 +1,7 @@
 """A few images and annotations in the format of each data set that stock configs name, at places of their own."""
 
 import copy
+import itertools
 import json
 from pathlib import Path
 
@@ -21,6 +22,7 @@ class Generator:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.numbers = itertools.count()
         for folder in ('', 'img1', 'frames', '0'):
             (root / 'images' / folder).mkdir(parents=True, exist_ok=True)
             for name in ('a', 'b', '000001', '000002'):
@@ -35,13 +37,18 @@ class Generator:
         make = next((getattr(self, f'make_{name}') for name in names if hasattr(self, f'make_{name}')), None)
         if make is None:
             return None
-        classes = (cfg.get('metainfo') or {}).get('classes') or kind.METAINFO.get('classes')
         cfg.update(data_root='', backend_args=None, indices=None)
-        make(cfg, list(classes) if classes else ['thing'])
+        try:  # some get their classes in code
+            classes = DATASETS.build(dict(cfg, lazy_init=True, pipeline=[], ann_file='')).metainfo.get('classes')
+        except (TypeError, OSError):
+            classes = None
+        make(cfg, list(classes or ['thing']))
         return cfg
 
     def write(self, name: str, content: dict | list | str) -> str:
         path = self.root / name
+        if name.endswith('.json') and path.exists():  # of another data set
+            path = path.with_stem(f'{path.stem}_{next(self.numbers)}')
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content if isinstance(content, str) else json.dumps(content))
         return str(path)
@@ -59,7 +66,7 @@ class Generator:
         }
 
     def make_CocoDataset(self, cfg, classes):
-        cfg['ann_file'] = self.write(f'coco_{len(classes)}_{hash(tuple(classes))}.json', self.coco(classes))
+        cfg['ann_file'] = self.write('coco.json', self.coco(classes))
         self.prefix(cfg)
 
     def make_LVISV05Dataset(self, cfg, classes):

@@ -73,3 +73,10 @@ def test_norm_eval_with_random_weights(detector):
     (message,) = warnings(detector, model__backbone__norm_eval=True)
     assert message.startswith('model.backbone.norm_eval=True, but the backbone starts from random weights')
     assert warnings(detector, load_from='some.pth') == []
+
+
+def test_faster_coco_metric(detector):
+    detector.test_evaluator = dict(type='mmdet.FasterCocoMetric', ann_file=detector.test_evaluator.ann_file)
+    assert warnings(detector) == []  # testing has no part in a training
+    (message,) = check_config(detector, ['test'])
+    assert 'pip install faster-coco-eval' in message
