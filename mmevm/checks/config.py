@@ -110,7 +110,7 @@ def _evaluators(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
         metrics = {type_name(metric) for _, metric in iter_dicts(cfg.get(f'{split}_evaluator'))}
         if 'FasterCocoMetric' in metrics and find_spec('faster_coco_eval') is None:
             yield (
-                f'{split}_evaluator is a FasterCocoMetric, which computes nothing unless faster-coco-eval is installed. '
+                f'{split}_evaluator is a FasterCocoMetric, which computes nothing without faster-coco-eval. '
                 'Run pip install faster-coco-eval, or use CocoMetric.'
             )
         files = [

@@ -52,8 +52,11 @@ def make_resumable(cfg: Config) -> None:
 
 
 def _is_type(kind: Any, cls: type) -> bool:
-    """Whether the ``type`` of a config is a class of mmengine's, be it given as a class or by its name."""
-    return kind in (cls, cls.__name__, f'mmengine.{cls.__name__}')
+    """Whether the ``type`` of a config is a class of MMEngine, given as a class, its name, or its import path."""
+    if not isinstance(kind, str):
+        return kind is cls
+    scope, _, name = kind.rpartition('.')
+    return name == cls.__name__ and scope.partition('.')[0] in ('', 'mmengine')
 
 
 def resume(cfg: Config, checkpoint: str | Path | None = None) -> None:
