@@ -118,14 +118,12 @@ def _registered_names(registries: list[Registry]) -> set[str]:
 def _find_class(name: str | None, cfg: dict) -> Any:
     """The class of a config's type if it, or one of its bases, has a name; None for any name."""
     kind = cfg.get('type')
-    if not isinstance(kind, str):
-        return kind
-    for registry in _registries():
-        try:
-            with registry.switch_scope_and_registry(cfg.get('_scope_')) as scoped:
-                found = scoped.get(kind)
-        except Exception:  # another registry may have it
-            continue
+    known = [kind] if isinstance(kind, type) else []
+    if isinstance(kind, str):
+        for registry in _registries():
+            for scoped in (registry.root, *registry.root.children.values()):
+                known.append(scoped.module_dict.get(kind.rpartition('.')[2]))
+    for found in known:
         bases = {base.__name__ for base in inspect.getmro(found)} if isinstance(found, type) else set()
         if found is not None and (name is None or name in bases):
             return found

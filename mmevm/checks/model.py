@@ -249,9 +249,12 @@ def _explain_channels(part: Part, given: list[int], source: str) -> str | None:
             return None
         text = f'{key}.{name}={list(wanted)} does not match the channels {given} of the maps that {source} returns.'
         if type_name(part.cfg) == 'FPN' and source == 'model.backbone':
+            # From stride 16 to where the FPN of a ResNet begins, whose maps have strides from 4 on.
+            upsamples, extra = max(0, 2 - part.cfg.get('start_level', 0)), part.cfg.get('add_extra_convs')
             return (
                 f"{text} Replace the neck: {key}=dict(_delete_=True, type='mmevm.UpsampleFPN', in_channels={given}, "
-                f'out_channels={part.cfg.get("out_channels")}, num_outs={part.cfg.get("num_outs")}).'
+                f'out_channels={part.cfg.get("out_channels")}, num_outs={part.cfg.get("num_outs")}, '
+                f'num_upsamples={upsamples}' + (f', add_extra_convs={extra!r})' if extra else ')') + '.'
             )
         return f'{text} Set {key}.{name}={given}.'
     if not isinstance(wanted, int) or wanted in given:

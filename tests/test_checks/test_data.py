@@ -36,7 +36,7 @@ def test_summary(check, detector):
     assert 'model.rpn_head (RPNHead) takes 64 channels at stride 4, 64 channels at stride 8' in summary
     assert 'model.roi_head.bbox_head (Shared2FCBBoxHead) takes 64 channels of 7×7 for each region' in summary
     assert 'weights: random' in summary
-    assert 'training: 1000 iterations of 8 images per process' in summary
+    assert 'training: 1000 iterations of 4 images per process' in summary
     assert 'param_scheduler.0: LinearLR from iteration 0 to 100' in summary
 
 
