@@ -16,7 +16,7 @@ from mmevm.errors import ConfigError
 _KNOWN_KEYS = {
     *inspect.signature(Runner).parameters,
     *('auto_scale_lr', 'custom_imports', 'data_preprocessor', 'data_root', 'env_cfg', 'find_unused_parameters'),
-    *('model_wrapper_cfg', 'test_pipeline', 'train_pipeline', 'tta_model', 'tta_pipeline', 'val_pipeline'),
+    *('model_wrapper_cfg', 'tta_model', 'tta_pipeline'),
 } - {'cfg'}
 # ImageNet's statistics of RGB images, with which all published EfficientViM weights were trained.
 _MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -120,7 +120,13 @@ def _evaluators(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
         ]
         for key, evaluator in iter_dicts(cfg.get(f'{split}_evaluator'), f'{split}_evaluator'):
             path = evaluator.get('ann_file')
-            if isinstance(path, str) and len(files) == 1 and os.path.abspath(path) != os.path.abspath(files[0]):
+            is_list = isinstance(cfg[f'{split}_evaluator'], (list, tuple))  # each may have a file of its own
+            if (
+                isinstance(path, str)
+                and not is_list
+                and len(files) == 1
+                and os.path.abspath(path) != os.path.abspath(files[0])
+            ):
                 yield (
                     f'{key}.ann_file={path!r} is not the annotation file of {split}_dataloader.dataset, {files[0]!r}. '
                     'Image ids that are missing in one of them stop the evaluation or lower its result.'

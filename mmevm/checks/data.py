@@ -186,7 +186,8 @@ def different_classes(summaries: list[DatasetSummary]) -> Iterator[str]:
     train = [summary for summary in summaries if summary.key.startswith('train')]
     others = [summary for summary in summaries if not summary.key.startswith('train')]
     for first, second in zip(train[:1], others[:1], strict=False):
-        if type(first.dataset) is type(second.dataset) and first.classes != second.classes:
+        differ = any(a != b for a, b in zip(first.classes, second.classes, strict=False))
+        if type(first.dataset) is type(second.dataset) and differ:
             yield (
                 f'{first.key} and {second.key} have different classes ({_preview(first.classes)} and '
                 f'{_preview(second.classes)}), so a label means another class in each. Give both the same '

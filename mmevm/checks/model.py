@@ -16,7 +16,10 @@ from .config import iter_dicts, type_name
 def heads(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the heads whose ``num_classes`` is, as a rule, the number of classes of the data, with their keys."""
     for name, module in model.named_modules():
-        if name.rpartition('.')[2] in ('bbox_head', 'mask_head', 'head') and type(module).__name__.endswith('Head'):
+        first, _, last = name.partition('.')
+        is_own = first in ('roi_head', 'bbox_head', 'mask_head', 'head')  # not of a model within the model
+        kind = type(module).__name__
+        if is_own and (last or first).split('.')[0] in ('bbox_head', 'mask_head', 'head') and 'RPN' not in kind:
             yield f'model.{name}', module
 
 

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import pickle
 from pathlib import Path
 
 import cv2
@@ -37,7 +38,9 @@ class Generator:
         make = next((getattr(self, f'make_{name}') for name in names if hasattr(self, f'make_{name}')), None)
         if make is None:
             return None
-        cfg.update(data_root='', backend_args=None, indices=None)
+        cfg['data_root'] = ''
+        for name in ('backend_args', 'indices', 'proposal_file'):  # the files are here, and there are no proposals
+            cfg.pop(name, None)
         try:  # some get their classes in code
             classes = DATASETS.build(dict(cfg, lazy_init=True, pipeline=[], ann_file='')).metainfo.get('classes')
         except (TypeError, OSError):
@@ -80,6 +83,33 @@ class Generator:
         for image in coco['images']:
             image['coco_url'] = f'http://images.cocodataset.org/{image["file_name"]}'
         cfg['ann_file'] = self.write(f'lvis1_{len(classes)}.json', coco)
+
+    def make_MDETRStyleRefCocoDataset(self, cfg, classes):
+        cfg['ann_file'] = self.write('refcoco.json', self.coco(classes, caption='a thing', dataset_name='refcoco'))
+        self.prefix(cfg)
+
+    def make_Flickr30kDataset(self, cfg, classes):
+        coco = self.coco(classes, caption='a thing', tokens_positive_eval=[[[2, 7]]])
+        for annotation in coco['annotations']:
+            annotation['phrase_ids'] = [0]
+        cfg['ann_file'] = self.write('flickr.json', coco)
+        self.prefix(cfg)
+
+    def make_OpenImagesDataset(self, cfg, classes):
+        cfg['label_file'] = self.write('labels.csv', '/m/1,thing\n/m/2,other')
+        cfg['hierarchy_file'] = self.write(
+            'hierarchy.json', dict(LabelName='/m/0', Subcategory=[dict(LabelName='/m/1'), dict(LabelName='/m/2')])
+        )
+        header = (
+            'ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,I'
+        )
+        rows = [f'{name},x,/m/1,1,0.1,0.5,0.1,0.5,0,0,0,0,0' for name in 'ab']
+        cfg['ann_file'] = self.write('boxes.csv', '\n'.join([header, *rows]))
+        metas = [dict(filename=f'{name}.jpg', ori_shape=(SIDE, SIDE, 3)) for name in 'ab']
+        cfg['meta_file'] = str(self.root / 'metas.pkl')
+        Path(cfg['meta_file']).write_bytes(pickle.dumps(metas))
+        cfg['image_level_ann_file'] = None
+        self.prefix(cfg)
 
     def make_V3DetDataset(self, cfg, classes):
         names = [f'class {i}' for i in range(13204)]
@@ -127,7 +157,6 @@ class Generator:
     def make_CrowdHumanDataset(self, cfg, classes):
         line = {'ID': 'a', 'gtboxes': [dict(tag='person', fbox=[5, 5, 20, 20], extra={})]}
         cfg['ann_file'] = self.write('annotation_train.odgt', '\n'.join(json.dumps({**line, 'ID': i}) for i in 'ab'))
-        cfg['id_hw_path'] = None
         self.write('id_hw_train.json', {name: [SIDE, SIDE] for name in 'ab'})
         cfg['extra_ann_file'] = str(self.root / 'id_hw_train.json')
         self.prefix(cfg)
