@@ -147,7 +147,8 @@ def build_runner(cfg: Config) -> Runner:
     _check_launcher(cfg.launcher)
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':
         timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')  # in seconds, as mmengine has it
-        torch.distributed.init_process_group('gloo', timeout=timeout and timedelta(seconds=timeout))
+        options: dict[str, Any] = dict(timeout=timedelta(seconds=timeout)) if timeout else {}  # torch 2.1: not None
+        torch.distributed.init_process_group('gloo', **options)
         default = dict(broadcast_buffers=False, find_unused_parameters=cfg.get('find_unused_parameters', False))
         cfg.model_wrapper_cfg = dict(cfg.get('model_wrapper_cfg') or default, device_ids=None)
     runner = Runner.from_cfg(cfg)
