@@ -100,7 +100,7 @@ def read_config(path: str) -> Config:
             'them in _base_, and write what you need of the other into this config.'
         ) from error
     # MMEngine asserts that it knows a package, and raises a TypeError for a dict over a base's string.
-    except (AssertionError, ImportError, OSError, TypeError, ValueError) as error:
+    except Exception as error:
         where = '' if '::' in path else f' ({os.path.abspath(path)}; the current folder is {os.getcwd()})'
         raise ConfigError(
             f'{path}{where} cannot be read: {error}. Give the path of a config file, or of one in an installed '

@@ -186,12 +186,12 @@ def different_classes(summaries: list[DatasetSummary]) -> Iterator[str]:
     train = [summary for summary in summaries if summary.key.startswith('train')]
     others = [summary for summary in summaries if not summary.key.startswith('train')]
     for first, second in zip(train[:1], others[:1], strict=False):
-        differ = any(a != b for a, b in zip(first.classes, second.classes, strict=False))
-        if type(first.dataset) is type(second.dataset) and differ:
+        labels = enumerate(zip(first.classes, second.classes, strict=False))
+        different = next(((label, *names) for label, names in labels if names[0] != names[1]), None)
+        if type(first.dataset) is type(second.dataset) and different:
             yield (
-                f'{first.key} and {second.key} have different classes ({_preview(first.classes)} and '
-                f'{_preview(second.classes)}), so a label means another class in each. Give both the same '
-                'metainfo.classes (of image folders: the same folders).'
+                '{} and {} number their classes differently: {} is {!r} in one and {!r} in the other. Give both the '
+                'same metainfo.classes (of image folders: the same folders).'.format(first.key, second.key, *different)
             )
 
 

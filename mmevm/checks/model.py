@@ -211,7 +211,7 @@ def _parts(module: nn.Module, cfg: Any, key: str) -> Iterator[Part]:
     for name, value in cfg.items() if isinstance(cfg, dict) else enumerate(cfg):
         if not isinstance(value, (dict, list, tuple)):
             continue
-        child = getattr(module, name, None) if isinstance(name, str) else _item(module, name)
+        child = module._modules.get(name) if isinstance(name, str) else _item(module, name)
         if isinstance(child, nn.Module):
             if isinstance(value, dict) and 'type' in value:
                 yield Part(f'{key}.{name}', child, value)

@@ -3,6 +3,7 @@
 import pytest
 from mmdet.models import FPN
 from mmengine.config import Config
+from mmengine.utils import is_installed
 
 from mmevm.checks import explain_errors
 from mmevm.checks.hook import CheckHook
@@ -57,6 +58,11 @@ def put(cfg, key, value):
     for name in path:
         cfg = cfg[int(name)] if name.isdigit() else cfg[name]
     cfg[last] = value
+
+
+# MMEngine 0.10.7 cannot write a config of both names and classes.
+if not is_installed('onedl-mmengine'):
+    MISTAKES = [mistake for mistake in MISTAKES if not (isinstance(mistake[1], dict) and mistake[1].get('type') is FPN)]
 
 
 @pytest.mark.parametrize(('key', 'value', 'start'), MISTAKES)
