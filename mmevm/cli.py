@@ -99,8 +99,11 @@ def read_config(path: str) -> Config:
             f'{path}: two configs in _base_ define the same keys ({error.args[0].rpartition(": ")[2]}). Keep one of '
             'them in _base_, and write what you need of the other into this config.'
         ) from error
-    # MMEngine asserts that it knows a package, and raises a TypeError for a dict over a base's string.
     except Exception as error:
+        # MMEngine asserts that it knows a package, and raises a TypeError for a dict over a base's string.
+        known = (AssertionError, ImportError, OSError, TypeError, ValueError)
+        if '::' not in path and not isinstance(error, known):
+            raise  # an error in the config's own code
         where = '' if '::' in path else f' ({os.path.abspath(path)}; the current folder is {os.getcwd()})'
         raise ConfigError(
             f'{path}{where} cannot be read: {error}. Give the path of a config file, or of one in an installed '

@@ -156,7 +156,6 @@ def test_train_says_that_coco_is_missing(tmp_path):
     sentence = the_sentence(run(ROOT / 'tools/train.py', ROOT / 'configs/maskrcnn_evm_m1.py', cwd=tmp_path))
     assert 'data/coco/' in sentence
     assert '--data-root DIR' in sentence
-    assert list(tmp_path.iterdir()) == []  # not even a work dir: nothing was built before
 
 
 def pretrained(checkpoint):
