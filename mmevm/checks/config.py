@@ -87,7 +87,7 @@ def closest(name: str, names: Sequence[str] | set[str], cutoff: float = 0.6) -> 
 
 def _misspelled_keys(cfg: Config) -> Iterator[str]:
     for key in cfg:
-        if key in _KNOWN_KEYS:
+        if key in _KNOWN_KEYS or key.startswith('_'):
             continue
         swapped = next((known for known in _KNOWN_KEYS if sorted(known) == sorted(key)), None)
         if known := swapped or closest(key, _KNOWN_KEYS, cutoff=0.94 if key.endswith('s') else 0.9):
@@ -118,17 +118,12 @@ def _evaluators(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
             for _, dataset in iter_datasets((cfg.get(f'{split}_dataloader') or {}).get('dataset'), '')
             if dataset.get('ann_file')
         ]
-        for key, evaluator in iter_dicts(cfg.get(f'{split}_evaluator'), f'{split}_evaluator'):
+        evaluator = cfg.get(f'{split}_evaluator')  # of several, each may have a file of its own
+        if isinstance(evaluator, dict) and type_name(evaluator).startswith(('Coco', 'LVIS')) and len(files) == 1:
             path = evaluator.get('ann_file')
-            is_list = isinstance(cfg[f'{split}_evaluator'], (list, tuple))  # each may have a file of its own
-            if (
-                isinstance(path, str)
-                and not is_list
-                and len(files) == 1
-                and os.path.abspath(path) != os.path.abspath(files[0])
-            ):
+            if isinstance(path, str) and os.path.abspath(path) != os.path.abspath(files[0]):
                 yield (
-                    f'{key}.ann_file={path!r} is not the annotation file of {split}_dataloader.dataset, {files[0]!r}. '
+                    f'{split}_evaluator.ann_file={path!r} is not that of {split}_dataloader.dataset, {files[0]!r}. '
                     'Image ids that are missing in one of them stop the evaluation or lower its result.'
                 )
 

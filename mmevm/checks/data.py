@@ -185,7 +185,8 @@ def different_classes(summaries: list[DatasetSummary]) -> Iterator[str]:
     """Warn if training and evaluation number their classes differently."""
     train = [summary for summary in summaries if summary.key.startswith('train')]
     others = [summary for summary in summaries if not summary.key.startswith('train')]
-    for first, second in zip(train[:1], others[:1], strict=False):
+    if len(train) == len(others) == 1:  # of several, each has labels of its own
+        first, second = train[0], others[0]
         labels = enumerate(zip(first.classes, second.classes, strict=False))
         different = next(((label, *names) for label, names in labels if names[0] != names[1]), None)
         if type(first.dataset) is type(second.dataset) and different:

@@ -158,7 +158,7 @@ class Generator:
         line = {'ID': 'a', 'gtboxes': [dict(tag='person', fbox=[5, 5, 20, 20], extra={})]}
         cfg['ann_file'] = self.write('annotation_train.odgt', '\n'.join(json.dumps({**line, 'ID': i}) for i in 'ab'))
         self.write('id_hw_train.json', {name: [SIDE, SIDE] for name in 'ab'})
-        cfg['extra_ann_file'] = str(self.root / 'id_hw_train.json')
+        cfg['data_root'] = f'{self.root}/'
         self.prefix(cfg)
 
     def make_ODVGDataset(self, cfg, classes):
