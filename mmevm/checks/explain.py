@@ -40,7 +40,7 @@ def explain_errors(cfg: Config, hook: 'CheckHook') -> Iterator[None]:
     except ExplainedError:
         raise
     except Exception as error:
-        explanation = None if hook.finished else hook.explain() or explain(error, cfg)
+        explanation = None if hook.finished else hook.explain(error) or explain(error, cfg)
         if explanation is None:
             raise
         raise ConfigError(explanation) from error
@@ -64,7 +64,7 @@ def explain(error: Exception, cfg: Config) -> str | None:
         return _unknown_argument(cfg, found[1], found[2])
     if found := re.search(r'(\w+)\.__init__\(\) missing \d+ required \S+ arguments?: (.*)', message):
         keys = [key for key, part in iter_dicts(cfg.to_dict()) if type_name(part) == found[1]]
-        return f'{_names(keys) or found[1]}: {found[1]} needs {found[2]}, which the config does not give.'
+        return f'{_names(keys)}: {found[1]} needs {found[2]}, which the config does not give.' if keys else None
     if 'must contain the key "type"' in message:
         return f'A part of the config has no type: {message}'
     if any(frame.name == 'build_dataloader' for frame in frames):
@@ -88,14 +88,16 @@ def _names(keys: list[str]) -> str:
     return ', '.join(keys[:3]) + (', …' if len(keys) > 3 else '')
 
 
-def _unknown_type(cfg: Config, name: str, registry_name: str | None = None) -> str:
+def _unknown_type(cfg: Config, name: str, registry_name: str | None = None) -> str | None:
     keys = [f'{key}.type' for key, part in iter_dicts(cfg.to_dict()) if part.get('type') == name]
+    if not keys:  # built by the user's own code
+        return None
     names = _registered_names([registry for registry in _registries() if registry_name in (registry.name, None)])
     same = [other for other in sorted(names) if other.endswith(f'.{name}')]  # only the scope is missing
     meant = same[0] if same else closest(name, names)
     hint = f' Did you mean {meant!r}?' if meant else ''
     return (
-        f'{_names(keys) or "type"}={name!r} is not registered.{hint} Correct the name, or import the module that '
+        f'{_names(keys)}={name!r} is not registered.{hint} Correct the name, or import the module that '
         "registers it by custom_imports=dict(imports=['module'])."
     )
 
@@ -143,13 +145,13 @@ def _parameters(kind: Any) -> set[str]:
     return names - {'self', 'params'}  # an optimizer's parameters come from the model
 
 
-def _unknown_argument(cfg: Config, class_name: str, argument: str) -> str:
+def _unknown_argument(cfg: Config, class_name: str, argument: str) -> str | None:
     holders = [
         (key, part, _find_class(class_name, part)) for key, part in iter_dicts(cfg.to_dict()) if argument in part
     ]
     exact = [holder for holder in holders if holder[2] is not None] or holders
     if not exact:
-        return f'{class_name} has no argument {argument!r}.'
+        return None  # built by the user's own code
     key, part, kind = exact[0]
     if class_name == 'DataLoader':
         kind = DataLoader

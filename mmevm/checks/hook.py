@@ -2,15 +2,16 @@
 
 import sys
 from collections.abc import Iterator
+from textwrap import shorten
 from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
-from torch import nn
+
+from mmevm.checkpoints import model_of
 
 from .config import iter_dicts, type_name
 from .data import DatasetSummary, different_classes, summarize_all
@@ -45,7 +46,7 @@ class CheckHook(Hook):
     def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         """Watch the first iteration."""
         if not self.finished and self.tracer is None and not runner.cfg.get('compile'):
-            self.tracer = FeatureTracer(_model(runner), runner.cfg.model).__enter__()
+            self.tracer = FeatureTracer(model_of(runner), runner.cfg.model).__enter__()
 
     def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         """Warn about what the first iteration has shown."""
@@ -60,9 +61,10 @@ class CheckHook(Hook):
         """Warn about what the first iteration has shown."""
         self.after_train_iter(runner)
 
-    def explain(self) -> str | None:
+    def explain(self, error: Exception) -> str | None:
         """Explain why the first iteration failed by the channels that met; None if they are not the cause."""
-        return None if self.tracer is None else self.tracer.explain()
+        explanation = self.tracer and self.tracer.explain()
+        return f'{explanation} ({type(error).__name__}: {shorten(str(error), 200)})' if explanation else None
 
     def _finish(self, runner: Runner) -> None:
         self.finished = True
@@ -74,7 +76,7 @@ class CheckHook(Hook):
         datasets = {f'{split}_dataloader.dataset': loader.dataset}
         if val_loader:
             datasets['val_dataloader.dataset'] = val_loader.dataset
-        model, summaries = _model(runner), []
+        model, summaries = model_of(runner), []
         check_topk(runner.cfg, model, ['val', 'test'] if split == 'train' else ['test'])
         if is_main_process():
             summaries = summarize_all(datasets, None if self.check_only else _MAX_IMAGES)
@@ -93,10 +95,9 @@ class CheckHook(Hook):
             sys.exit(0)
 
     def _try_batch(self, runner: Runner, split: str, loader: Any) -> None:
-        """Pass two samples through the model, without a gradient."""
-        samples = [loader.dataset[i] for i in range(min(2, len(loader.dataset)))]
-        batch = loader.collate_fn(samples)
-        model: Any = _model(runner)
+        """Pass the first batch through the model, without a gradient."""
+        batch = next(iter(loader))
+        model: Any = model_of(runner)
         with torch.no_grad(), FeatureTracer(model, runner.cfg.model) as self.tracer:
             if split == 'train':
                 model.train()
@@ -106,10 +107,6 @@ class CheckHook(Hook):
                 model.eval()
                 model.test_step(batch)
         _warn(runner, self.tracer.warnings())
-
-
-def _model(runner: Runner) -> nn.Module:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def _warn(runner: Runner, messages: Any) -> None:
@@ -158,7 +155,7 @@ def _print_summary(runner: Runner, split: str, summaries: list[DatasetSummary], 
         if tracer.image_size:
             lines.append('input: {} × {} pixels (height × width) after the pipeline'.format(*tracer.image_size))
         lines += tracer.table()
-    model = _model(runner)
+    model = model_of(runner)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     lines.append(f'parameters: {total / 1e6:.2f} M, of which {trained / 1e6:.2f} M are trained')

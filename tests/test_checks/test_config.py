@@ -46,9 +46,7 @@ def test_classes_as_a_string(detector, tmp_path):
 
 def test_annotations_of_the_evaluator(detector, shapes):
     (message,) = warnings(detector, val_evaluator__ann_file=f'{shapes}/annotations/instances_train.json')
-    assert message.startswith(
-        f"val_evaluator.ann_file='{shapes}/annotations/instances_train.json' is not that of"
-    )
+    assert message.startswith(f"val_evaluator.ann_file='{shapes}/annotations/instances_train.json' is not that of")
     same = f'{shapes}/train/../annotations/instances_val.json'
     assert warnings(detector, val_evaluator__ann_file=same) == []
 

@@ -126,3 +126,18 @@ def test_errors_after_the_first_iteration_pass():
     hook.finished = True
     with pytest.raises(TypeError), explain_errors(Config(dict(model=dict(type='X'))), hook):
         raise TypeError("X.__init__() got an unexpected keyword argument 'y'")
+
+
+@pytest.mark.parametrize(
+    'error',
+    [
+        TypeError("Mine.__init__() got an unexpected keyword argument 'mine'"),
+        TypeError("Mine.__init__() missing 1 required positional argument: 'mine'"),
+        KeyError('Mine is not in the mmdet::model registry. Please check'),
+    ],
+)
+def test_errors_of_the_users_own_code_pass(error):
+    """They look like a mistake in the config, which does not have these names, and come with their traceback."""
+    with pytest.raises(type(error)) as raised, explain_errors(Config(dict(model=dict(type='X'))), CheckHook()):
+        raise error
+    assert raised.value is error
