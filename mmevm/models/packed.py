@@ -96,8 +96,9 @@ class PackedConv2d(nn.Conv2d):
     def _layout(self, x: Tensor) -> Tensor | None:
         """The weight as oneDNN's kernel for this shape reads it; it would rearrange another one slowly, each time."""
         weight, shape = self.weight, x.shape
-        if self._packed is not None:
-            of_weight, state, of_shape, layout = self._packed
+        packed = self._packed  # another thread may set it to None
+        if packed is not None:
+            of_weight, state, of_shape, layout = packed
             if of_weight is weight and of_shape == shape and _state(weight) == state:
                 return layout
         if self._backend(x) != 'Mkldnn':
@@ -161,6 +162,9 @@ _HAS_KERNELS = (
     and hasattr(torch.ops.mkldnn, '_reorder_convolution_weight')
     and hasattr(torch._C, '_select_conv_backend')
     and hasattr(torch._C, '_storage_Use_Count')
+    and hasattr(torch._C, '_functorch')
+    and hasattr(torch._C._functorch, 'peek_interpreter_stack')
+    and hasattr(forward_ad, '_current_level')
     and hasattr(torch.UntypedStorage, 'resizable')  # since torch 2.2: without it, memory of an array is not recognized
 )
 if _HAS_KERNELS:
