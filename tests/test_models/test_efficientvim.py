@@ -282,6 +282,12 @@ class TestTraining:
         features_and_gradients(model, torch.randn(2, 3, 64, 64))
         assert len(calls) == 2 * len(model.stages[1].blocks)
 
+    def test_activation_checkpointing_is_off_in_eval_mode(self):
+        """So that a model compiles as a whole and exports, gradients being enabled or not."""
+        model = EfficientViM(TINY, with_cp=True).eval()
+        x = torch.randn(1, 3, 64, 64)
+        torch.testing.assert_close(torch.compile(model, backend='eager', fullgraph=True)(x), model(x))
+
     def test_compiled_activation_checkpointing_changes_neither_gradients_nor_statistics(self):
         plain = randomise(EfficientViM(TINY)).double().train()
         saving = EfficientViM(TINY, with_cp=True).double().train()
