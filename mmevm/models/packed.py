@@ -4,6 +4,7 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._dynamo.config
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -162,10 +163,10 @@ _HAS_KERNELS = (
     and hasattr(torch.ops.mkldnn, '_reorder_convolution_weight')
     and hasattr(torch._C, '_select_conv_backend')
     and hasattr(torch._C, '_storage_Use_Count')
-    and hasattr(torch._C, '_functorch')
     and hasattr(torch._C._functorch, 'peek_interpreter_stack')
     and hasattr(forward_ad, '_current_level')
-    and hasattr(torch.UntypedStorage, 'resizable')  # since torch 2.2: without it, memory of an array is not recognized
+    # Older versions of torch.compile and torch.export refuse subclasses of Parameter.
+    and hasattr(torch._dynamo.config, 'nontraceable_tensor_subclasses')
 )
 if _HAS_KERNELS:
     _USES_ALONE = _uses(torch.empty(1, device='cpu'))

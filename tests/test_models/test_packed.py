@@ -8,6 +8,7 @@ import platform
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.config
 import torch.nn.functional as F
 from mmengine.model import ExponentialMovingAverage
 from torch import nn
@@ -26,7 +27,7 @@ GEOMETRIES = [
 packs = pytest.mark.skipif(
     platform.machine() not in ('x86_64', 'AMD64')
     or not torch.backends.mkldnn.is_available()
-    or not hasattr(torch.UntypedStorage, 'resizable'),
+    or not hasattr(torch._dynamo.config, 'nontraceable_tensor_subclasses'),
     reason='this processor or version of torch keeps the plain convolution',
 )
 
