@@ -4,9 +4,9 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch._dynamo.config
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.torch_version import TorchVersion
 
 from mmevm.compat import is_autocast_enabled, is_compiling
 
@@ -165,8 +165,7 @@ _HAS_KERNELS = (
     and hasattr(torch._C, '_storage_Use_Count')
     and hasattr(torch._C._functorch, 'peek_interpreter_stack')
     and hasattr(forward_ad, '_current_level')
-    # Older versions of torch.compile and torch.export refuse subclasses of Parameter.
-    and hasattr(torch._dynamo.config, 'nontraceable_tensor_subclasses')
+    and TorchVersion(torch.__version__) >= '2.8'  # older torch.compile and torch.export refuse subclasses of Parameter
 )
 if _HAS_KERNELS:
     _USES_ALONE = _uses(torch.empty(1, device='cpu'))
