@@ -195,7 +195,7 @@ def _readable(offset: Tensor) -> Tensor:
 
 
 def _truncate(tensor: Tensor, size: torch.Size) -> Tensor:
-    """Keep as many values of each image as the output has, if offsets or masks are larger, and reshape them to its size.
+    """Keep the first values of each image, in the output's size, if offsets or masks are larger than the output.
 
     mmcv's kernels read them in this way, whatever their height and width. DyHead relies on it for levels of equal size.
     """

@@ -67,8 +67,9 @@ class PackedConv2d(nn.Conv2d):
 
     PyTorch does so itself where it compiles a model. Which layout that is depends on the shape of the images: the
     second batch of one shape in a row is the first that finds its weights so. All else is ``nn.Conv2d``: the numbers,
-    bit for bit, the state dict, and what runs where PyTorch has another kernel than oneDNN's, for images that are not
-    in channels_last, with autocast, while something traces or compiles the model, and where a gradient is asked for.
+    bit for bit, the state dict, and what runs before torch 2.8, where PyTorch has another kernel than oneDNN's, for
+    images that are not in channels_last, with autocast, while something traces or compiles the model, and where a
+    gradient is asked for.
 
     The weight may be written to at any time: in place, through ``weight.data`` as EMA does, a state dict, or an array.
     It is packed again after that, and is not packed while another tensor shares its memory, nor once NumPy has. Two
