@@ -34,8 +34,8 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.10',
-    # With this, an editable install adds a path. Without it, setuptools adds an import hook, and a folder named mmevm
-    # in the current folder (the clone itself, seen from its parent) is imported in its place.
+    # Makes an editable install add a path. Otherwise setuptools adds an import hook, and from the parent of a clone
+    # named mmevm, Python imports the clone's folder as an empty namespace package instead.
     package_dir={'': '.'},
     packages=find_packages(include=['mmevm', 'mmevm.*']),
     cmdclass={'build_py': BuildWithConfigs},

@@ -1,4 +1,4 @@
-"""What the oldest PyTorch that setup.py allows lacks, or has under another name."""
+"""Functions that older versions of PyTorch lack or name differently."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +18,11 @@ def is_autocast_enabled(device_type: str) -> bool:
 
 @contextmanager
 def unfused_attention() -> Iterator[None]:
-    """Run ``nn.MultiheadAttention`` as separate operators, without gradients where PyTorch has a switch for it."""
-    if not hasattr(torch.backends, 'mha'):  # before torch 2.3, where only a gradient keeps it from the fused operator
+    """Run ``nn.MultiheadAttention`` as separate operators, not as the fused one of inference.
+
+    Gradients are disabled from torch 2.3 on and enabled before, where nothing else turns the fused operator off.
+    """
+    if not hasattr(torch.backends, 'mha'):  # before torch 2.3
         with torch.enable_grad():
             yield
         return

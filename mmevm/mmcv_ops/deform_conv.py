@@ -195,9 +195,9 @@ def _readable(offset: Tensor) -> Tensor:
 
 
 def _truncate(tensor: Tensor, size: torch.Size) -> Tensor:
-    """The first numbers of each image in the output's size, where offsets or masks are larger than the output.
+    """Keep the first values of each image, in the output's size, if offsets or masks are larger than the output.
 
-    mmcv's kernels read them so without a look at their height and width. DyHead relies on it for levels of equal size.
+    mmcv's kernels read them in this way, whatever their height and width. DyHead relies on it for levels of equal size.
     """
     channels = tensor.shape[1]
     if tensor.shape[2:].numel() < size.numel():
@@ -206,10 +206,10 @@ def _truncate(tensor: Tensor, size: torch.Size) -> Tensor:
 
 
 def _leave_border(offset: Tensor, kernel: torch.Size, geometry: tuple[int, ...]) -> Tensor:
-    """Offsets of which those that point to row or column -1 point to -2.
+    """Replace offsets that point to row or column -1 by offsets that point to -2, for the backward pass.
 
-    Samples there are 0 either way. Their derivative has a jump at -1, where mmcv takes that of the outside, 0, and
-    torchvision that of the inside. New layers have all offsets 0, so with padding 1 each of them has such samples.
+    Samples are 0 at both. At -1 the derivative by the offset has a jump: mmcv takes that of the outside, which is 0,
+    and torchvision that of the inside. All offsets of a new layer are 0, so with padding 1 it has such samples.
     """
     strides, paddings, dilations = geometry[:2], geometry[2:4], geometry[4:]
     # (B, deformable groups, kernel height, kernel width, y and x, H, W)

@@ -108,7 +108,11 @@ class DeployedHSMSSD(nn.Module):
         super().__init__()
         self.norm = norm
         self.state_dim = mixer.state_dim
-        weights = {name: fold_norm(layer)[0] for name, layer in mixer.named_children() if isinstance(layer, ConvNorm)}
+        weights = {}
+        for name in ('BCdt_proj', 'dw', 'hz_proj', 'out_proj'):
+            layer = check_type(getattr(mixer, name), ConvNorm)
+            check_type(layer.norm, nn.Identity)
+            weights[name], _ = fold_norm(layer)  # the bias is 0 without a norm
         self.BCdt_proj = _conv(weights['BCdt_proj'].unsqueeze(3), None, like=mixer.BCdt_proj.conv)
         self.dw = _conv(weights['dw'], None, like=mixer.dw.conv)
         self.hz_proj = _parameter(weights['hz_proj'].squeeze(2), like)
@@ -216,14 +220,15 @@ def fold_norm(layer: ConvNorm, relu: bool = False) -> tuple[Tensor, Tensor]:
     check_type(layer, ConvNorm)
     check_type(layer.act, nn.ReLU if relu else nn.Identity)
     conv, norm = layer.conv, layer.norm
-    if isinstance(norm, nn.Identity) and is_plain(conv):
+    is_usual = is_plain(conv) and conv.padding_mode == 'zeros' and set(conv.dilation) == {1}
+    if is_usual and conv.bias is None and isinstance(norm, nn.Identity):
         weight = conv.weight.detach().double()
         return weight, weight.new_zeros(len(weight))
-    if not can_fold(conv, norm):
+    if not is_usual or not can_fold(conv, norm):
         raise ValueError(
             f'{type(conv).__name__} and {type(norm).__name__} cannot be folded into one convolution: expected a plain '
-            'convolution and a BatchNorm with running statistics, both without hooks (norm_cfg). Use the model without '
-            'switch_to_deploy().'
+            'convolution, padded with zeros and not dilated, and a BatchNorm with running statistics, both without '
+            'hooks (norm_cfg). Use the model without switch_to_deploy().'
         )
     return fold_batch_norm(conv, norm)
 

@@ -98,7 +98,7 @@ class Stage(nn.Module):
     Args:
         blocks: The blocks, in order.
         downsample: What leads to the next stage; None in the last one.
-        with_cp: Whether blocks are recomputed in the backward pass in place of keeping their activations.
+        with_cp: Whether blocks are recomputed in the backward pass of training in place of keeping their activations.
     """
 
     def __init__(self, blocks: Sequence[Block], downsample: PatchMerging | None, with_cp: bool) -> None:
@@ -117,7 +117,7 @@ class Stage(nn.Module):
             The last block's map, (B, C, H, W), and its hidden states, (B, C, N); None if its mixer has none.
         """
         for block in self.blocks:
-            if self.with_cp and torch.is_grad_enabled():
+            if self.with_cp and self.training and torch.is_grad_enabled():
                 x, h = _checkpoint(block, x)
             else:
                 x, h = block(x)
@@ -184,8 +184,8 @@ class EfficientViM(BaseModule):
             gradient, and BatchNorm in eval mode even after ``train()``.
         norm_eval: Whether BatchNorm stays in eval mode after ``train()``; its weights and biases are trained all the
             same.
-        with_cp: Whether blocks recompute their activations in the backward pass, which saves memory and costs time.
-            ``torch.compile`` leaves such blocks as they are in training.
+        with_cp: Whether blocks recompute their activations in the backward pass of training, which saves memory and
+            costs time. ``torch.compile`` does not compile such blocks in training.
         deploy: Whether to build the deploy form, for weights that were saved after :meth:`switch_to_deploy`.
         init_cfg: mmengine's initialisation config. With ``type='Pretrained'`` every tensor of the backbone must be in
             the checkpoint, which may be a ``timm://`` name, a file of the authors', of timm's or of mmevm's own.

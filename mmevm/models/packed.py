@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.torch_version import TorchVersion
 
 from mmevm.compat import is_autocast_enabled, is_compiling
 
@@ -66,8 +67,9 @@ class PackedConv2d(nn.Conv2d):
 
     PyTorch does so itself where it compiles a model. Which layout that is depends on the shape of the images: the
     second batch of one shape in a row is the first that finds its weights so. All else is ``nn.Conv2d``: the numbers,
-    bit for bit, the state dict, and what runs where PyTorch has another kernel than oneDNN's, for images that are not
-    in channels_last, with autocast, while something traces or compiles the model, and where a gradient is asked for.
+    bit for bit, the state dict, and what runs before torch 2.8, where PyTorch has another kernel than oneDNN's, for
+    images that are not in channels_last, with autocast, while something traces or compiles the model, and where a
+    gradient is asked for.
 
     The weight may be written to at any time: in place, through ``weight.data`` as EMA does, a state dict, or an array.
     It is packed again after that, and is not packed while another tensor shares its memory, nor once NumPy has. Two
@@ -96,8 +98,9 @@ class PackedConv2d(nn.Conv2d):
     def _layout(self, x: Tensor) -> Tensor | None:
         """The weight as oneDNN's kernel for this shape reads it; it would rearrange another one slowly, each time."""
         weight, shape = self.weight, x.shape
-        if self._packed is not None:
-            of_weight, state, of_shape, layout = self._packed
+        packed = self._packed  # another thread may set it to None
+        if packed is not None:
+            of_weight, state, of_shape, layout = packed
             if of_weight is weight and of_shape == shape and _state(weight) == state:
                 return layout
         if self._backend(x) != 'Mkldnn':
@@ -161,7 +164,9 @@ _HAS_KERNELS = (
     and hasattr(torch.ops.mkldnn, '_reorder_convolution_weight')
     and hasattr(torch._C, '_select_conv_backend')
     and hasattr(torch._C, '_storage_Use_Count')
-    and hasattr(torch.UntypedStorage, 'resizable')  # since torch 2.2: without it, memory of an array is not recognized
+    and hasattr(torch._C._functorch, 'peek_interpreter_stack')
+    and hasattr(forward_ad, '_current_level')
+    and TorchVersion(torch.__version__) >= '2.8'  # older torch.compile and torch.export refuse subclasses of Parameter
 )
 if _HAS_KERNELS:
     _USES_ALONE = _uses(torch.empty(1, device='cpu'))

@@ -277,6 +277,41 @@ def test_hooked_and_parametrized_layers_raise(name):
         model.switch_to_deploy()
 
 
+def mirrored(model):
+    model.stages[0].blocks[0].dwconv1.conv.padding_mode = 'reflect'
+    model.stages[0].blocks[0].dwconv1.conv._reversed_padding_repeated_twice = [1, 1, 1, 1]
+
+
+def dilated(model):
+    conv = model.stages[0].downsample.conv[1].conv
+    conv.dilation = conv.padding = (2, 2)
+
+
+def biased_mixer(model):
+    model.stages[0].blocks[0].mixer.dw.conv.bias = nn.Parameter(torch.ones(27))
+
+
+def normed_mixer(model):
+    model.stages[0].blocks[0].mixer.hz_proj.norm = nn.BatchNorm1d(32)
+
+
+@pytest.mark.parametrize(
+    ('change', 'error', 'message'),
+    [
+        (mirrored, ValueError, 'padded with zeros'),
+        (dilated, ValueError, 'not dilated'),
+        (biased_mixer, ValueError, 'Conv2d and Identity cannot be folded'),
+        (normed_mixer, TypeError, 'BatchNorm1d .* expected Identity'),
+    ],
+)
+def test_convolutions_that_are_not_built_so_raise(change, error, message):
+    model = tiny()
+    change(model)
+    model.eval()(torch.randn(1, 3, 64, 64))
+    with pytest.raises(error, match=message):
+        model.switch_to_deploy()
+
+
 def test_a_subclass_with_the_same_forward_is_converted():
     class MyConvNorm(ConvNorm):
         pass

@@ -282,6 +282,15 @@ class TestTraining:
         features_and_gradients(model, torch.randn(2, 3, 64, 64))
         assert len(calls) == 2 * len(model.stages[1].blocks)
 
+    def test_activation_checkpointing_is_off_in_eval_mode(self):
+        """torch.export and torch.compile(fullgraph=True) cannot trace it."""
+        model = EfficientViM(TINY, with_cp=True).eval()
+        calls = []
+        for block in model.stages[1].blocks:
+            block.register_forward_pre_hook(lambda *_: calls.append(1))
+        sum(map(torch.sum, model(torch.randn(1, 3, 64, 64)))).backward()
+        assert len(calls) == len(model.stages[1].blocks)
+
     def test_compiled_activation_checkpointing_changes_neither_gradients_nor_statistics(self):
         plain = randomise(EfficientViM(TINY)).double().train()
         saving = EfficientViM(TINY, with_cp=True).double().train()

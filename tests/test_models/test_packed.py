@@ -1,6 +1,7 @@
 """A packed convolution is nn.Conv2d, whatever is done with it."""
 
 import copy
+import importlib.util
 import io
 import platform
 
@@ -10,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from mmengine.model import ExponentialMovingAverage
 from torch import nn
+from torch.autograd import forward_ad
+from versions import VERSION
 
+from mmevm.models import packed
 from mmevm.models.packed import PackedConv2d
 
 GEOMETRIES = [
@@ -21,9 +25,7 @@ GEOMETRIES = [
     dict(in_channels=640, out_channels=24, kernel_size=1),
 ]
 packs = pytest.mark.skipif(
-    platform.machine() not in ('x86_64', 'AMD64')
-    or not torch.backends.mkldnn.is_available()
-    or not hasattr(torch.UntypedStorage, 'resizable'),
+    platform.machine() not in ('x86_64', 'AMD64') or not torch.backends.mkldnn.is_available() or VERSION < '2.8',
     reason='this processor or version of torch keeps the plain convolution',
 )
 
@@ -364,6 +366,26 @@ def test_inference_mode_and_switched_off_kernels():
         conv = make()
         assert_right(conv, x)
         assert conv._packed is None
+
+
+@pytest.mark.parametrize(
+    ('owner', 'name'),
+    [
+        (torch._C, '_select_conv_backend'),
+        (torch._C, '_storage_Use_Count'),
+        (torch._C._functorch, 'peek_interpreter_stack'),
+        (forward_ad, '_current_level'),
+    ],
+    ids=lambda value: value if isinstance(value, str) else '',
+)
+def test_plain_convolution_where_pytorch_lacks_a_private_function(owner, name, monkeypatch):
+    monkeypatch.delattr(owner, name, raising=False)
+    spec = importlib.util.spec_from_file_location('packed_without', packed.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    conv = module.PackedConv2d(**GEOMETRIES[0]).eval().requires_grad_(False)
+    assert_right(conv, images(16, 24, 9, 9))
+    assert conv._packed is None
 
 
 def test_who_traces_sees_a_convolution():
