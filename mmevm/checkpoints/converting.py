@@ -276,7 +276,8 @@ def check_values(state: StateDict, exempt: Iterable[str]) -> None:
         state: Tensors that a model is to receive.
         exempt: Names of tensors that may hold anything, such as counters and masks.
     """
-    state = {name: tensor for name, tensor in state.items() if name not in set(exempt)}
+    exempt = set(exempt)
+    state = {name: tensor for name, tensor in state.items() if name not in exempt}
     whole = [name for name, tensor in state.items() if not (tensor.is_floating_point() or tensor.is_complex())]
     if whole:
         raise CheckpointError(
