@@ -308,7 +308,7 @@ def load_trained_weights(runner: Runner, checkpoint: str) -> None:
         if not _is_of(model, content.get('ema_state_dict')):  # as after mmpretrain's reparameterize_model.py
             del content['ema_state_dict']
             print_log(f'{checkpoint} has an ema_state_dict of another form of the model, which is not used.', 'current')
-        runner.register_hook(_LoadedHook(model, content, checkpoint), priority='LOWEST')
+        runner.register_hook(_LoadedHook(model, content), priority='LOWEST')
 
 
 def model_of(runner: Runner) -> nn.Module:
@@ -333,12 +333,11 @@ def _is_of(model: nn.Module, averaged: Any) -> bool:
 class _LoadedHook(Hook):
     """Tells the other hooks, once they are ready, of a checkpoint that was loaded before the run."""
 
-    def __init__(self, model: nn.Module, content: dict, checkpoint: str) -> None:
+    def __init__(self, model: nn.Module, content: dict) -> None:
         self.model = model
         self.content = content
-        self.checkpoint = checkpoint
 
     def before_run(self, runner: Runner) -> None:
         """Let them change what is loaded."""
         runner.call_hook('after_load_checkpoint', checkpoint=self.content)
-        self.model.load_state_dict(check_whole(self.model, self.content, self.checkpoint), strict=False)
+        self.model.load_state_dict(unwrap(self.content)[0], strict=False)  # load_whole_model has checked its names
