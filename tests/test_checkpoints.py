@@ -468,11 +468,21 @@ def test_a_training_checkpoint_of_timms(weights, seed):
     }
 
 
+def test_an_entry_without_tensors_is_not_mistaken_for_the_weights():
+    state = timm_state('efficientvim_m1')
+    converted, report = convert_checkpoint(
+        {'state_dict': state, 'model': {'type': 'a config'}, 'model_ema': {'rate': 1}}
+    )
+    assert_same(converted['state_dict'], convert_checkpoint(state)[0]['state_dict'])
+    assert set(report.left_out) == {'model', 'model_ema'}
+
+
 def test_the_weights_asked_for_must_exist():
     state = timm_state('efficientvim_m1')
     for checkpoint, weights in [
         ({'model': state}, 'ema'),
         ({'model_ema': state, 'model': None}, 'model'),
+        ({'model_ema': state, 'model': {'type': 'a config'}}, 'model'),
         (state, 'ema'),
     ]:
         with pytest.raises(CheckpointError, match=f"no '{weights}' weights"):

@@ -144,7 +144,7 @@ def check_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_training_meta(path: Path) -> dict[str, Any] | None:
-    """Read what a training's checkpoint says of itself, without its tensors and without a check of the whole file.
+    """Read the metadata of a training's checkpoint, without its tensors and without a check of the whole file.
 
     Args:
         path: A local file.
@@ -177,7 +177,7 @@ def find_unresumable(checkpoint: dict[str, Any]) -> list[str]:
     """Find what :func:`check_training_checkpoint` will refuse in a checkpoint that is about to be saved.
 
     Returns:
-        One sentence for each problem; empty if the checkpoint can be resumed from.
+        One message for each problem; empty if the checkpoint can be resumed from.
     """
     keys: dict[str, str] = {}  # the first one for each name: a list may hold thousands
     for key, name in _unadmitted(checkpoint):
@@ -196,7 +196,7 @@ def find_unresumable(checkpoint: dict[str, Any]) -> list[str]:
 
 
 def _unadmitted(value: Any, key: str = '') -> Iterator[tuple[str, str]]:
-    """The innermost keys whose values name something that is not admitted, and what they name."""
+    """Find values of classes that are not admitted: yield the innermost key and the name of the class."""
     stream = io.BytesIO()
     try:
         _TensorlessPickler(stream, protocol=2).dump(value)
@@ -207,12 +207,12 @@ def _unadmitted(value: Any, key: str = '') -> Iterator[tuple[str, str]]:
         items = value.items() if isinstance(value, dict) else enumerate(value) if is_list else ()
         inner = [found for name, item in items for found in _unadmitted(item, f'{key}.{name}' if key else str(name))]
         yield from inner or [(key, str(error))]
-    except Exception:  # what pickle cannot save is an error of torch.save's, in its own words
+    except Exception:  # torch.save raises the same error
         return
 
 
 def _check_content(content: Any, name: str) -> None:
-    """Make sure that mmengine can resume from what a checkpoint holds; ``name`` is what messages call it."""
+    """Check that mmengine can resume from the content of a checkpoint, which messages call ``name``."""
     if not isinstance(content, dict):
         raise CheckpointError(f'A checkpoint is a dict, but {name} holds a {type(content).__name__}.')
     entries = ('state_dict', 'meta', 'message_hub')

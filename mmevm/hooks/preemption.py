@@ -49,6 +49,9 @@ class PreemptionHook(Hook):
             runner.logger.warning('PreemptionHook is off: Python receives signals in the main thread only.')
             return
         self.previous = signal.signal(signal.SIGTERM, self._receive) or signal.SIG_DFL
+        failed = getattr(self.previous, '__self__', None)  # the hook of a run that did not reach after_run
+        if isinstance(failed, PreemptionHook):
+            self.previous = failed.previous
         if runner.val_loop is not None:
             loader = runner.val_loop.dataloader
             loader.worker_init_fn = partial(start_worker, init=loader.worker_init_fn)
@@ -81,8 +84,8 @@ class PreemptionHook(Hook):
 
     def after_val_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         """Save and end if it is time; this evaluation is not done again."""
-        # A process that has no more batches waits in the evaluator's collective calls. MMPretrain's EMAHook may evaluate
-        # all batches again, without the average.
+        # A process without further batches waits in the evaluator's collective calls. If there are more batches than in
+        # the loader, MMPretrain's EMAHook evaluates them again, without the average.
         self.evaluated += 1
         if self.evaluated <= self.shared_batches and self._is_time(self.evaluated):
             self._save_and_exit_in_evaluation(runner)

@@ -96,6 +96,24 @@ def test_the_handler_before_the_training_is_restored(tmp_path, handler):
         signal.signal(signal.SIGTERM, before)
 
 
+class Failing(Hook):
+    def before_train_iter(self, *args, **kwargs):
+        raise ZeroDivisionError
+
+
+def test_the_handler_is_restored_after_a_training_that_failed_and_another(tmp_path):
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        run = runner(tmp_path / 'failed')
+        run.register_hook(Failing())
+        with pytest.raises(ZeroDivisionError):
+            run.train()
+        train(tmp_path, options={'train_cfg.max_epochs': 1})
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_training_in_another_thread_is_warned_and_runs(tmp_path, caplog):
     run = runner(tmp_path, options={'train_cfg.max_epochs': 1})
     run.logger.addHandler(caplog.handler)
