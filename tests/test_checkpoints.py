@@ -468,11 +468,21 @@ def test_a_training_checkpoint_of_timms(weights, seed):
     }
 
 
+def test_an_entry_without_tensors_is_not_mistaken_for_the_weights():
+    state = timm_state('efficientvim_m1')
+    converted, report = convert_checkpoint(
+        {'state_dict': state, 'model': {'type': 'a config'}, 'model_ema': {'rate': 1}}
+    )
+    assert_same(converted['state_dict'], convert_checkpoint(state)[0]['state_dict'])
+    assert set(report.left_out) == {'model', 'model_ema'}
+
+
 def test_the_weights_asked_for_must_exist():
     state = timm_state('efficientvim_m1')
     for checkpoint, weights in [
         ({'model': state}, 'ema'),
         ({'model_ema': state, 'model': None}, 'model'),
+        ({'model_ema': state, 'model': {'type': 'a config'}}, 'model'),
         (state, 'ema'),
     ]:
         with pytest.raises(CheckpointError, match=f"no '{weights}' weights"):
@@ -1187,6 +1197,46 @@ def test_a_model_whose_names_differ_in_its_state_dict(tmp_path, log):
     torch.save({name: tensor for name, tensor in state.items() if name != 'norm.0.bias'}, tmp_path / 'x.pth')
     with pytest.raises(CheckpointError, match=r'1 missing \(model\.norm\.0\.bias\)'):
         load_whole_model(model, str(tmp_path / 'x.pth'))
+
+
+class OwnLoading(nn.Module):
+    """Delegates loading to its network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(2, 3)
+
+    def state_dict(self, *args, **kwargs):
+        return self.net.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict, strict=True):
+        return self.net.load_state_dict(state_dict, strict)
+
+
+class WritingData(nn.Linear):
+    """Writes what it loads past autograd, which counts the other writes."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.weight.data.copy_(state_dict[f'{prefix}weight'])
+        self.bias.data.copy_(state_dict[f'{prefix}bias'])
+
+
+class Indexed(nn.Linear):
+    """Has a parameter of integers."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.index = nn.Parameter(torch.arange(3), requires_grad=False)
+
+
+@pytest.mark.parametrize('model', [OwnLoading(), WritingData(2, 3), Indexed(2, 3)])
+def test_models_that_load_in_unusual_ways_are_loaded(tmp_path, log, model):
+    state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    torch.save(state, tmp_path / 'x.pth')
+    check_start(model, state, 'x.pth')
+    load_whole_model(model, str(tmp_path / 'x.pth'))
+    assert_same(model.state_dict(), state)
+    assert {record.levelname for record in log.records} == {'INFO'}
 
 
 def test_versions_of_layers_are_kept_for_loading(tmp_path):

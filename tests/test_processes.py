@@ -305,7 +305,7 @@ val_dataloader = dict(
 
 @pytest.mark.parametrize('images', [1, 19, 21])
 def test_processes_with_different_numbers_of_batches_evaluate(tmp_path, images):
-    """Nobody all-reduces while the others gather; 1 leaves a process without a batch."""
+    """No process all-reduces while others gather. With 1 image, one process has no batch."""
     result = tiny(tmp_path, text=evaluated(images))
     assert result.returncode == 0, result.stdout
     assert result.stdout.count('nothing: 0') == 2

@@ -137,7 +137,7 @@ def unwrap(checkpoint: Any, weights: str | None = None) -> tuple[StateDict, str 
     found = {
         entry: label
         for entry, label in _WRAPPERS.items()
-        if isinstance(checkpoint.get(entry), dict) and checkpoint[entry]
+        if isinstance(value := checkpoint.get(entry), dict) and any(isinstance(item, Tensor) for item in value.values())
     }
     if weights and weights not in found.values():
         raise CheckpointError(
@@ -155,7 +155,7 @@ def unwrap(checkpoint: Any, weights: str | None = None) -> tuple[StateDict, str 
             elif entry != wrapper:
                 left_out[entry] = f"beside '{wrapper}', which holds the weights: {_kind(value)}"
         checkpoint = checkpoint[wrapper]
-    metadata = getattr(checkpoint, '_metadata', None)  # versions of layers, which torch.load_state_dict looks at
+    metadata = getattr(checkpoint, '_metadata', None)  # versions of layers, which load_state_dict reads
     state: StateDict = OrderedDict()
     for name, value in checkpoint.items():
         if isinstance(value, Tensor) and isinstance(name, str):
@@ -276,7 +276,8 @@ def check_values(state: StateDict, exempt: Iterable[str]) -> None:
         state: Tensors that a model is to receive.
         exempt: Names of tensors that may hold anything, such as counters and masks.
     """
-    state = {name: tensor for name, tensor in state.items() if name not in set(exempt)}
+    exempt = set(exempt)
+    state = {name: tensor for name, tensor in state.items() if name not in exempt}
     whole = [name for name, tensor in state.items() if not (tensor.is_floating_point() or tensor.is_complex())]
     if whole:
         raise CheckpointError(

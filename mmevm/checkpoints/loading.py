@@ -208,13 +208,17 @@ def _try_loading(model: nn.Module, state: StateDict, checkpoint: str) -> _Trial:
         received = [name for name, tensor in own.items() if tensor._version != before[name][1]]
         learned = [name for name in received if isinstance(own[name], nn.Parameter) or name.endswith(_STATISTICS)]
         with file_named(checkpoint):
-            check_values({name: state.get(name, own[name]) for name in learned}, ())
+            check_values(
+                {name: state.get(name, own[name]) for name in learned},
+                [name for name in learned if not (own[name].is_floating_point() or own[name].is_complex())],
+            )
     finally:
         hook.remove()
         with torch.no_grad():
             for name, (tensor, _) in before.items():
                 own[name].copy_(tensor)
-    return _Trial(len(own), received, learned, *reported[-1], errors)
+    missing, unexpected = reported[-1] if reported else ([], [])  # none if the model overrides load_state_dict
+    return _Trial(len(own), received, learned, missing, unexpected, errors)
 
 
 def _shape(numbers: str) -> tuple[int, ...]:
@@ -276,7 +280,7 @@ def check_start(model: nn.Module, content: Any, checkpoint: str) -> None:
         state, _, _ = unwrap(content)
     trial = _try_loading(model, state, checkpoint)
     problems = '; '.join(trial.problems(set()))
-    if not trial.learned:
+    if problems and not trial.learned:
         raise CheckpointError(
             f'{checkpoint} has nothing of {type(model).__name__}, which has {trial.total} tensors: {problems}. '
             f"In the file they are called {some(state)}. A file of the authors' or of timm's goes through "
@@ -304,7 +308,7 @@ def load_trained_weights(runner: Runner, checkpoint: str) -> None:
         if not _is_of(model, content.get('ema_state_dict')):  # as after mmpretrain's reparameterize_model.py
             del content['ema_state_dict']
             print_log(f'{checkpoint} has an ema_state_dict of another form of the model, which is not used.', 'current')
-        runner.register_hook(_LoadedHook(model, content, checkpoint), priority='LOWEST')
+        runner.register_hook(_LoadedHook(model, content), priority='LOWEST')
 
 
 def model_of(runner: Runner) -> nn.Module:
@@ -329,12 +333,11 @@ def _is_of(model: nn.Module, averaged: Any) -> bool:
 class _LoadedHook(Hook):
     """Tells the other hooks, once they are ready, of a checkpoint that was loaded before the run."""
 
-    def __init__(self, model: nn.Module, content: dict, checkpoint: str) -> None:
+    def __init__(self, model: nn.Module, content: dict) -> None:
         self.model = model
         self.content = content
-        self.checkpoint = checkpoint
 
     def before_run(self, runner: Runner) -> None:
         """Let them change what is loaded."""
         runner.call_hook('after_load_checkpoint', checkpoint=self.content)
-        self.model.load_state_dict(check_whole(self.model, self.content, self.checkpoint), strict=False)
+        self.model.load_state_dict(unwrap(self.content)[0], strict=False)  # load_whole_model has checked its names

@@ -8,7 +8,6 @@ import fractions
 import io
 import os
 import pathlib
-import re
 import uuid
 import warnings
 import zipfile
@@ -145,7 +144,7 @@ def check_training_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_training_meta(path: Path) -> dict[str, Any] | None:
-    """Read what a training's checkpoint says of itself, without its tensors and without a check of the whole file.
+    """Read the metadata of a training's checkpoint, without its tensors and without a check of the whole file.
 
     Args:
         path: A local file.
@@ -162,9 +161,12 @@ def read_training_meta(path: Path) -> dict[str, Any] | None:
             if file.read(1) == b'\x80':  # torch.save's old format, in which mmengine does not write
                 return None
         with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith('/data.pkl')]
-            data = archive.read(names[0]) if names else b''
-        content = _MetaUnpickler(io.BytesIO(data)).load() if data else None
+            records = [record for record in archive.infolist() if record.filename.endswith('/data.pkl')]
+            if not records:
+                return None
+            if not records[0].CRC:  # torch.serialization.set_crc32_options(False)
+                del records[0].CRC  # zipfile then does not compare it
+            content = _MetaUnpickler(io.BytesIO(archive.read(records[0]))).load()
     if not (isinstance(content, dict) and content.get('message_hub') and isinstance(content.get('meta'), dict)):
         return None
     meta = content['meta']
@@ -175,13 +177,16 @@ def find_unresumable(checkpoint: dict[str, Any]) -> list[str]:
     """Find what :func:`check_training_checkpoint` will refuse in a checkpoint that is about to be saved.
 
     Returns:
-        One sentence for each problem; empty if the checkpoint can be resumed from.
+        One message for each problem; empty if the checkpoint can be resumed from.
     """
+    keys: dict[str, str] = {}  # the first one for each name: a list may hold thousands
+    for key, name in _unadmitted(checkpoint):
+        keys.setdefault(name, key)
     problems = [
         f'{key} names {name}: --resume will refuse this checkpoint, because an object of an unknown class might run '
         'anything when it is read. Save it as a plain type (str, float, list, dict), or admit the class by '
         "torch.serialization.add_safe_globals in a module of the config's custom_imports."
-        for key, name in _unadmitted(checkpoint)
+        for name, key in keys.items()
     ]
     try:
         _check_content(checkpoint, 'The checkpoint that is saved')
@@ -191,7 +196,7 @@ def find_unresumable(checkpoint: dict[str, Any]) -> list[str]:
 
 
 def _unadmitted(value: Any, key: str = '') -> Iterator[tuple[str, str]]:
-    """The innermost keys whose values name something that is not admitted, and what they name."""
+    """Find values of classes that are not admitted: yield the innermost key and the name of the class."""
     stream = io.BytesIO()
     try:
         _TensorlessPickler(stream, protocol=2).dump(value)
@@ -202,12 +207,12 @@ def _unadmitted(value: Any, key: str = '') -> Iterator[tuple[str, str]]:
         items = value.items() if isinstance(value, dict) else enumerate(value) if is_list else ()
         inner = [found for name, item in items for found in _unadmitted(item, f'{key}.{name}' if key else str(name))]
         yield from inner or [(key, str(error))]
-    except Exception:  # what pickle cannot save is an error of torch.save's, in its own words
+    except Exception:  # torch.save raises the same error
         return
 
 
 def _check_content(content: Any, name: str) -> None:
-    """Make sure that mmengine can resume from what a checkpoint holds; ``name`` is what messages call it."""
+    """Check that mmengine can resume from the content of a checkpoint, which messages call ``name``."""
     if not isinstance(content, dict):
         raise CheckpointError(f'A checkpoint is a dict, but {name} holds a {type(content).__name__}.')
     entries = ('state_dict', 'meta', 'message_hub')
@@ -237,7 +242,7 @@ def _check_message_hub(hub: dict[str, Any], path: str) -> None:
         raise CheckpointError(f"{path} has a message_hub that is not mmengine's: a training cannot be resumed from it.")
     for name, value in hub['runtime_info'].items():
         is_best = str(name).startswith('best_ckpt') and value is not None
-        if (is_best and not (isinstance(value, str) and re.fullmatch(r'best_.*\.pth', Path(value).name))) or (
+        if (is_best and not (isinstance(value, str) and Path(value).name.startswith('best_'))) or (
             name == 'keep_ckpt_ids' and not (isinstance(value, list) and all(type(step) is int for step in value))
         ):
             raise CheckpointError(

@@ -49,6 +49,9 @@ class PreemptionHook(Hook):
             runner.logger.warning('PreemptionHook is off: Python receives signals in the main thread only.')
             return
         self.previous = signal.signal(signal.SIGTERM, self._receive) or signal.SIG_DFL
+        failed = getattr(self.previous, '__self__', None)  # the hook of a run that did not reach after_run
+        if isinstance(failed, PreemptionHook):
+            self.previous = failed.previous
         if runner.val_loop is not None:
             loader = runner.val_loop.dataloader
             loader.worker_init_fn = partial(start_worker, init=loader.worker_init_fn)
@@ -76,14 +79,16 @@ class PreemptionHook(Hook):
         least = torch.tensor(float(batches), device=get_device())
         all_reduce(least, 'min')
         self.shared_batches, self.evaluated = int(least.item()), 0
-        self._save_and_exit_in_evaluation(runner, is_time=self._is_time())
+        if self._is_time():
+            self._save_and_exit_in_evaluation(runner)
 
     def after_val_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         """Save and end if it is time; this evaluation is not done again."""
-        # One process may have more batches than another, which then waits in the evaluator's collective calls.
+        # A process without further batches waits in the evaluator's collective calls. If there are more batches than in
+        # the loader, MMPretrain's EMAHook evaluates them again, without the average.
         self.evaluated += 1
-        can_agree = self.evaluated <= self.shared_batches or get_world_size() == 1
-        self._save_and_exit_in_evaluation(runner, is_time=can_agree and self._is_time(self.evaluated))
+        if self.evaluated <= self.shared_batches and self._is_time(self.evaluated):
+            self._save_and_exit_in_evaluation(runner)
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """Save and end if it is time."""
@@ -106,12 +111,12 @@ class PreemptionHook(Hook):
         all_reduce(received)
         return received.item() > 0
 
-    def _save_and_exit_in_evaluation(self, runner: Runner, is_time: bool) -> None:
-        if is_time:
-            for hook in runner.hooks:
-                if isinstance(hook, EMAHook):
-                    hook.after_val_epoch(runner)  # which takes the average out of the model again
-            self._save_and_exit(runner, runner.iter, trained=0)
+    def _save_and_exit_in_evaluation(self, runner: Runner) -> None:
+        for hook in runner.hooks:
+            # Take the average out of the model. MMPretrain's after_val_epoch would evaluate as well.
+            if isinstance(hook, EMAHook) and getattr(hook, 'evaluate_on_ema', True):
+                hook._swap_ema_parameters()
+        self._save_and_exit(runner, runner.iter, trained=0)
 
     def _save_and_exit(self, runner: Runner, iteration: int, trained: int) -> None:
         name = f'iter_{iteration}.pth'

@@ -57,7 +57,7 @@ class AtomicBackend(LocalBackend):
         self._outdated.append(Path(filepath))
 
 
-# What network and FUSE file systems answer where they cannot sync. A full or failing disk answers otherwise.
+# Errors of network and FUSE file systems that cannot sync; a full or failing disk raises others.
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _LOST = (errno.EIO, errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC))
 
@@ -79,6 +79,6 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except OSError as error:  # without it, a power failure may undo the renaming: the file before is there then
+    except OSError as error:  # a power failure may then undo the renaming, which leaves the previous file
         if error.errno in _LOST:
             raise

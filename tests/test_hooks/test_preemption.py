@@ -57,6 +57,24 @@ def test_sigterm_while_evaluating_saves_the_model_and_its_average(tmp_path, work
     assert len(after) == (EPOCHS - 1) * PER_EPOCH
 
 
+@pytest.mark.parametrize(('at', 'predicted'), [(2, 2), (8, 12)])
+def test_sigterm_while_mmpretrain_evaluates_the_average_and_the_model(tmp_path, at, predicted):
+    """Its EMAHook evaluates the average first, and then the model, which ends before anything is saved."""
+    loader = dict(batch_size=BATCH, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dict(type='Augmented'))
+    options = dict(val_dataloader=loader, val_cfg=dict(), val_evaluator=dict(type='Nothing'))
+    options['custom_hooks'] = [dict(type='mmpretrain.EMAHook', momentum=0.5, evaluate_on_origin=True)]
+    options['default_hooks.checkpoint.interval'] = 1
+    run = runner(tmp_path, options=options, at=at, evaluating=True)
+    with pytest.raises(SystemExit):
+        run.train()
+    assert run.model.calls['predict'] == predicted
+    expected, saved = (
+        torch.load(tmp_path / path, weights_only=False) for path in ('epoch_1.pth', 'epoch_1_iter_6.pth')
+    )
+    for part in ('state_dict', 'ema_state_dict', 'optimizer'):
+        assert str(saved[part]) == str(expected[part])
+
+
 @pytest.mark.parametrize('change', [{'train_dataloader.batch_size': 3}, {'train_cfg.type': 'OwnLoop'}])
 def test_where_the_place_within_the_epoch_is_lost_a_warning_says_so(tmp_path, change, caplog):
     end_by_signal(tmp_path, at=8)
@@ -74,6 +92,24 @@ def test_the_handler_before_the_training_is_restored(tmp_path, handler):
     try:
         train(tmp_path, options={'train_cfg.max_epochs': 1})
         assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Failing(Hook):
+    def before_train_iter(self, *args, **kwargs):
+        raise ZeroDivisionError
+
+
+def test_the_handler_is_restored_after_a_training_that_failed_and_another(tmp_path):
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        run = runner(tmp_path / 'failed')
+        run.register_hook(Failing())
+        with pytest.raises(ZeroDivisionError):
+            run.train()
+        train(tmp_path, options={'train_cfg.max_epochs': 1})
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
 
