@@ -46,7 +46,7 @@ def check_config(cfg: Config, splits: Sequence[str]) -> list[str]:
                     f'{split}_dataloader.{name}={value!r} is a {type(value).__name__}, but must be an integer. Set '
                     f'{split}_dataloader.{name} to a number without quotes.'
                 )
-    warnings = [*_misspelled_keys(cfg), *_string_classes(cfg, splits), *_evaluators(cfg, splits)]
+    warnings = [*_misspelled_keys(cfg), *string_classes(cfg, splits), *_evaluators(cfg, splits)]
     return warnings + (_pretrained_weights(cfg) if 'train' in splits else [])
 
 
@@ -72,6 +72,11 @@ def iter_datasets(value: Any, key: str) -> Iterator[tuple[str, dict]]:
             yield from iter_datasets(value[inner], f'{key}.{inner}')
 
 
+def datasets_of(cfg: Config, split: str) -> Iterator[tuple[str, dict]]:
+    """Yield the configs of a split's data sets, with their keys."""
+    yield from iter_datasets((cfg.get(f'{split}_dataloader') or {}).get('dataset'), f'{split}_dataloader.dataset')
+
+
 def type_name(cfg: dict) -> str:
     """Return the name of a config's type, without its scope. The type is a string or, in Python configs, a class."""
     kind = cfg.get('type', '')
@@ -94,9 +99,10 @@ def _misspelled_keys(cfg: Config) -> Iterator[str]:
             yield f'{key} is not a key that MMEngine reads. If {known} is meant, rename it.'
 
 
-def _string_classes(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
+def string_classes(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
+    """Warn about classes that are one string."""
     for split in splits:
-        for key, dataset in iter_datasets((cfg.get(f'{split}_dataloader') or {}).get('dataset'), f'{split}_dataloader'):
+        for key, dataset in datasets_of(cfg, split):
             classes = (dataset.get('metainfo') or {}).get('classes')
             if isinstance(classes, str) and not os.path.isfile(classes):
                 yield (
@@ -113,11 +119,8 @@ def _evaluators(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
                 f'{split}_evaluator is a FasterCocoMetric, which computes nothing without faster-coco-eval. '
                 'Run pip install faster-coco-eval, or use CocoMetric.'
             )
-        files = [
-            _join(dataset.get('data_root'), dataset['ann_file'])
-            for _, dataset in iter_datasets((cfg.get(f'{split}_dataloader') or {}).get('dataset'), '')
-            if dataset.get('ann_file')
-        ]
+        datasets = [dataset for _, dataset in datasets_of(cfg, split) if dataset.get('ann_file')]
+        files = [_join(dataset.get('data_root'), dataset['ann_file']) for dataset in datasets]
         evaluator = cfg.get(f'{split}_evaluator')  # of several, each may have a file of its own
         if isinstance(evaluator, dict) and type_name(evaluator).startswith(('Coco', 'LVIS')) and len(files) == 1:
             path = evaluator.get('ann_file')

@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from glob import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,11 @@ class DatasetSummary:
     def __str__(self) -> str:
         left_out = 0 if self.total_images is None else self.total_images - self.images
         text = f'{self.key} ({type(self.dataset).__name__}): {self.images} images'
-        text += f' of {self.total_images}; {left_out} are left out by filter_cfg={self.filter_cfg}' if left_out else ''
+        text += f' of {self.total_images} ({left_out} left out by filter_cfg={self.filter_cfg})' if left_out else ''
         if self.is_detection:
             text += f'; {self.objects.total()} objects'
-            text += f'; {self.empty} images without an object' if self.empty else ''
-            text += f'; {self.ignored} regions to ignore' if self.ignored else ''
+            text += f'; images without an object: {self.empty}' if self.empty else ''
+            text += f'; regions to ignore: {self.ignored}' if self.ignored else ''
         if self.left_out:
             text += '; objects left out: ' + ', '.join(f'{n} {why}' for why, n in self.left_out.most_common())
         return text
@@ -102,7 +103,7 @@ def summarize(key: str, dataset: BaseDataset, training: bool) -> DatasetSummary:
     classes = dataset.metainfo.get('classes') or ()
     summary = DatasetSummary(key, dataset, () if isinstance(classes, str) else tuple(classes), len(dataset))
     infos = [info for i in range(len(dataset)) for info in _images(dataset.get_data_info(i))]
-    outside = boxes = 0
+    outside = boxes = flat = 0
     for info in infos:
         labels = info.get('gt_label')
         instances = info.get('instances')
@@ -119,32 +120,41 @@ def summarize(key: str, dataset: BaseDataset, training: bool) -> DatasetSummary:
             for instance in used:
                 if len(instance.get('bbox', ())) == 4:
                     boxes += 1
-                    _, _, right, bottom = instance['bbox']
+                    left, top, right, bottom = instance['bbox']
+                    flat += right <= left or bottom <= top
                     outside += right > 1.02 * info['width'] + 1 or bottom > 1.02 * info['height'] + 1
     if outside > 0.2 * boxes:
         summary.warnings.append(
             f'{key}: {outside} of {boxes} boxes leave their image. In COCO format a bbox is x, y, width, height; these '
             'look like x1, y1, x2, y2.'
         )
+    filters = any(type(step).__name__ == 'FilterAnnotations' for step in _steps(dataset))
+    if flat and training and not filters and getattr(dataset, 'bbox_min_size', None) is None:
+        summary.warnings.append(
+            f'{key}: {flat} of {boxes} boxes have no area, of which losses become infinite. Correct them, or put '
+            "dict(type='FilterAnnotations', min_gt_bbox_wh=(1, 1)) behind LoadAnnotations."
+        )
     _check_image_files(key, dataset, infos)
     if training:
         _check_masks(key, dataset, infos)
-    _compare_with_file(summary, infos, training)
+    _compare_with_file(summary, training)
     return summary
 
 
 def describe_empty(key: str, dataset: BaseDataset) -> str:
     """Say why a data set has no image that can be trained on."""
     summary = DatasetSummary(key, dataset, tuple(dataset.metainfo.get('classes') or ()), 0)
-    _compare_with_file(summary, [], training=True)
-    file = os.path.abspath(dataset.ann_file) if dataset.ann_file else dataset.data_root
+    _compare_with_file(summary, training=True)
+    file = os.path.abspath(dataset.ann_file or dataset.data_root or '')
+    if not summary.total_images:
+        return f'{key} has no images: none are listed in {file}. Correct {key}.ann_file and {key}.data_prefix.'
+    advice = f'Correct the annotations, {key}.metainfo.classes or {key}.filter_cfg.'
     reasons = ', '.join(f'{n} {why}' for why, n in summary.left_out.most_common())
     return ' '.join(
         [
-            f'{key}: none of the {summary.total_images or 0} images of {file} is left to train on'
+            f'{key}: none of the {summary.total_images} images of {file} is left to train on'
             + (f' (objects left out: {reasons}).' if reasons else '.'),
-            *summary.warnings[:1],
-            f'Correct the annotations, {key}.metainfo.classes or {key}.filter_cfg.',
+            (summary.warnings or [advice])[0],
         ]
     )
 
@@ -227,9 +237,12 @@ def _check_image_files(key: str, dataset: BaseDataset, infos: list[dict]) -> Non
             missing.append(path)
     for files, what in ((missing, 'missing'), (empty, 'empty')):
         if files:
+            path = Path(files[0])
+            other = next((file for file in path.parent.glob(f'{escape(path.stem)}.*') if what == 'missing'), None)
+            found = f' (there is {other.name}, but {type(dataset).__name__} looks for {path.name})' if other else ''
             raise ConfigError(
                 f'{key}: {len(files)} of its {len(infos)} image files are {what}: '
-                f'{_preview(map(os.path.abspath, files))}. Restore them, '
+                f'{_preview(map(os.path.abspath, files))}{found}. Restore them, '
                 f'remove them from the annotations, or correct {key}.data_prefix.'
             )
 
@@ -258,7 +271,7 @@ def _check_masks(key: str, dataset: BaseDataset, infos: list[dict]) -> None:
         )
 
 
-def _compare_with_file(summary: DatasetSummary, infos: list[dict], training: bool) -> None:
+def _compare_with_file(summary: DatasetSummary, training: bool) -> None:
     """Count what the annotation files hold beyond the data set, if they are of COCO's or Pascal VOC's format."""
     dataset = summary.dataset
     file = getattr(dataset, 'ann_file', None)
@@ -267,9 +280,23 @@ def _compare_with_file(summary: DatasetSummary, infos: list[dict], training: boo
     if hasattr(dataset, 'cat_ids') and file.endswith('.json'):
         _compare_with_coco(summary, json.loads(Path(file).read_bytes()), training)
     elif hasattr(dataset, 'ann_subdir'):
-        names = [name for name in Path(file).read_text().split('\n') if name.strip()]
-        folder = Path(getattr(dataset, 'sub_data_root', ''), dataset.ann_subdir)
-        _compare_with_voc(summary, [folder / f'{name.strip()}.xml' for name in names], training)
+        _compare_with_voc(summary, _voc_files(dataset), training)
+
+
+def _voc_files(dataset: Any) -> list[Path]:
+    names = Path(dataset.ann_file).read_text().split('\n')
+    return [Path(dataset.sub_data_root, dataset.ann_subdir, f'{name.strip()}.xml') for name in names if name.strip()]
+
+
+def find_unreadable_xml(dataset: Any) -> Path | None:
+    """Return the first annotation file, in Pascal VOC's format, that the data set cannot read."""
+    for file in _voc_files(dataset) if hasattr(dataset, 'ann_subdir') else ():
+        try:
+            image = os.path.join(dataset.img_subdir, f'{file.stem}.jpg')
+            dataset.parse_data_info(dict(img_id=file.stem, file_name=image, xml_path=str(file)))
+        except Exception:
+            return file
+    return None
 
 
 def _compare_with_coco(summary: DatasetSummary, coco: dict, training: bool) -> None:

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 
 from mmevm.errors import ConfigError, ExplainedError
 
-from .config import closest, iter_datasets, iter_dicts, type_name
+from .config import closest, datasets_of, iter_dicts, string_classes, type_name
+from .data import describe_empty, find_unreadable_xml
 
 if TYPE_CHECKING:
     from .hook import CheckHook
@@ -183,34 +184,35 @@ def _dataset_error(cfg: Config) -> str | None:
     """Build one data set after the other, to name the one that cannot be built."""
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     for split in ('train', 'val', 'test'):
-        loader = cfg.get(f'{split}_dataloader') or {}
-        for key, dataset in iter_datasets(loader.get('dataset'), f'{split}_dataloader.dataset'):
+        for key, dataset in datasets_of(cfg, split):
+            built = None
             try:
-                DATASETS.build(dict(dataset, serialize_data=False, lazy_init=True)).full_init()
+                built = DATASETS.build(dict(dataset, serialize_data=False, lazy_init=True))
+                built.full_init()
             except ExplainedError as error:
                 return str(error)
             except TypeError:  # not one of MMEngine's data sets
                 continue
             except Exception as error:
-                return f'{key} cannot be read: {_reason(error, dataset)}'
-            built = DATASETS.build(dict(dataset, serialize_data=False))
+                strings = string_classes(cfg, [split]) if isinstance(error, KeyError) else ()
+                reason = f'{key} cannot be read: {_reason(error, dataset, built)}'
+                return next((text for text in strings if text.startswith(f'{key}.')), reason)
             if not len(built):
-                from .data import describe_empty
-
                 return describe_empty(key, built)
     return None
 
 
-def _reason(error: Exception, dataset: dict) -> str:
+def _reason(error: Exception, dataset: dict, built: Any) -> str:
     root, file = dataset.get('data_root') or '', dataset.get('ann_file') or ''
     path = os.path.abspath(os.path.join(root, file) if file else root)
     if isinstance(error, FileNotFoundError):
         missing = error.filename or str(error)
         absolute = os.path.abspath(missing) if os.path.sep in str(missing) or error.filename else path
+        named = f', which {path} names' if absolute != path and os.path.isfile(path) else ''
         return (
-            f'there is no {absolute} (the current folder is {os.getcwd()}). Put the data there (a link will do), name '
-            'its folder with --data-root DIR, or correct data_root, ann_file and data_prefix.'
+            f'there is no {absolute}{named} (the current folder is {os.getcwd()}). Put the data there (a link will '
+            'do), name its folder with --data-root DIR, or correct data_root, ann_file and data_prefix.'
         )
-    if isinstance(error, KeyError):
+    if isinstance(error, KeyError) and path.endswith('.json'):
         return f'{path} has no {error} in one of its entries, which {type_name(dataset)} needs.'
-    return f'{path}: {type(error).__name__}: {" ".join(str(error).split())}'
+    return f'{find_unreadable_xml(built) or path}: {type(error).__name__}: {" ".join(str(error).split())}'

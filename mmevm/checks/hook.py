@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import is_main_process
+from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from mmevm.checkpoints import model_of
 
 from .config import iter_dicts, type_name
-from .data import DatasetSummary, different_classes, summarize_all
+from .data import DatasetSummary, different_classes, leaf_datasets, summarize_all
 from .model import FeatureTracer, check_topk, compare_class_counts
 
 # Larger data sets are read by --check only: their annotations would be read twice.
@@ -63,7 +64,7 @@ class CheckHook(Hook):
 
     def explain(self, error: Exception) -> str | None:
         """Explain why the first iteration failed by the channels that met; None if they are not the cause."""
-        explanation = self.tracer and self.tracer.explain()
+        explanation = self.tracer and self.tracer.explain(error)
         return f'{explanation} ({type(error).__name__}: {shorten(str(error), 200)})' if explanation else None
 
     def _finish(self, runner: Runner) -> None:
@@ -80,6 +81,9 @@ class CheckHook(Hook):
         check_topk(runner.cfg, model, ['val', 'test'] if split == 'train' else ['test'])
         if is_main_process():
             summaries = summarize_all(datasets, None if self.check_only else _MAX_IMAGES)
+            for key, dataset in datasets.items():
+                if not self.check_only and any(len(leaf) > _MAX_IMAGES for _, leaf in leaf_datasets(dataset, key)):
+                    runner.logger.info(f'{key} has more than {_MAX_IMAGES:,} images: only --check looks at them.')
             for summary in summaries:
                 _warn(runner, summary.warnings)
                 if not self.check_only and summary.key.startswith('train'):
@@ -145,6 +149,17 @@ def _weights(cfg: Config) -> Iterator[str]:
             yield f'{key.removesuffix(".init_cfg")} from {part["checkpoint"]}'
 
 
+def _optimizer(runner: Runner, batch: int) -> Iterator[str]:
+    if isinstance(runner.optim_wrapper, OptimWrapper):
+        rates = [group.get('initial_lr', group['lr']) for group in runner.optim_wrapper.param_groups]
+        rate = f'{max(rates):g}' + (f' (of some parameters down to {min(rates):g})' if min(rates) < max(rates) else '')
+        line = f'optimizer: {type(runner.optim_wrapper.optimizer).__name__}, learning rate {rate}'
+        scaling, batch = runner.cfg.get('auto_scale_lr') or {}, batch * get_world_size()
+        if not scaling.get('enable') and scaling.get('base_batch_size', batch) != batch:
+            line += f' for a batch of {scaling.base_batch_size} images; --auto-scale-lr adapts it to {batch}'
+        yield line
+
+
 def _print_summary(runner: Runner, split: str, summaries: list[DatasetSummary], tracer: FeatureTracer | None) -> None:
     lines = []
     for summary in summaries:
@@ -168,6 +183,7 @@ def _print_summary(runner: Runner, split: str, summaries: list[DatasetSummary], 
             f'training: {runner.max_iters} iterations of {batch} images per process'
             + (f' ({runner.max_epochs} epochs of {len(loader)} iterations)' if by_epoch else '')
         )
+        lines += _optimizer(runner, batch)
         for i, scheduler in enumerate(runner.param_schedulers if isinstance(runner.param_schedulers, list) else ()):
             unit = 'epoch' if scheduler.by_epoch else 'iteration'
             end = 'the end' if scheduler.end >= 10**9 else scheduler.end

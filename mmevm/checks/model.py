@@ -1,7 +1,7 @@
 """What passes between the parts of a model in one iteration: channels, strides, and where it stopped."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,7 +123,7 @@ class FeatureTracer:
 
         return end
 
-    def explain(self) -> str | None:
+    def explain(self, error: Exception) -> str | None:
         """Explain why the pass stopped within a part of the model; None if it is not for its channels."""
         stopped = [part for part in self.called if part.outputs is None]
         for part in reversed(stopped):
@@ -131,10 +131,9 @@ class FeatureTracer:
             source = self._source(part)
             if given and (text := _explain_channels(part, given, source)):
                 return text
-        for part in self.called:
-            if (text := self._levels(part)) and part.inputs:
-                return text
-        return None
+        # Anchors and points assert that they have a stride for each map.
+        texts = (self._levels(part) for part in self.called) if isinstance(error, AssertionError) else ()
+        return next(filter(None, texts), None)
 
     def warnings(self) -> list[str]:
         """Return a warning for each head whose anchors or points are of other strides than its maps."""
@@ -144,14 +143,19 @@ class FeatureTracer:
         """Return one line for each part: channels and strides of the maps that it returned or, of a head, got."""
         lines = []
         for part in self.called:
-            shapes = part.outputs if part.outputs and _is_pyramid(part.outputs) else part.inputs
+            is_head = part.key.rstrip('.0123456789').endswith('head')
+            shapes = part.inputs if is_head or not part.outputs else part.outputs
             if not _is_pyramid(shapes) or '.loss' in part.key:
                 continue
             what = 'returns' if shapes is part.outputs else 'takes'
-            if shapes[0][0] != self._images:
+            if shapes[0][0] == self._images:
+                channels = dict.fromkeys(shape[1] for shape in shapes)
+                maps = _list(channels if len(channels) == 1 else [shape[1] for shape in shapes])
+                maps += f' channels at stride {_list(map(self._stride, shapes))}'
+            elif part.key.startswith('model.roi_head'):
                 maps = f'{shapes[0][1]} channels of {shapes[0][2]}×{shapes[0][3]} for each region'
-            else:
-                maps = ', '.join(f'{shape[1]} channels at stride {self._stride(shape)}' for shape in shapes)
+            else:  # the layers and queries of a transformer
+                continue
             lines.append(f'{part.key} ({type(part.module).__name__}) {what} {maps}')
         return lines
 
@@ -195,11 +199,9 @@ class FeatureTracer:
         strides = _declared_strides(part.module)
         if not strides or not _is_pyramid(part.inputs):
             return None
-        if text := self._levels(part):
-            return text
         real = [self._stride(shape) for shape in part.inputs]
-        if min(part.inputs[0][2:]) < 4 or 2 / 3 < real[0] / strides[0] < 3 / 2:  # sizes are rounded
-            return None
+        if len(real) != len(strides) or min(part.inputs[0][2:]) < 4 or 2 / 3 < real[0] / strides[0] < 3 / 2:
+            return None  # sizes are rounded
         return (
             f'{part.key} has anchors or points for maps of strides {strides}, but {self._source(part)} returns maps '
             f'of strides {real}: objects would be found badly. Change the strides, or use a neck that reaches them, '
@@ -209,7 +211,7 @@ class FeatureTracer:
 
 def _parts(module: nn.Module, cfg: Any, key: str) -> Iterator[Part]:
     for name, value in cfg.items() if isinstance(cfg, dict) else enumerate(cfg):
-        if not isinstance(value, (dict, list, tuple)):
+        if not isinstance(value, (dict, list, tuple)) or name == 'data_preprocessor':
             continue
         child = module._modules.get(name) if isinstance(name, str) else _item(module, name)
         if isinstance(child, nn.Module):
@@ -230,6 +232,10 @@ def _shapes(value: Any) -> list[tuple[int, ...]]:
     return []
 
 
+def _list(values: Iterable[Any]) -> str:
+    return ', '.join(map(str, values))
+
+
 def _is_pyramid(shapes: list[tuple[int, ...]]) -> bool:
     return bool(shapes) and all(len(shape) == 4 for shape in shapes)
 
@@ -248,7 +254,7 @@ def _explain_channels(part: Part, given: list[int], source: str) -> str | None:
     else:
         name = 'in_channels'
     if isinstance(wanted, (list, tuple)):
-        if list(wanted) == given:
+        if sorted(wanted) == sorted(given):  # some necks begin with the last
             return None
         text = f'{key}.{name}={list(wanted)} does not match the channels {given} of the maps that {source} returns.'
         if type_name(part.cfg) == 'FPN' and source == 'model.backbone':

@@ -30,7 +30,11 @@ def test_check_of_a_training(shapes, tmp_path):
     result = run(TRAIN, DEMO, '--data-root', shapes, '--check', '--cfg-options', *SHORT, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     summary = result.stdout.partition('Check passed.')[2]
-    for part in ('train_dataloader.dataset (CocoDataset): ', 'per class: shape ', 'returns 128 channels at stride 16'):
+    for part in (
+        'train_dataloader.dataset (CocoDataset): ',
+        'per class: shape ',
+        'returns 128, 192, 320 channels',
+    ):
         assert part in summary
     assert list(tmp_path.iterdir()) == []
 

@@ -30,12 +30,13 @@ def build(cfg, scope='mmdet'):
 def test_summary(check, detector):
     summary, warnings = check(detector)
     assert warnings == []
-    assert 'train_dataloader.dataset (CocoDataset): 3 images of 4; 1 are left out by filter_cfg=' in summary
+    assert 'train_dataloader.dataset (CocoDataset): 3 images of 4 (1 left out by filter_cfg=' in summary
     assert 'input: 192 × 192 pixels' in summary
-    assert 'model.backbone (EfficientViM) returns 128 channels at stride 16, 192 channels at stride 32, 320' in summary
-    assert 'model.rpn_head (RPNHead) takes 64 channels at stride 4, 64 channels at stride 8' in summary
+    assert 'model.backbone (EfficientViM) returns 128, 192, 320 channels at stride 16, 32, 64' in summary
+    assert 'model.rpn_head (RPNHead) takes 64 channels at stride 4, 8, 16, 32, 64' in summary
     assert 'model.roi_head.bbox_head (Shared2FCBBoxHead) takes 64 channels of 7×7 for each region' in summary
     assert 'weights: random' in summary
+    assert 'optimizer: AdamW, learning rate 0.0007' in summary
     assert 'training: 1000 iterations of 4 images per process' in summary
     assert 'param_scheduler.0: LinearLR from iteration 0 to 100' in summary
 
@@ -78,7 +79,7 @@ def test_counts_are_those_of_mmdet(detector, edit, capsys):
         'of images that are not listed': 1,
         'marked "ignore"': 1,
     }
-    assert '1 images of 4; 3 are left out by filter_cfg=' in str(summary)
+    assert '1 images of 4 (3 left out by filter_cfg=' in str(summary)
 
 
 def test_no_object_left(check, detector, edit):
@@ -256,6 +257,44 @@ def test_voc_missing_files(check, voc, tmp_path):
     assert message.startswith(f'{DATASET} cannot be read: there is no {tmp_path}/Annotations/b.xml')
 
 
+def test_voc_image_of_another_format(check, voc, tmp_path):
+    (tmp_path / 'JPEGImages/b.jpg').rename(tmp_path / 'JPEGImages/b.png')
+    assert '(there is b.png, but XMLDataset looks for b.jpg)' in refusal(check, voc)
+
+
+def test_voc_file_that_cannot_be_read(check, voc, tmp_path):
+    path = tmp_path / 'Annotations/b.xml'
+    path.write_text(path.read_text().replace('xmin', 'left'))
+    assert refusal(check, voc).startswith(f'{DATASET} cannot be read: {path}: AttributeError')
+
+
+def test_voc_name_with_a_suffix(check, voc, tmp_path):
+    (tmp_path / 'sets/train.txt').write_text('a.jpg')
+    assert f'no {tmp_path}/Annotations/a.jpg.xml, which {tmp_path}/sets/train.txt names' in refusal(check, voc)
+
+
+def test_voc_without_images(check, voc, tmp_path):
+    (tmp_path / 'sets/val.txt').write_text('')
+    assert refusal(check, voc).startswith('val_dataloader.dataset has no images: none are listed in ')
+
+
+def test_voc_classes_as_a_string(check, voc):
+    voc.train_dataloader.dataset.metainfo.classes = 'cell'
+    assert refusal(check, voc).startswith(f"{DATASET}.metainfo.classes='cell' is a string")
+
+
+def test_voc_boxes_without_area(check, voc, tmp_path):
+    """MMDetection's XMLDataset keeps them, and the loss of a RetinaNet becomes infinite."""
+    path = tmp_path / 'Annotations/b.xml'
+    path.write_text(path.read_text().replace('<xmax>40', '<xmax>5', 1))
+    _, warnings = check(voc)
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f'{DATASET}: 1 of 4 boxes have no area')
+    voc.train_dataloader.dataset.pipeline.insert(2, dict(type='FilterAnnotations', min_gt_bbox_wh=(1, 1)))
+    _, warnings = check(voc)
+    assert warnings == []
+
+
 def test_voc_without_objects(check, voc, tmp_path):
     for path in (tmp_path / 'Annotations').glob('*.xml'):
         tree = ET.parse(path)
@@ -276,8 +315,10 @@ class TestClassifier:
         """MMPretrain warns and numbers it as a class; a notebook's checkpoints are such a folder."""
         (tmp_path / 'train/.ipynb_checkpoints').mkdir()
         (tmp_path / 'val/.ipynb_checkpoints').mkdir()
-        _, warnings = check(classifier)
-        assert any('has 3 classes; objects of the last 1' in warning for warning in warnings)
+        classifier.model.head.num_classes = classifier.data_preprocessor.num_classes = 3
+        summary, warnings = check(classifier)
+        assert [warning for warning in warnings if not warning.startswith('Found no valid file')] == []
+        assert 'dog 4, cat 4, .ipynb_checkpoints 0' in summary
 
     def test_other_folders_in_evaluation(self, check, classifier, tmp_path):
         (tmp_path / 'val/cat').rename(tmp_path / 'val/bird')
@@ -313,4 +354,4 @@ class TestSchedule:
 
 def test_json_of_another_shape(check, detector, edit):
     edit(lambda coco: json.loads('{"images": [], "annotations": [], "categories": []}'))
-    assert refusal(check, detector).startswith(f'{DATASET}: none of the 0 images')
+    assert refusal(check, detector).startswith(f'{DATASET} has no images: none are listed in ')

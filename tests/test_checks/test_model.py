@@ -1,0 +1,78 @@
+"""What passes between the parts of a model is told as it is, and nothing is read into a model of another kind."""
+
+import pytest
+import torch
+from torch import nn
+
+from mmevm.checks.model import FeatureTracer
+
+
+class Layer(nn.Module):
+    """Returns maps of given shapes; a head has anchors of given strides."""
+
+    def __init__(self, *shapes, strides=None):
+        super().__init__()
+        self.shapes = shapes
+        if strides:
+            self.prior_generator = nn.Module()
+            self.prior_generator.strides = strides
+
+    def forward(self, *maps):
+        return [torch.zeros(shape) for shape in self.shapes]
+
+
+MAPS = [(2, 8, 12, 12), (2, 8, 6, 6)]
+
+
+def trace(**parts):
+    """Pass two images of 96 pixels through the parts, one after the other."""
+    model = nn.ModuleDict(parts)
+    with FeatureTracer(model, {name: dict(type='x') for name in parts}) as tracer:
+        maps = torch.zeros(2, 3, 96, 96)
+        for part in model.values():
+            maps = part(maps)
+    return tracer
+
+
+def test_resizing_in_the_preprocessor():
+    """The size of the input is that of the backbone."""
+    preprocessor = nn.ModuleList([Layer()])
+    model = nn.ModuleDict(dict(data_preprocessor=preprocessor, backbone=Layer((2, 8, 6, 6))))
+    cfg = dict(data_preprocessor=[dict(type='x')], backbone=dict(type='x'))
+    with FeatureTracer(model, cfg) as tracer:
+        preprocessor[0](torch.zeros(2, 3, 40, 40))
+        model.backbone(torch.zeros(2, 3, 96, 96))
+    assert tracer.table() == ['model.backbone (Layer) returns 8 channels at stride 16']
+
+
+def test_queries_are_no_maps():
+    tracer = trace(backbone=Layer((2, 8, 6, 6)), decoder=Layer((6, 2, 100, 256)), bbox_head=Layer((6, 2, 100, 4)))
+    assert len(tracer.table()) == 1
+
+
+def test_strides_of_anchors():
+    assert trace(backbone=Layer(*MAPS), bbox_head=Layer(strides=[8, 16])).warnings() == []
+    (message,) = trace(backbone=Layer(*MAPS), bbox_head=Layer(strides=[4, 8])).warnings()
+    assert message.startswith('model.bbox_head has anchors or points for maps of strides [4, 8]')
+
+
+def test_points_for_one_of_several_maps():
+    """As CondInst's mask head has them."""
+    tracer = trace(backbone=Layer(*MAPS), mask_head=Layer(strides=[8]))
+    assert tracer.warnings() == []
+    assert tracer.explain(RuntimeError('something else')) is None
+
+
+@pytest.mark.parametrize('wanted', [[8, 16], [16, 8]])
+def test_channels_in_another_order(wanted):
+    """As YOLOv3's neck takes them: an error within it has another cause."""
+
+    class Neck(nn.Module):
+        def forward(self, maps):
+            raise RuntimeError('Sizes of tensors must match')
+
+    model = nn.ModuleDict(dict(neck=Neck()))
+    tracer = FeatureTracer(model, dict(neck=dict(type='x', in_channels=wanted)))
+    with pytest.raises(RuntimeError) as error, tracer:
+        model.neck([torch.zeros(2, 8, 12, 12), torch.zeros(2, 16, 6, 6)])
+    assert tracer.explain(error.value) is None
