@@ -1,6 +1,7 @@
 """What the command lines under tools/ share: common arguments, and how a config file becomes the config of a run."""
 
 import argparse
+import atexit
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -31,10 +32,25 @@ def run(main: Callable[[], None]) -> None:
     try:
         with _without_onedl_notice():
             main()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        _end_process_group()
     except ExplainedError as error:
         sys.exit(f'{type(error).__name__}: {error}')
+
+
+def _end_process_group() -> None:
+    """End the process here if gloo's threads outlive their group, which DistributedDataParallel makes them do.
+
+    They abort the interpreter now and then while it shuts down, and torchrun reports a failed run.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    is_gloo = torch.distributed.get_backend() == 'gloo'
+    torch.distributed.destroy_process_group()
+    if is_gloo:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 @contextmanager
