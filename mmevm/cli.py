@@ -122,7 +122,7 @@ def read_config(path: str) -> Config:
             raise  # an error in the config's own code
         where = '' if '::' in path else f' ({os.path.abspath(path)}; the current folder is {os.getcwd()})'
         raise ConfigError(
-            f'{path}{where} cannot be read: {error}. Give the path of a config file, or of one in an installed '
+            f'{path} cannot be read: {error}{where}. Give the path of a config file, or of one in an installed '
             'package, such as mmdet::retinanet/retinanet_r50_fpn_1x_coco.py.'
         ) from error
 

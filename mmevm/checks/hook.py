@@ -156,7 +156,7 @@ def _optimizer(runner: Runner, batch: int) -> Iterator[str]:
         line = f'optimizer: {type(runner.optim_wrapper.optimizer).__name__}, learning rate {rate}'
         scaling, batch = runner.cfg.get('auto_scale_lr') or {}, batch * get_world_size()
         if not scaling.get('enable') and scaling.get('base_batch_size', batch) != batch:
-            line += f' for a batch of {scaling.base_batch_size} images; --auto-scale-lr adapts it to {batch}'
+            line += f' for a batch of {scaling["base_batch_size"]} images; --auto-scale-lr adapts it to {batch}'
         yield line
 
 
