@@ -1,5 +1,6 @@
 """A cluster that wants its machine back gets it, and the training goes on elsewhere."""
 
+import os
 import signal
 import sys
 import threading
@@ -48,6 +49,7 @@ class PreemptionHook(Hook):
         if threading.current_thread() is not threading.main_thread():
             runner.logger.warning('PreemptionHook is off: Python receives signals in the main thread only.')
             return
+        self.pid = os.getpid()
         self.previous = signal.signal(signal.SIGTERM, self._receive) or signal.SIG_DFL
         failed = getattr(self.previous, '__self__', None)  # the hook of a run that did not reach after_run
         if isinstance(failed, PreemptionHook):
@@ -62,7 +64,10 @@ class PreemptionHook(Hook):
             signal.signal(signal.SIGTERM, self.previous)
             self.previous = None
 
-    def _receive(self, *args: Any) -> None:
+    def _receive(self, number: int, *args: Any) -> None:
+        if os.getpid() != self.pid:  # a process of an evaluator's pool, which is ended by this signal
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         self.received = True
 
     def after_train_iter(self, runner: Runner, batch_idx: int, *args: Any, **kwargs: Any) -> None:

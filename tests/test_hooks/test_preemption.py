@@ -1,7 +1,10 @@
 import datetime
 import enum
+import multiprocessing
 import signal
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,3 +174,20 @@ def test_a_training_goes_on_without_what_was_not_saved_and_is_warned(tmp_path, c
     run.train()
     assert len(run.model.seen) == (EPOCHS - 1) * PER_EPOCH
     assert f'epoch_1.pth was saved with save_{entry}=False' in caplog.text
+
+
+@pytest.mark.skipif('fork' not in multiprocessing.get_all_start_methods(), reason='no forks here')
+def test_sigterm_ends_the_processes_of_a_pool():
+    """VOCMetric's pool ends its processes by this signal, and then waits for them."""
+    hook = HOOKS.build(dict(type='mmevm.PreemptionHook'))
+    hook.before_run(SimpleNamespace(val_loop=None))
+    try:
+        process = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))
+        process.start()
+        process.terminate()
+        process.join(10)
+        assert process.exitcode == -signal.SIGTERM
+        assert not hook.received
+    finally:
+        process.kill()
+        hook.after_run(None)
