@@ -382,7 +382,7 @@ def test_two_nodes_train_as_one(uninterrupted, tmp_path):
     for printed, status in nodes(tmp_path, '--resume', text=text):  # one of them has no checkpoint
         assert status == 1
         assert 'Process 1 has another config than process 0: load_from is ' in printed
-        assert 'a work dir that they share' in printed
+        assert 'a shared work_dir' in printed
 
 
 def test_a_process_that_is_killed_ends_the_other_node(tmp_path):
