@@ -58,6 +58,7 @@ def main() -> None:
 
     def test(runner: Runner) -> None:
         load_trained_weights(runner, args.checkpoint)
+        runner.cfg.load_from = args.checkpoint  # for the summary of --check
         runner.test()
 
     start(cfg, ['test'], test, args.check)

@@ -40,11 +40,14 @@ def explain_errors(cfg: Config, hook: 'CheckHook') -> Iterator[None]:
         yield
     except ExplainedError:
         raise
-    except Exception as error:
+    except Exception as raised:
+        error = hook.error or raised
         explanation = None if hook.finished else hook.explain(error) or explain(error, cfg)
-        if explanation is None:
-            raise
-        raise ConfigError(explanation) from error
+        if explanation is not None:
+            raise ConfigError(explanation) from error
+        if hook.error is not None:
+            raise hook.error from None
+        raise
 
 
 def explain(error: Exception, cfg: Config) -> str | None:

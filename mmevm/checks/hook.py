@@ -35,6 +35,7 @@ class CheckHook(Hook):
         self.check_only = check_only
         self.finished = False
         self.tracer: FeatureTracer | None = None
+        self.error: TypeError | None = None
 
     def before_train(self, runner: Runner) -> None:
         """Look at the data sets, the schedule and the heads."""
@@ -93,7 +94,11 @@ class CheckHook(Hook):
             if split == 'train':
                 _warn(runner, _schedule(runner))
         if self.check_only:
-            self._try_batch(runner, split, loader)
+            try:
+                self._try_batch(runner, split, loader)
+            except TypeError as error:  # MMEngine hides where those within hooks come from
+                self.error = error
+                raise
             if is_main_process():
                 _print_summary(runner, split, summaries, self.tracer)
             sys.exit(0)
@@ -156,7 +161,7 @@ def _optimizer(runner: Runner, batch: int) -> Iterator[str]:
         line = f'optimizer: {type(runner.optim_wrapper.optimizer).__name__}, learning rate {rate}'
         scaling, batch = runner.cfg.get('auto_scale_lr') or {}, batch * get_world_size()
         if not scaling.get('enable') and scaling.get('base_batch_size', batch) != batch:
-            line += f' for a batch of {scaling["base_batch_size"]} images; --auto-scale-lr adapts it to {batch}'
+            line += f' for a batch of {scaling["base_batch_size"]} by auto_scale_lr; --auto-scale-lr makes it {batch}'
         yield line
 
 

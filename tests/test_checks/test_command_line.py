@@ -43,7 +43,9 @@ def test_check_of_a_training(shapes, tmp_path):
 def test_check_of_an_evaluation(shapes, tmp_path, checkpoint):
     result = run(TEST, DEMO, checkpoint, '--data-root', shapes, '--check', '--cfg-options', *SHORT, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert 'test_dataloader.dataset (CocoDataset): 2 images' in result.stdout.partition('Check passed.')[2]
+    summary = result.stdout.partition('Check passed.')[2]
+    assert 'test_dataloader.dataset (CocoDataset): 2 images' in summary
+    assert f'weights: load_from {checkpoint}' in summary
     assert list(tmp_path.iterdir()) == []
     result = run(TEST, DEMO, 'none.pth', '--data-root', shapes, '--check', '--cfg-options', *SHORT, cwd=tmp_path)
     assert the_sentence(result).startswith('CheckpointError: ')

@@ -1,7 +1,9 @@
 """Errors of building a run, and of its first iteration, name the key and say what to do."""
 
 import pytest
+from mmcv.transforms import BaseTransform
 from mmdet.models import FPN
+from mmdet.registry import TRANSFORMS
 from mmengine.config import Config
 from mmengine.utils import is_installed
 
@@ -141,3 +143,17 @@ def test_errors_of_the_users_own_code_pass(error):
     with pytest.raises(type(error)) as raised, explain_errors(Config(dict(model=dict(type='X'))), CheckHook()):
         raise error
     assert raised.value is error
+
+
+@TRANSFORMS.register_module()
+class FailingTransform(BaseTransform):
+    def transform(self, results):
+        return int(results, unknown=1)
+
+
+def test_error_in_a_transform_keeps_its_traceback(check, detector):
+    """MMEngine hides where a TypeError within a hook comes from."""
+    detector.train_dataloader.dataset.pipeline.insert(2, dict(type='FailingTransform'))
+    with pytest.raises(TypeError) as error:
+        check(detector)
+    assert error.traceback[-1].name == 'transform'
