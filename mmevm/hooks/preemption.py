@@ -49,7 +49,6 @@ class PreemptionHook(Hook):
         if threading.current_thread() is not threading.main_thread():
             runner.logger.warning('PreemptionHook is off: Python receives signals in the main thread only.')
             return
-        self.pid = os.getpid()
         self.previous = signal.signal(signal.SIGTERM, self._receive) or signal.SIG_DFL
         failed = getattr(self.previous, '__self__', None)  # the hook of a run that did not reach after_run
         if isinstance(failed, PreemptionHook):
@@ -64,10 +63,7 @@ class PreemptionHook(Hook):
             signal.signal(signal.SIGTERM, self.previous)
             self.previous = None
 
-    def _receive(self, number: int, *args: Any) -> None:
-        if os.getpid() != self.pid:  # a process of an evaluator's pool, which is ended by this signal
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+    def _receive(self, *args: Any) -> None:
         self.received = True
 
     def after_train_iter(self, runner: Runner, batch_idx: int, *args: Any, **kwargs: Any) -> None:
@@ -154,3 +150,14 @@ class PreemptionHook(Hook):
                 f'{meta["batches_of_epoch"]} batches; now an epoch has {len(loop.dataloader)}, or the loop is not '
                 "type='mmevm.ResumableEpochLoop': this epoch begins anew."
             )
+
+
+def _restore_default_handler() -> None:
+    if isinstance(getattr(signal.getsignal(signal.SIGTERM), '__self__', None), PreemptionHook):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# SIGTERM has to end forked processes at any moment: an evaluator's pool sends it to its own, and waits for them to
+# end. A handler written in Python does not run in a process that is about to wait for a lock.
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=_restore_default_handler)
