@@ -41,7 +41,7 @@ def check_config(cfg: Config, splits: Sequence[str]) -> list[str]:
     for split in splits:
         for name in ('batch_size', 'num_workers'):
             value = (cfg.get(f'{split}_dataloader') or {}).get(name, 0)
-            if not isinstance(value, int):
+            if isinstance(value, str):
                 raise ConfigError(
                     f'{split}_dataloader.{name}={value!r} is a {type(value).__name__}, but must be an integer. Set '
                     f'{split}_dataloader.{name} to a number without quotes.'

@@ -252,8 +252,10 @@ def _is_remote(backend_args: Any) -> bool:
 
 
 def _check_masks(key: str, dataset: BaseDataset, infos: list[dict]) -> None:
+    # Exactly this transform: those for panoptic or empty annotations have with_mask too, and need no masks of objects.
     loads_masks = any(
-        getattr(step, 'with_mask', False) and type(step).__module__ == 'mmdet.datasets.transforms.loading'
+        getattr(step, 'with_mask', False)
+        and (type(step).__module__, type(step).__name__) == ('mmdet.datasets.transforms.loading', 'LoadAnnotations')
         for step in _steps(dataset)
     )
     if not loads_masks:

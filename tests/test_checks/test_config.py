@@ -73,6 +73,10 @@ def test_norm_eval_with_random_weights(detector):
     assert warnings(detector, load_from='some.pth') == []
 
 
+def test_batch_size_of_a_batch_sampler(detector):
+    assert warnings(detector, train_dataloader__batch_size=None) == []
+
+
 def test_faster_coco_metric(detector):
     detector.test_evaluator = dict(type='mmdet.FasterCocoMetric', ann_file=detector.test_evaluator.ann_file)
     assert warnings(detector) == []  # testing has no part in a training

@@ -188,6 +188,17 @@ def test_objects_without_masks(check, detector, edit):
     assert 'its objects have no segmentation' in refusal(check, detector)
 
 
+def test_empty_annotations_need_no_masks(detector, edit):
+    """As unlabeled images have them, though the transform has a with_mask."""
+    edit(lambda coco: [annotation.pop('segmentation') for annotation in coco['annotations']] and None)
+    steps = detector.train_dataloader.dataset.pipeline
+    dataset = build(detector)
+    with pytest.raises(ConfigError, match='its objects have no segmentation'):
+        summarize(DATASET, dataset, training=True)
+    steps[1] = dict(type='LoadEmptyAnnotations', with_bbox=True, with_mask=True)
+    summarize(DATASET, build(detector), training=True)
+
+
 def test_ignored_annotations_need_no_area(check, detector, edit):
     """Nor a mask: MMDetection does not read them."""
 
