@@ -29,8 +29,8 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from scipy.stats import theilslopes
 
+from mmevm.analysis.latency import ModelSpec, environment
 from mmevm.cli import build_runner, read_config, replace_data_root
-from mmevm.latency import Subject, environment
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / 'configs/demo/maskrcnn_evm_m1_shapes.py'
@@ -95,7 +95,7 @@ def infer(call: Callable[[int, int], Any], steps: int) -> list[float]:
 
 
 def infer_backbone(steps: int, name: str) -> list[float]:
-    subject = Subject(name)
+    subject = ModelSpec(name)
     model = subject.deploy(subject.build())
     with torch.no_grad():
         return infer(lambda height, width: model(torch.rand(1, 3, height, width)), steps)

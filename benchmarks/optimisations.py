@@ -27,13 +27,13 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmevm.latency import environment
-from mmevm.latency.clock import keep_kernels, take_turns, warm_up
-from mmevm.latency.engines import prepare
+from mmevm.analysis.latency import environment
+from mmevm.analysis.latency.engines import prepare
+from mmevm.analysis.latency.timing import interleave, keep_kernels, warm_up
 from mmevm.models import EfficientViM, efficientvim
 from mmevm.models.deployed import DeployedHSMSSD
 from mmevm.models.layers import ConvNorm
-from mmevm.models.packed import PackedConv2d
+from mmevm.models.packed_conv import PackedConv2d
 
 SIDES = [(1, 1), (1.25, 0.75), (0.75, 1.25), (0.875, 1.125)]  # of images whose sizes change, in units of --size
 
@@ -189,7 +189,7 @@ def measure(step: Callable, variants: dict[str, tuple], x: Any, rounds: int) -> 
     calls = {name: partial(step, model, x, *setting) for name, (model, *setting) in variants.items()}
     for call in calls.values():
         warm_up(call)
-    seconds, errors = take_turns(calls, rounds)
+    seconds, errors = interleave(calls, rounds)
     if errors:
         raise next(iter(errors.values()))
     return seconds

@@ -6,8 +6,8 @@ Nothing needs to be imported from here by hand: configs name ``mmevm.EfficientVi
 
 import warnings
 
-from . import mmcv_ops, model_index
-from .families import check_families
+from . import mmcv_ops, model_hub
+from .distributions import check_distributions
 from .version import __version__
 
 # mmengine and mmdet say these on every run. mmevm.checks warns of the first where a config uses that metric; the extra
@@ -15,8 +15,8 @@ from .version import __version__
 warnings.filterwarnings('ignore', 'faster_coco_eval is not installed', UserWarning)
 warnings.filterwarnings('ignore', 'pkg_resources is deprecated', UserWarning)
 
-check_families()
+check_distributions()
 mmcv_ops.register()
-model_index.register()
+model_hub.register()
 
 __all__ = ['__version__']

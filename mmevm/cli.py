@@ -20,7 +20,7 @@ from mmengine.hub import get_config
 from mmengine.runner import Runner
 
 from .checks import CheckHook, check_config, explain_errors
-from .errors import ConfigError, ExplainedError
+from .errors import ConfigError, UserError
 
 
 def run(main: Callable[[], None]) -> None:
@@ -33,7 +33,7 @@ def run(main: Callable[[], None]) -> None:
         with _without_onedl_notice():
             main()
         _end_process_group()
-    except ExplainedError as error:
+    except UserError as error:
         sys.exit(f'{type(error).__name__}: {error}')
 
 

@@ -9,7 +9,7 @@ import torch
 
 from . import __file__ as init_file
 from . import __version__
-from .families import FAMILIES
+from .distributions import DISTRIBUTIONS
 from .mmcv_ops.stub import status
 
 _PACKAGES = ('torch', 'torchvision', 'timm', 'numpy', 'opencv-python', 'pycocotools', 'onnxruntime', 'openvino')
@@ -27,7 +27,7 @@ def describe_env() -> dict[str, str]:
         'Python': f'{platform.python_version()} ({sys.executable})',
         'platform': platform.platform(),
     }
-    for family, packages in FAMILIES.items():
+    for family, packages in DISTRIBUTIONS.items():
         found = [f'{name} {_version(name)}' for name in packages if _version(name) != 'not installed']
         env[f'OpenMMLab packages ({family})'] = ', '.join(found) or 'none'
     env.update({name: _version(name) for name in _PACKAGES})

@@ -4,11 +4,28 @@ Whenever an OpenMMLab config says ``type='mmevm.X'``, mmengine imports ``mmevm.r
 ``X`` in the children found here. That is all it takes: no ``custom_imports``.
 """
 
+import importlib
+
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import LOOPS as MMENGINE_LOOPS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import WEIGHT_INITIALIZERS as MMENGINE_WEIGHT_INITIALIZERS
 from mmengine.registry import Registry
 
-MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmevm', locations=['mmevm.models'])
-HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmevm', locations=['mmevm.hooks'])
-LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='mmevm', locations=['mmevm.training'])
+
+class _ModelRegistry(Registry):
+    """Import the module of a model when it is first asked for: a backbone needs neither MMDetection nor MMPretrain."""
+
+    def get(self, key: str) -> type | None:
+        """Return the class of this name, or None."""
+        name = key.removeprefix(f'{self.scope}.') if isinstance(key, str) else None
+        importlib.import_module('mmevm.models').register(name)
+        return super().get(key)
+
+
+MODELS = _ModelRegistry('model', parent=MMENGINE_MODELS, scope='mmevm', locations=['mmevm.models'])
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmevm', locations=['mmevm.engine.hooks'])
+LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='mmevm', locations=['mmevm.engine.loops'])
+WEIGHT_INITIALIZERS = Registry(
+    'weight initializer', parent=MMENGINE_WEIGHT_INITIALIZERS, scope='mmevm', locations=['mmevm.checkpoints.load']
+)

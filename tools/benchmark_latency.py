@@ -18,15 +18,13 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from mmevm.cli import run
-from mmevm.errors import ConfigError
-from mmevm.latency import (
+from mmevm.analysis.latency import (
     DEFAULT_MODELS,
     DTYPES,
     ENGINES,
     PARTS,
+    ModelSpec,
     Result,
-    Subject,
     benchmark,
     break_down,
     environment,
@@ -34,13 +32,15 @@ from mmevm.latency import (
     table,
     write_json,
 )
-from mmevm.latency.clock import keep_kernels
-from mmevm.latency.measuring import Setting, build, cuda_settings
-from mmevm.latency.results import in_one_line
-from mmevm.latency.subjects import AS_TRAINED
+from mmevm.analysis.latency.benchmark import Setting, build, cuda_settings
+from mmevm.analysis.latency.model_spec import AS_TRAINED
+from mmevm.analysis.latency.results import in_one_line
+from mmevm.analysis.latency.timing import keep_kernels
+from mmevm.cli import run
+from mmevm.errors import ConfigError
 
 
-def parse_args() -> tuple[argparse.Namespace, list[Subject]]:
+def parse_args() -> tuple[argparse.Namespace, list[ModelSpec]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group('what is timed')
     what.add_argument(
@@ -136,12 +136,12 @@ def parse_args() -> tuple[argparse.Namespace, list[Subject]]:
     elif args.reference not in args.models:
         parser.error(f'--reference {args.reference} is none of the models: {", ".join(args.models)}.')
     try:
-        return args, [Subject(name, args.part, args.with_cp) for name in args.models]
+        return args, [ModelSpec(name, args.part, args.with_cp) for name in args.models]
     except (ConfigError, ValueError) as error:
         parser.error(f'--models: {error}')
 
 
-def measure(args: argparse.Namespace, subjects: list[Subject], write) -> list[Result]:
+def measure(args: argparse.Namespace, subjects: list[ModelSpec], write) -> list[Result]:
     """All rows; what has been measured is written after each."""
     results = []
     with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -166,7 +166,7 @@ def measure(args: argparse.Namespace, subjects: list[Subject], write) -> list[Re
     return results
 
 
-def break_down_all(args: argparse.Namespace, subjects: list[Subject], results: list[Result]) -> dict[str, dict]:
+def break_down_all(args: argparse.Namespace, subjects: list[ModelSpec], results: list[Result]) -> dict[str, dict]:
     """Print where the time of each model goes."""
     found = {}
     dtype = args.dtype[0]

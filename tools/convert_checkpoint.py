@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from mmevm.checkpoints import convert_checkpoint, fetch_checkpoint, file_named
+from mmevm.checkpoints import convert_checkpoint, fetch_checkpoint, prefix_errors
 from mmevm.cli import run
 
 
@@ -36,7 +36,7 @@ def save(checkpoint: dict, path: Path) -> None:
 def main() -> None:
     args = parse_args()
     content = fetch_checkpoint(args.src)
-    with file_named(args.src):
+    with prefix_errors(args.src):
         checkpoint, report = convert_checkpoint(content, args.weights)
     save(checkpoint, args.dst)
     print(report)

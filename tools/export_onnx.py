@@ -17,12 +17,12 @@ from mmengine.config import DictAction
 from torch import nn
 
 from mmevm import __version__
-from mmevm.checkpoints import load_pretrained, load_whole_model
+from mmevm.analysis.complexity import build_without_weights
+from mmevm.checkpoints import load_pretrained, load_strict
 from mmevm.cli import read_config, run
-from mmevm.complexity import build_without_weights
-from mmevm.deploy import deploy
+from mmevm.deployment import deploy
+from mmevm.deployment.export import EXAMPLE_SIZE, OPSET, PARTS, ModelPart, export_coreml, export_onnx, preprocessing
 from mmevm.errors import ConfigError
-from mmevm.export import EXAMPLE_SIZE, OPSET, PARTS, ModelPart, export_coreml, export_onnx, preprocessing
 
 
 def parse_args() -> argparse.Namespace:
@@ -76,7 +76,7 @@ def load(part: ModelPart, checkpoint: str) -> None:
     if part.part == 'backbone':
         load_pretrained(part.model.backbone, checkpoint)
     else:
-        load_whole_model(part.model, checkpoint)
+        load_strict(part.model, checkpoint)
 
 
 def deployed(model: nn.Module) -> nn.Module:

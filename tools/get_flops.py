@@ -10,8 +10,8 @@ import argparse
 import torch
 from mmengine.config import DictAction
 
+from mmevm.analysis.complexity import build_without_weights, default_input_size, measure_complexity, padded_size
 from mmevm.cli import read_config, run
-from mmevm.complexity import build_without_weights, default_input_size, measure_complexity, padded_size
 from mmevm.errors import ConfigError
 
 

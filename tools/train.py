@@ -6,8 +6,8 @@ import torch
 from mmengine.runner import Runner
 
 from mmevm.cli import add_common_arguments, load_config, run, start
+from mmevm.engine import load_from_safely, make_resumable, resume
 from mmevm.errors import ConfigError
-from mmevm.training import make_resumable, resume, start_inertly
 
 
 def parse_args() -> argparse.Namespace:
@@ -50,7 +50,7 @@ def main() -> None:
     elif cfg.get('resume'):
         resume(cfg, cfg.get('load_from'))
     else:
-        start_inertly(cfg)
+        load_from_safely(cfg)
     if not torch.cuda.is_available():
         cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='mmevm.PeakMemoryHook')]
     start(cfg, ['train', 'val'], Runner.train, args.check)

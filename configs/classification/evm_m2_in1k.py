@@ -3,6 +3,6 @@ _base_ = [
     './_base_/evm_m2.py',
     './_base_/imagenet_224.py',
     './_base_/schedule_300e.py',
-    './_base_/taught_by_average.py',
+    './_base_/mesa_ema.py',
     'mmpretrain::_base_/default_runtime.py',
 ]

@@ -3,7 +3,7 @@ _base_ = [
     './_base_/evm_m3.py',
     './_base_/imagenet_224.py',
     './_base_/schedule_300e.py',
-    './_base_/taught_by_regnety.py',
+    './_base_/distill_regnety160.py',
     'mmpretrain::_base_/default_runtime.py',
 ]
 

@@ -3,7 +3,7 @@ _base_ = [
     './_base_/evm_m4.py',
     './_base_/imagenet_256.py',
     './_base_/schedule_300e.py',
-    './_base_/taught_by_regnety.py',
+    './_base_/distill_regnety160.py',
     'mmpretrain::_base_/default_runtime.py',
 ]
 

@@ -3,7 +3,7 @@ _base_ = [
     './_base_/evm_m4.py',
     './_base_/imagenet_512.py',
     './_base_/schedule_finetune_30e.py',
-    './_base_/taught_by_average.py',
+    './_base_/mesa_ema.py',
     'mmpretrain::_base_/default_runtime.py',
 ]
 

@@ -1,41 +1,27 @@
-"""Other people's checkpoints become ours, and nothing is lost in silence.
+"""Read, convert, fetch and load checkpoints.
 
-The bytes of a file are read without running anything (``reading``), wherever it is (``fetching``); names and shapes
-become those of mmevm's modules, and each of them is accounted for (``converting``); a model receives all of its
-tensors or says what is missing (``loading``). A training's own checkpoint is looked at before mmengine resumes from it
-(``resumable``).
+``read`` turns the bytes of a file into tensors without running code from it, ``fetch`` finds the file (path, URL,
+``timm://``), ``convert`` renames and accounts for every tensor, ``load`` puts them into a model.
 """
 
-from .converting import ConversionReport, convert_checkpoint
-from .fetching import fetch_checkpoint
-from .loading import (
-    check_start,
-    check_whole,
-    load_pretrained,
-    load_trained_weights,
-    load_whole_model,
-    model_of,
-    pretrained_cfgs,
-)
-from .reading import CheckpointError, file_named, read_checkpoint
-from .resumable import check_training_checkpoint, find_unresumable, read_training_meta, training_globals
+from mmevm.errors import CheckpointError
+
+from .convert import ConversionReport, convert_checkpoint
+from .fetch import fetch_checkpoint
+from .load import check_partial, check_strict, load_pretrained, load_strict, load_trained_weights, unwrap_model
+from .read import prefix_errors, read_checkpoint
 
 __all__ = [
     'CheckpointError',
     'ConversionReport',
-    'check_start',
-    'check_training_checkpoint',
-    'check_whole',
+    'check_partial',
+    'check_strict',
     'convert_checkpoint',
     'fetch_checkpoint',
-    'file_named',
-    'find_unresumable',
     'load_pretrained',
+    'load_strict',
     'load_trained_weights',
-    'load_whole_model',
-    'model_of',
-    'pretrained_cfgs',
+    'prefix_errors',
     'read_checkpoint',
-    'read_training_meta',
-    'training_globals',
+    'unwrap_model',
 ]

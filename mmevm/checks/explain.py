@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, Registry, init_default_scope
 from torch.utils.data import DataLoader
 
-from mmevm.errors import ConfigError, ExplainedError
+from mmevm.errors import ConfigError, UserError
 
 from .config import closest, datasets_of, iter_dicts, string_classes, type_name
 from .data import describe_empty, find_unreadable_xml
@@ -38,7 +38,7 @@ def explain_errors(cfg: Config, hook: 'CheckHook') -> Iterator[None]:
     """
     try:
         yield
-    except ExplainedError:
+    except UserError:
         raise
     except Exception as raised:
         error = hook.error or raised
@@ -192,7 +192,7 @@ def _dataset_error(cfg: Config) -> str | None:
             try:
                 built = DATASETS.build(dict(dataset, serialize_data=False, lazy_init=True))
                 built.full_init()
-            except ExplainedError as error:
+            except UserError as error:
                 return str(error)
             except TypeError:  # not one of MMEngine's data sets
                 continue

@@ -12,7 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
-from mmevm.checkpoints import model_of
+from mmevm.checkpoints import unwrap_model
 
 from .config import iter_dicts, type_name
 from .data import DatasetSummary, different_classes, leaf_datasets, summarize_all
@@ -48,7 +48,7 @@ class CheckHook(Hook):
     def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         """Watch the first iteration."""
         if not self.finished and self.tracer is None and not runner.cfg.get('compile'):
-            self.tracer = FeatureTracer(model_of(runner), runner.cfg.model).__enter__()
+            self.tracer = FeatureTracer(unwrap_model(runner), runner.cfg.model).__enter__()
 
     def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         """Warn about what the first iteration has shown."""
@@ -78,7 +78,7 @@ class CheckHook(Hook):
         datasets = {f'{split}_dataloader.dataset': loader.dataset}
         if val_loader:
             datasets['val_dataloader.dataset'] = val_loader.dataset
-        model, summaries = model_of(runner), []
+        model, summaries = unwrap_model(runner), []
         check_topk(runner.cfg, model, ['val', 'test'] if split == 'train' else ['test'])
         if is_main_process():
             summaries = summarize_all(datasets, None if self.check_only else _MAX_IMAGES)
@@ -106,7 +106,7 @@ class CheckHook(Hook):
     def _try_batch(self, runner: Runner, split: str, loader: Any) -> None:
         """Pass the first batch through the model, without a gradient."""
         batch = next(iter(loader))
-        model: Any = model_of(runner)
+        model: Any = unwrap_model(runner)
         with torch.no_grad(), FeatureTracer(model, runner.cfg.model) as self.tracer:
             if split == 'train':
                 model.train()
@@ -148,7 +148,7 @@ def _schedule(runner: Runner) -> Iterator[str]:
 
 def _weights(cfg: Config) -> Iterator[str]:
     if cfg.get('load_from'):
-        yield f'{"resumed from" if cfg.get("resume") else "load_from"} {str(cfg.load_from).removeprefix("mmevm://")}'
+        yield f'{"resumed from" if cfg.get("resume") else "load_from"} {str(cfg.load_from).removeprefix("safe://")}'
     for key, part in iter_dicts(cfg.model, 'model'):
         if part.get('checkpoint') and type_name(part) == 'Pretrained':
             yield f'{key.removesuffix(".init_cfg")} from {part["checkpoint"]}'
@@ -175,7 +175,7 @@ def _print_summary(runner: Runner, split: str, summaries: list[DatasetSummary], 
         if tracer.image_size:
             lines.append('input: {} × {} pixels (height × width) after the pipeline'.format(*tracer.image_size))
         lines += tracer.table()
-    model = model_of(runner)
+    model = unwrap_model(runner)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     lines.append(f'parameters: {total / 1e6:.2f} M, of which {trained / 1e6:.2f} M are trained')

@@ -7,10 +7,10 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-STAND_IN = Path(__file__).with_name('ext.py')
+FALLBACK = Path(__file__).with_name('ext.py')
 
 
-class StandInFinder:
+class FallbackFinder:
     """Answers for the name ``mmcv._ext`` and for no other."""
 
     @staticmethod
@@ -20,7 +20,7 @@ class StandInFinder:
         """Python asks every finder with these arguments."""
         if fullname != 'mmcv._ext':
             return None
-        return importlib.util.spec_from_file_location(fullname, STAND_IN)
+        return importlib.util.spec_from_file_location(fullname, FALLBACK)
 
 
 def register() -> None:
@@ -29,5 +29,5 @@ def register() -> None:
     It changes nothing where a compiled ``mmcv/_ext*.so`` or a file ``mmcv/_ext.py`` exists, imports neither mmcv nor
     the stand-in, and may be called any number of times.
     """
-    if StandInFinder not in sys.meta_path:
-        sys.meta_path.append(StandInFinder)
+    if FallbackFinder not in sys.meta_path:
+        sys.meta_path.append(FallbackFinder)

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .layers import FFN, ConvNorm, M, PatchMerging, Stem, items
 from .mixers import HSMSSD
-from .packed import PackedConv2d
+from .packed_conv import PackedConv2d
 
 if TYPE_CHECKING:
     from .efficientvim import Block  # which imports this module

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from mmevm.checkpoints import load_pretrained, pretrained_cfgs
 from mmevm.compat import is_autocast_enabled, is_compiling
 from mmevm.registry import MODELS
 
 from .deployed import DeployedBlock, DeployedPatchMerging, DeployedStem, check_type
 from .layers import FFN, ConvNorm, PatchMerging, Stem, items
+from .weight_init import init_from_checkpoints, pretrained_cfgs
 
 _POSITIONS_AT_ONCE = 4 * 32**2  # of a map, in the deploy form on a CPU: docs/performance.md
 
@@ -179,7 +179,7 @@ class EfficientViM(BaseModule):
         norm_cfg: mmcv's config of all norms but those before the mixers, such as ``dict(type='SyncBN')``.
         mixer_cfg: Type of the token mixers, and its arguments but for ``channels`` and ``state_dim``; None is
             ``dict(type='mmevm.HSMSSD')``, the paper's.
-        mixer_norm_cfg: mmcv's config of the norms before the mixers; None is ``dict(type='mmevm.ChannelLayerNorm')``.
+        mixer_norm_cfg: mmcv's config of the norms before the mixers; None is ``dict(type='mmevm.LayerNorm2d')``.
         frozen_stages: −1 freezes nothing, 0 the stem, n the stem and the first n stages with their down-sampling: no
             gradient, and BatchNorm in eval mode even after ``train()``.
         norm_eval: Whether BatchNorm stays in eval mode after ``train()``; its weights and biases are trained all the
@@ -244,7 +244,7 @@ class EfficientViM(BaseModule):
         block_cfgs = dict(
             norm_cfg=norm_cfg or dict(type='BN'),
             mixer_cfg=mixer_cfg or dict(type='mmevm.HSMSSD'),
-            mixer_norm_cfg=mixer_norm_cfg or dict(type='mmevm.ChannelLayerNorm'),
+            mixer_norm_cfg=mixer_norm_cfg or dict(type='mmevm.LayerNorm2d'),
         )
         norm_cfg = block_cfgs['norm_cfg']
         last = out_indices[-1]
@@ -341,13 +341,10 @@ class EfficientViM(BaseModule):
             RuntimeError: If a checkpoint named by ``init_cfg`` does not hold every tensor of the backbone. mmengine's
                 own loading would only warn, and train from random weights.
         """
-        pretrained = pretrained_cfgs(self.init_cfg)
-        if not pretrained:
+        if pretrained_cfgs(self.init_cfg):
+            init_from_checkpoints(self, prefix='backbone')
+        else:
             super().init_weights()
-            return
-        for cfg in pretrained:
-            load_pretrained(self, **{'prefix': 'backbone', **cfg})
-        self._is_init = True
 
     @torch.no_grad()
     @torch.inference_mode(mode=False)  # inference tensors could not be changed in place, or trained on, later

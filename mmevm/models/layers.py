@@ -108,7 +108,7 @@ class Stem(nn.Module):
 
 
 @MODELS.register_module()
-class ChannelLayerNorm(nn.Module):
+class LayerNorm2d(nn.Module):
     """LayerNorm over the channels of each pixel of a (B, C, H, W) map.
 
     Mean and variance are taken in at least float32, whatever autocast says: a sum of squares of features of 1e4 does

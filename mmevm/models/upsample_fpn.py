@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mmevm.registry import MODELS
 
-from .layers import ChannelLayerNorm
+from .layers import LayerNorm2d
 
 
 @MODELS.register_module()
@@ -85,7 +85,7 @@ class UpsampleFPN(FPN):
             act_cfg=act_cfg,
             init_cfg=init_cfg or dict(type='Xavier', layer='Conv2d', distribution='uniform'),
         )
-        self.pre_norms = nn.ModuleList(ChannelLayerNorm(channels) for channels in in_channels)
+        self.pre_norms = nn.ModuleList(LayerNorm2d(channels) for channels in in_channels)
         self.upsample_convs = nn.ModuleList(
             ConvModule(out_channels, out_channels, 2, stride=2, conv_cfg=dict(type='deconv'), act_cfg=None)
             for _ in range(num_upsamples)

@@ -1,6 +1,6 @@
 # EfficientViM-M1 as the authors classify with it: hidden states of the three stages and the last map, fused.
 model = dict(
-    type='mmevm.TaughtImageClassifier',  # mmpretrain's ImageClassifier, which a hook may give a teacher in training
+    type='mmevm.DistillationClassifier',  # mmpretrain's ImageClassifier, which a hook may give a teacher in training
     backbone=dict(type='mmevm.EfficientViM', arch='m1', out_indices=(2,), out_hidden_states=True),
     head=dict(
         type='mmevm.FusionClsHead',

@@ -1,0 +1,1 @@
+"""Measure a model: parameters and multiply-accumulates (``complexity``), time and memory (``latency``)."""

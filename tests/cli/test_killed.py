@@ -1,0 +1,215 @@
+"""Trainings that are killed at any moment, and go on: processes of their own, on small images and on the CPU."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from command_line import ENVIRONMENT, ROOT, run, succeed, the_sentence
+
+from mmevm.engine.training_state import check_training_checkpoint
+
+SHAPES = ROOT / 'configs/demo/maskrcnn_evm_m1_shapes.py'
+DIGITS = ROOT / 'configs/demo/evm_m1_digits.py'
+SEED = ['randomness.seed=0', 'randomness.deterministic=True']
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+class Training:
+    """A run of tools/train.py, watched as it goes."""
+
+    def __init__(self, config, *arguments, cwd):
+        command = [sys.executable, '-u', ROOT / 'tools/train.py', config, '--work-dir', 'here', *arguments]
+        self.log = cwd / 'log.txt'
+        with self.log.open('w') as output:  # the process's own: whoever shares it moves its place by reading
+            self.process = subprocess.Popen(
+                list(map(str, command)),
+                cwd=cwd,
+                env=os.environ | ENVIRONMENT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def printed(self):
+        return self.log.read_text()
+
+    def wait_for(self, condition):
+        while not condition():
+            assert self.process.poll() is None, self.printed
+            time.sleep(0.001)
+
+    def end(self, number=None):
+        if number:
+            os.killpg(self.process.pid, number)  # its loaders' workers too, as a cluster does
+        self.process.wait(300)
+        return self.printed
+
+
+@pytest.fixture(scope='module')
+def shapes(tmp_path_factory):
+    root = tmp_path_factory.mktemp('shapes')
+    succeed(ROOT / 'tools/make_shapes.py', root, '--num-train', 8, '--num-val', 4, '--size', 96, cwd=root)
+    return root
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    """Four images of each digit."""
+    root = tmp_path_factory.mktemp('digits')
+    succeed(ROOT / 'tools/make_digits.py', root, cwd=root)
+    for folder in root.glob('*/*'):
+        for path in sorted(folder.iterdir())[4:]:
+            path.unlink()
+    return root
+
+
+def detection(shapes, *options):
+    """Twenty iterations, a checkpoint after every second one, an evaluation after eight."""
+    return [
+        *(SHAPES, '--data-root', shapes, '--cfg-options', *SEED, 'train_cfg.max_iters=20', 'train_cfg.val_interval=8'),
+        *('train_dataloader.batch_size=2', 'default_hooks.checkpoint.interval=2', 'default_hooks.logger.interval=1'),
+        *('param_scheduler.0.end=5', 'param_scheduler.1.begin=5', 'param_scheduler.1.end=20', *options),
+    ]
+
+
+def classification(digits, *options):
+    """Four epochs of five iterations with mixup, the model's average and MESA, images loaded by two workers."""
+    return [
+        *(DIGITS, '--data-root', digits, '--cfg-options', *SEED, 'train_cfg.max_epochs=4', 'train_cfg.val_interval=2'),
+        *('train_dataloader.batch_size=8', 'train_dataloader.num_workers=2', 'default_hooks.logger.interval=1'),
+        *('val_dataloader.batch_size=4', 'val_dataloader.num_workers=2'),
+        *('default_hooks.checkpoint.interval=1', 'train_dataloader.persistent_workers=True', *options),
+    ]
+
+
+def whole_checkpoints(folder):
+    """Iterations that were saved; every one of the files is whole."""
+    return sorted(check_training_checkpoint(path)['iter'] for path in folder.glob('*.pth'))
+
+
+def assert_same_state(path, other):
+    """Bit for bit: weights, averages, optimiser and schedules."""
+    first, second = (torch.load(path, map_location='cpu', weights_only=False) for path in (path, other))
+    assert first.keys() == second.keys()
+    for part in ('state_dict', 'ema_state_dict', 'optimizer', 'param_schedulers'):
+        left, right = (torch.utils._pytree.tree_flatten(content.get(part)) for content in (first, second))
+        assert left[1] == right[1], part
+        for a, b in zip(left[0], right[0], strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, part
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(shapes, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp('uninterrupted')
+    printed = Training(*detection(shapes), cwd=cwd).end()
+    assert 'Iter(train) [20/20]' in printed, printed
+    return cwd / 'here'
+
+
+def test_ten_kills_change_nothing(shapes, uninterrupted, tmp_path):
+    here = tmp_path / 'here'
+    saved = cut_off = 0
+
+    def is_printed(text):
+        return lambda training: text in training.printed
+
+    def is_being_written(number):
+        return lambda _: (here / f'iter_{number}.pth.part').exists()
+
+    def is_written(number):
+        return lambda _: (here / f'iter_{number}.pth').exists()
+
+    moments = [
+        is_printed('Checkpoints will be saved to'),  # nothing is there yet
+        is_printed('Iter(train) [ 1/20]'),
+        is_being_written(2),
+        is_printed('Iter(train) [ 3/20]'),
+        is_written(4),  # before mmengine has named it as the last one
+        is_being_written(6),
+        is_printed('Iter(val) [1/4]'),
+        is_printed('Load checkpoint from'),
+        is_being_written(14),
+        is_being_written(20),
+    ]
+    for moment in moments:
+        training = Training(*detection(shapes), '--resume', cwd=tmp_path)
+        training.wait_for(lambda: moment(training))  # noqa: B023
+        printed = training.end(signal.SIGKILL)
+        assert training.process.returncode == -signal.SIGKILL
+        expected = f'resumed epoch: 0, iter: {saved}\n' if saved else 'the training starts anew'
+        assert expected in printed or moment is moments[7]
+        cut_off += len(list(here.glob('*.part')))
+        complete = whole_checkpoints(here)
+        assert not complete or complete[-1] >= saved
+        saved = complete[-1] if complete else 0
+    assert saved >= 18
+
+    printed = Training(*detection(shapes), '--resume', cwd=tmp_path).end()
+    assert f'resumed epoch: 0, iter: {saved}\n' in printed
+    assert not list(here.glob('*.part'))
+    assert_same_state(here / 'iter_20.pth', uninterrupted / 'iter_20.pth')
+
+
+def damage(path):
+    """Cut a file off, as a disk does that was not told to keep it."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(shapes, uninterrupted, tmp_path):
+    here = tmp_path / 'here'
+    shutil.copytree(uninterrupted, here)
+    damage(here / 'iter_20.pth')
+    printed = Training(*detection(shapes), '--resume', cwd=tmp_path).end()
+    assert 'here/iter_20.pth is cut off or damaged' in printed
+    assert 'resumed epoch: 0, iter: 18\n' in printed
+    assert_same_state(here / 'iter_20.pth', uninterrupted / 'iter_20.pth')
+
+    damage(here / 'iter_18.pth')
+    damage(here / 'iter_20.pth')
+    result = run(ROOT / 'tools/train.py', *detection(shapes), '--resume', '--work-dir', here, cwd=tmp_path)
+    assert f'None of the checkpoints in {here} can be resumed from' in the_sentence(result)
+
+
+def test_a_full_disk_is_an_error_that_leaves_the_checkpoints_before(shapes, uninterrupted, tmp_path):
+    """On a file system that has room for two and a half of them."""
+    size = (uninterrupted / 'iter_20.pth').stat().st_size * 5 // 2
+    options = detection(shapes, 'default_hooks.checkpoint.max_keep_ckpts=-1')
+    script = f'mount -t tmpfs -o size={size} none here || exit 77; "$@"; status=$?; cp here/iter* saved; exit $status'
+    for name in ('here', 'saved'):
+        (tmp_path / name).mkdir()
+    command = ['unshare', '--map-root-user', '--mount', 'sh', '-c', script, 'sh', sys.executable]
+    command += [ROOT / 'tools/train.py', '--work-dir', 'here', *options]
+    environment = os.environ | ENVIRONMENT
+    result = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    if result.returncode == 77 or 'unshare' in result.stderr:
+        pytest.skip(f'this user may not mount a file system: {result.stderr}')
+    assert 'here/iter_6.pth cannot be written (No space left on device)' in the_sentence(result)
+    assert sorted(path.name for path in (tmp_path / 'saved').iterdir()) == ['iter_2.pth', 'iter_4.pth']
+    assert whole_checkpoints(tmp_path / 'saved') == [2, 4]
+
+
+def test_sigterm_saves_ends_and_is_resumed_within_the_epoch(digits, tmp_path):
+    """Mixup, MESA and the model's average, images loaded by two workers; the second time while it evaluates."""
+    (tmp_path / 'whole').mkdir()
+    printed = Training(*classification(digits), cwd=tmp_path / 'whole').end()
+    assert 'Epoch(train) [4][5/5]' in printed, printed
+
+    for moment in ('Epoch(train) [2][2/5]', 'Epoch(val) [2]', 'Epoch(train) [4][4/5]'):
+        training = Training(*classification(digits), '--resume', cwd=tmp_path)
+        training.wait_for(lambda: moment in training.printed)  # noqa: B023
+        printed = training.end(signal.SIGTERM)
+        assert training.process.returncode == 143
+        assert 'Traceback' not in printed
+        assert 'the same command with --resume goes on from there' in printed
+    printed = Training(*classification(digits), '--resume', cwd=tmp_path).end()
+    assert 'of 5 batches of this epoch are passed over' in printed
+    assert_same_state(tmp_path / 'here/epoch_4.pth', tmp_path / 'whole/here/epoch_4.pth')

@@ -1,0 +1,112 @@
+"""The synthetic data set, read back with other means than it was written with."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+
+SCRIPT = Path(__file__).parents[2] / 'tools' / 'make_shapes.py'
+NUMBERS = dict(train=12, val=6)
+SIZE = 96
+
+
+def make(root, seed=0):
+    numbers = [f'--num-{split}={number}' for split, number in NUMBERS.items()]
+    subprocess.run([sys.executable, SCRIPT, root, *numbers, f'--size={SIZE}', f'--seed={seed}'], check=True)
+    return {path.relative_to(root): path.read_bytes() for path in root.rglob('*') if path.is_file()}
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp('shapes')
+    make(root)
+    return root
+
+
+@pytest.fixture(params=NUMBERS)
+def split(request):
+    return request.param
+
+
+@pytest.fixture
+def coco(root, split):
+    return COCO(root / 'annotations' / f'instances_{split}.json')
+
+
+def test_same_seed_same_files_and_another_seed_other_files(root, tmp_path):
+    files = {path.relative_to(root): path.read_bytes() for path in root.rglob('*') if path.is_file()}
+    assert make(tmp_path / 'again') == files
+    other = make(tmp_path / 'other', seed=1)
+    assert set(other) == set(files)
+    assert not set(other.values()) & set(files.values())
+
+
+def test_train_and_val_have_no_image_in_common(root):
+    images = [path.read_bytes() for path in root.rglob('*.png')]
+    assert len(set(images)) == len(images) == sum(NUMBERS.values())
+
+
+def test_images_are_those_of_the_annotations(root, split, coco):
+    assert len(coco.imgs) == NUMBERS[split]
+    names = [image['file_name'] for image in coco.imgs.values()]
+    assert sorted(names) == sorted(path.name for path in (root / split).iterdir())
+    for image in coco.imgs.values():
+        assert cv2.imread(str(root / split / image['file_name'])).shape == (image['height'], image['width'], 3)
+
+
+def test_boxes_and_areas_are_those_of_the_masks(coco):
+    assert coco.anns
+    for ann in coco.anns.values():
+        mask = coco.annToMask(ann)
+        assert mask.shape == (SIZE, SIZE)
+        rows, columns = np.nonzero(mask)
+        left, top, width, height = ann['bbox']
+        assert (left, top) == (columns.min(), rows.min())
+        assert (left + width, top + height) == (columns.max() + 1, rows.max() + 1)
+        assert ann['area'] == len(rows)
+
+
+def test_objects_do_not_overlap_and_the_border_cuts_some(coco):
+    cut = 0
+    for image in coco.imgs:
+        masks = [coco.annToMask(ann) for ann in coco.imgToAnns[image]]
+        assert np.sum(masks, axis=0).max() <= 1
+        cut += sum(mask[[0, -1]].any() or mask[:, [0, -1]].any() for mask in masks)
+    assert cut
+
+
+def test_one_crowd_in_the_first_image_and_nothing_in_the_last(coco):
+    first, *_, last = sorted(coco.imgs)
+    assert [ann['image_id'] for ann in coco.anns.values() if ann['iscrowd']] == [first]
+    assert coco.imgToAnns[last] == []
+    assert all(coco.imgToAnns[image] for image in coco.imgs if image != last)
+
+
+def test_categories(root, split, coco):
+    assert [category['name'] for category in coco.cats.values()] == ['shape']
+    assert {ann['category_id'] for ann in coco.anns.values()} == set(coco.cats)
+    text = json.loads((root / 'annotations' / f'instances_{split}.json').read_text())
+    assert len(coco.anns) == len(text['annotations'])  # no id is there twice
+
+
+@pytest.mark.parametrize('crowd', [False, True])
+@pytest.mark.parametrize('seed', range(5))
+def test_masks_are_exactly_the_pixels_that_are_visible(seed, crowd):
+    """With a paint of one colour in place of each texture, the image itself says what is visible where."""
+    module = runpy.run_path(str(SCRIPT))
+    paints = iter(range(256))
+    module['make_image'].__globals__['make_texture'] = lambda rng, size, kind: np.full(
+        (size, size, 3), next(paints), np.uint8
+    )
+    image, objects = module['make_image'](np.random.default_rng(seed), SIZE, crowd=crowd, empty=False)
+    assert len(objects) == image.max() > 0  # the ground has the first paint, 0
+    for paint, obj in enumerate(objects, start=1):
+        assert obj['mask'].any()
+        assert (obj['mask'] == (image[..., 0] == paint)).all()
+    assert sum(obj['iscrowd'] for obj in objects) == crowd

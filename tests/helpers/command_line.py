@@ -1,0 +1,49 @@
+"""Command lines as a user starts them, in processes of their own and on the CPU."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+ENVIRONMENT = dict(
+    PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]),
+    OMP_NUM_THREADS='1',
+    CUDA_VISIBLE_DEVICES='',
+)
+
+
+def run(*arguments, cwd, **environment):
+    command = [sys.executable, *map(str, arguments)]
+    environment = os.environ | ENVIRONMENT | environment
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def succeed(*arguments, cwd, **environment):
+    result = run(*arguments, cwd=cwd, **environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def run_here(monkeypatch, tool, *arguments):
+    """A command line in this process, which saves its imports."""
+    monkeypatch.setattr(sys, 'argv', [tool.name, *map(str, arguments)])
+    runpy.run_path(str(tool), run_name='__main__')
+
+
+def the_sentence(result):
+    """The last words of a command that ends with 1: one line and no traceback."""
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert 'Traceback' not in result.stderr
+    return result.stderr.strip().splitlines()[-1]
+
+
+def scalars(work_dir):
+    """What the last run in a work dir has logged, iteration by iteration, and its evaluations."""
+    path = sorted(work_dir.glob('*/vis_data/scalars.json'))[-1]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if 'loss' in line], [line for line in lines if 'loss' not in line]

@@ -1,0 +1,158 @@
+"""Every engine computes what the model does, and says what it cannot do."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from versions import EXPORTS_ONNX
+
+from mmevm.analysis.latency import ENGINES, EngineError, prepare
+
+ONNX_ENGINES = ['onnxruntime', 'openvino']
+needs_export = pytest.mark.skipif(not EXPORTS_ONNX, reason='ONNX export needs torch 2.7')
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+
+
+class TwoMaps(nn.Module):
+    """Convolution, norm and ReLU, and maps of two sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return x, [self.last(x[..., ::2, ::2])]
+
+
+@pytest.fixture
+def model():
+    return TwoMaps().eval()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 3, 16, 24)
+
+
+def outputs(result):
+    """All outputs as tensors, of whatever an engine returns."""
+    leaves = torch.utils._pytree.tree_flatten(result)[0]
+    return [torch.as_tensor(leaf).float().cpu() for leaf in leaves]
+
+
+def assert_same(result, model, x, tolerance=1e-5):
+    with torch.no_grad():
+        expected = outputs(model(x))
+    for out, ref in zip(outputs(result), expected, strict=True):
+        assert out.shape == ref.shape
+        assert (out - ref).abs().max() < tolerance * ref.abs().max()
+
+
+@pytest.mark.parametrize(
+    'engine',
+    [
+        'eager',
+        pytest.param('compile', marks=pytest.mark.slow),
+        pytest.param('cudagraph', marks=on_a_gpu),
+        *(pytest.param(engine, marks=needs_export) for engine in ONNX_ENGINES),
+    ],
+)
+def test_outputs_are_those_of_the_model_for_whatever_it_is_given(engine, model, x, tmp_path):
+    if engine in ONNX_ENGINES:
+        pytest.importorskip(engine)
+    if engine == 'cudagraph':
+        model, x = model.cuda(), x.cuda()
+    reference = TwoMaps().eval()
+    reference.load_state_dict(model.state_dict())
+    reference.to(x.device)
+    call = prepare(engine, model, x, threads=1, onnx_file=tmp_path / 'model.onnx')
+    for given in (x, x.flip(0) + 1, x.contiguous(memory_format=torch.channels_last)):
+        result = call(given)
+        assert_same(result, reference, given)
+
+
+def test_inference_keeps_nothing_for_a_backward_pass(model, x):
+    result, _ = prepare('eager', model, x)(x)
+    assert not result.requires_grad
+
+
+def test_autocast_computes_in_its_dtype(model, x):
+    _, (out,) = prepare('eager', model, x, 'autocast-bfloat16')(x)
+    assert out.dtype == torch.bfloat16
+    _, (out,) = prepare('eager', model, x)(x)
+    assert out.dtype == torch.float32
+    _, (out,) = prepare('eager', model.bfloat16(), x.bfloat16(), 'bfloat16')(x.bfloat16())
+    assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('engine', ['eager', pytest.param('compile', marks=pytest.mark.slow)])
+def test_training_leaves_the_gradients_of_one_backward_pass(engine, x):
+    model = nn.Conv2d(3, 4, 1).train()
+    call = prepare(engine, model, x, training=True)
+    call(x)
+    call(x)
+    # The sum of all outputs: each weight is met by its channel of each pixel.
+    expected = x.sum((0, 2, 3)).expand(4, 3)
+    torch.testing.assert_close(model.weight.grad.flatten(1), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(model.bias.grad, torch.full((4,), 2.0 * 16 * 24))
+
+
+@needs_export
+@pytest.mark.parametrize('engine', ONNX_ENGINES)
+def test_an_onnx_file_that_is_there_is_used(engine, model, x, tmp_path):
+    pytest.importorskip(engine)
+    file = tmp_path / 'model.onnx'
+    prepare('onnxruntime', model, x, onnx_file=file)
+    other = TwoMaps().eval()
+    assert_same(prepare(engine, other, x, onnx_file=file)(x), model, x)
+
+
+@needs_export
+def test_onnx_runtime_has_the_threads_that_it_was_given(model, x, tmp_path):
+    pytest.importorskip('onnxruntime')
+    tasks = Path('/proc/self/task')
+    if not tasks.exists():
+        pytest.skip('needs /proc')
+    file = tmp_path / 'model.onnx'
+    kept = [prepare('onnxruntime', model, x, threads=1, onnx_file=file)]
+    before = len(os.listdir(tasks))
+    kept.append(prepare('onnxruntime', model, x, threads=1, onnx_file=file))
+    assert len(os.listdir(tasks)) == before  # the caller's own is the one
+    kept.append(prepare('onnxruntime', model, x, threads=4, onnx_file=file))
+    assert len(os.listdir(tasks)) == before + 3
+
+
+@pytest.mark.parametrize('engine', ONNX_ENGINES)
+def test_a_missing_package_is_named(engine, model, x, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, engine, None)
+    with pytest.raises(EngineError, match=f'{engine} is not installed: pip install'):
+        prepare(engine, model, x, onnx_file=tmp_path / 'model.onnx')
+
+
+@pytest.mark.parametrize(
+    ('engine', 'kwargs', 'sentence'),
+    [
+        ('cudagraph', dict(), 'needs a GPU'),
+        ('onnxruntime', dict(training=True), 'is for inference'),
+        ('openvino', dict(training=True), 'is for inference'),
+        ('onnxruntime', dict(dtype='float16'), 'in float32 alone: leave out the dtype float16'),
+        ('openvino', dict(dtype='autocast-bfloat16'), 'in float32 alone'),
+    ],
+)
+def test_what_an_engine_does_not_do_is_a_sentence(engine, kwargs, sentence, model, x, tmp_path):
+    with pytest.raises(EngineError, match=sentence):
+        prepare(engine, model, x, onnx_file=tmp_path / 'model.onnx', **kwargs)
+
+
+def test_other_names_are_refused(model, x):
+    with pytest.raises(ValueError, match=f"'tensorrt' is none of {', '.join(ENGINES)}"):
+        prepare('tensorrt', model, x)
+    with pytest.raises(ValueError, match="'half' is none of float32"):
+        prepare('eager', model, x, 'half')
+    with pytest.raises(ValueError, match='onnx_file'):
+        prepare('onnxruntime', model, x)

@@ -1,0 +1,431 @@
+"""Short trainings by mmengine's runner, whose student has a teacher."""
+
+import copy
+import functools
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from mmengine.config import ConfigDict
+from mmengine.hooks import EMAHook, Hook
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import Runner
+from mmpretrain.structures import DataSample
+from randomize import randomize
+
+from mmevm.checkpoints import CheckpointError
+from mmevm.engine.hooks import DistillationHook, MESAHook
+from mmevm.errors import ConfigError
+
+TINY = dict(embed_dims=(8, 16, 16), depths=(1, 1, 1), state_dims=(4, 4, 4))
+TIMM = dict(embed_dim=(8, 16, 16), depths=(1, 1, 1), state_dim=(4, 4, 4), num_classes=5)
+EMA = dict(type='EMAHook', momentum=0.1, update_buffers=True)
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def default_scope(tmp_path):
+    yield
+    DefaultScope.get_instance(f'after {tmp_path}', scope_name='mmengine')  # the runner's stays, but is not the latest
+
+
+def network(kind='mmevm.DistillationClassifier', distilled=False, num_classes=5):
+    return dict(
+        type=kind,
+        backbone=dict(type='mmevm.EfficientViM', arch=TINY, out_indices=(2,), out_hidden_states=True),
+        head=dict(
+            type='mmevm.FusionClsHead', num_classes=num_classes, in_channels=(8, 16, 16, 16), distilled=distilled
+        ),
+        data_preprocessor=dict(mean=[127.5] * 3, std=[127.5] * 3, num_classes=num_classes),
+    )
+
+
+def build(cfg):
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        return MODELS.build(copy.deepcopy(cfg))
+
+
+def dataset():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (4, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return [dict(inputs=image, data_samples=DataSample().set_gt_label(i % 5)) for i, image in enumerate(images)]
+
+
+class Recorder(Hook):
+    """Keeps the losses of each iteration, calls ``check`` before it, and may pull the plug."""
+
+    priority = 'VERY_LOW'  # after the others
+
+    def __init__(self, check=lambda runner: None, stop_at=None):
+        self.check, self.stop_at, self.losses = check, stop_at, {}
+
+    def before_train_iter(self, runner, *args, **kwargs):
+        if runner.iter == self.stop_at:
+            raise InterruptedError
+        self.check(runner)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.losses[runner.iter] = outputs
+
+    def having(self, name):
+        return [i for i, losses in self.losses.items() if name in losses]
+
+
+def make_runner(folder, hooks, model=None, by_epoch=True, epochs=4, saving=False, **kwargs):
+    """4 images in batches of 2, so 2 iterations an epoch; 8 in all if there are 4 epochs."""
+    torch.manual_seed(0)
+    return Runner(
+        model=build(model or network()),
+        work_dir=str(folder),
+        train_dataloader=dict(
+            dataset=dataset(),
+            batch_size=2,
+            sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=False),
+        ),
+        train_cfg=dict(by_epoch=True, max_epochs=epochs) if by_epoch else dict(by_epoch=False, max_iters=8),
+        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3)),
+        default_hooks=dict(
+            logger=dict(type='LoggerHook', interval=1),
+            checkpoint=dict(type='CheckpointHook', interval=2) if saving else None,
+        ),
+        custom_hooks=copy.deepcopy(hooks[:-1]) + hooks[-1:],
+        randomness=dict(seed=0),
+        default_scope='mmpretrain',
+        experiment_name=str(folder),
+        **kwargs,
+    )
+
+
+def train(folder, hooks, **kwargs):
+    runner = make_runner(folder, hooks, **kwargs)
+    runner.train()
+    return runner
+
+
+def the_average(runner):
+    (hook,) = [hook for hook in runner.hooks if isinstance(hook, EMAHook)]
+    return hook.ema_model.module
+
+
+def assert_same(state, expected):
+    torch.testing.assert_close(dict(state), dict(expected), rtol=0, atol=0)
+
+
+def with_state(model, state):
+    model.load_state_dict(state)
+    return model
+
+
+def as_the_student_sees_them(iteration):
+    first = 2 * (iteration % 2)
+    return (torch.stack([sample['inputs'] for sample in dataset()[first : first + 2]]) - 127.5) / 127.5
+
+
+@pytest.fixture(scope='module')
+def mesa(tmp_path_factory):
+    """Train from the second epoch on with MESA, and note what there is before each iteration."""
+
+    @functools.cache
+    def train_once(update_buffers):
+        before, after_the_step = [], []
+
+        def note(runner):
+            average = the_average(runner)
+            moment = SimpleNamespace(student=copy.deepcopy(runner.model.state_dict()))
+            moment.average = copy.deepcopy(average.state_dict())
+            moment.answer = None if runner.model.teacher is None else runner.model.teacher(IMAGES)
+            moment.average_once_asked = copy.deepcopy(average.state_dict())
+            before.append(moment)
+
+        class AfterTheStep(Hook):
+            priority = 'VERY_HIGH'  # before EMAHook averages
+
+            def after_train_iter(self, runner, *args, **kwargs):
+                after_the_step.append(copy.deepcopy(the_average(runner).state_dict()))
+
+        folder = tmp_path_factory.mktemp('mesa')
+        recorder = Recorder(note)
+        hooks = [dict(EMA, update_buffers=update_buffers), dict(type='mmevm.MESAHook'), AfterTheStep(), recorder]
+        runner = train(folder, hooks, saving=True)
+        return SimpleNamespace(
+            folder=folder, runner=runner, recorder=recorder, before=before, after_the_step=after_the_step
+        )
+
+    return train_once
+
+
+def assert_begins_at(first, folder, runner, recorder):
+    assert list(recorder.losses) == recorder.having('loss') == list(range(8))
+    assert recorder.having('loss_mesa') == list(range(first, 8))
+    assert runner.model.teacher is None
+    (log,) = folder.glob('*/*.log')
+    assert log.read_text().count('MESA begins at iteration') == 1
+    assert f'MESA begins at iteration {first} of 8.' in log.read_text()
+
+
+class TestMESA:
+    def test_begins_at_a_quarter_of_the_training(self, mesa):
+        training = mesa(update_buffers=True)
+        assert_begins_at(2, training.folder, training.runner, training.recorder)
+
+    @pytest.mark.parametrize(
+        ('by_epoch', 'ema', 'begin', 'first'),
+        [
+            (False, 'mmengine.EMAHook', {}, 2),
+            (False, 'EMAHook', dict(begin=0.0), 0),
+            (True, 'mmengine.EMAHook', dict(begin=0.55), 5),
+        ],
+    )
+    def test_begins_at_its_share_of_the_training(self, tmp_path, by_epoch, ema, begin, first):
+        recorder = Recorder()
+        hooks = [dict(EMA, type=ema), dict(type='mmevm.MESAHook', **begin), recorder]
+        assert_begins_at(first, tmp_path, train(tmp_path, hooks, by_epoch=by_epoch), recorder)
+
+    @pytest.mark.parametrize('update_buffers', [True, False])
+    def test_the_teacher_is_the_average_in_eval_mode_and_does_not_move_by_being_asked(self, mesa, update_buffers):
+        training = mesa(update_buffers=update_buffers)
+        for moment, after_the_step in zip(training.before, training.after_the_step, strict=True):
+            assert_same(moment.average_once_asked, moment.average)
+            assert_same(after_the_step, moment.average)
+        taught = [moment for moment in training.before if moment.answer is not None]
+        assert len(taught) == 6
+        for moment in taught:
+            reference = with_state(build(network()), moment.average).eval()
+            torch.testing.assert_close(moment.answer, reference(IMAGES), rtol=0, atol=0)
+            assert not torch.allclose(moment.answer, with_state(build(network()), moment.student).train()(IMAGES))
+        assert not torch.allclose(taught[0].answer, taught[-1].answer)
+
+    def test_the_loss_is_of_the_average_of_that_iteration(self, mesa):
+        training = mesa(update_buffers=True)
+        for i in range(2, 8):
+            images = as_the_student_sees_them(i)
+            student = with_state(build(network()), training.before[i].student).train()
+            average = with_state(build(network()), training.before[i].average).eval()
+            with torch.no_grad():
+                expected = -(average(images).softmax(1) * student(images).log_softmax(1)).sum(1).mean()
+            torch.testing.assert_close(training.recorder.losses[i]['loss_mesa'], expected)
+
+    @pytest.mark.parametrize(('begin', 'first'), [(0.25, 4), (0.7, 6)])
+    def test_a_resumed_training_goes_on_as_if_nothing_had_happened(self, tmp_path, mesa, monkeypatch, begin, first):
+        monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')  # mmengine 0.10.7 cannot resume without it
+        hook = dict(type='mmevm.MESAHook', begin=begin)
+        if begin == 0.25:  # as by default
+            whole = mesa(update_buffers=True).runner
+        else:
+            whole = train(tmp_path / 'whole', [EMA, hook, Recorder()])
+        with pytest.raises(InterruptedError):
+            train(tmp_path / 'part', [EMA, hook, Recorder(stop_at=5)], saving=True)
+        recorder = Recorder()
+        rest = make_runner(tmp_path / 'part', [EMA, hook, recorder], resume=True)
+        rest.train()
+        assert list(recorder.losses) == list(range(4, 8))
+        assert recorder.having('loss_mesa') == list(range(first, 8))
+        assert_same(rest.model.state_dict(), whole.model.state_dict())
+        assert_same(the_average(rest).state_dict(), the_average(whole).state_dict())
+
+    def test_a_checkpoint_has_the_weights_of_the_average_and_no_others(self, mesa):
+        training = mesa(update_buffers=True)
+        runner = training.runner
+        checkpoint = torch.load(training.folder / 'epoch_4.pth', weights_only=False)
+        assert_same(checkpoint['state_dict'], the_average(runner).state_dict())
+        assert not torch.equal(checkpoint['state_dict']['head.heads.0.weight'], runner.model.head.heads[0].weight)
+        assert set(checkpoint['state_dict']) == set(build(network('ImageClassifier')).state_dict())
+
+    def test_without_an_average_it_is_an_error(self, tmp_path):
+        runner = make_runner(tmp_path, [dict(type='mmevm.MESAHook'), Recorder()])
+        with pytest.raises(ConfigError, match=r"no EMAHook: add dict\(type='EMAHook'"):
+            runner.train()
+
+    def test_a_distilled_head_is_an_error(self, tmp_path):
+        runner = make_runner(tmp_path, [EMA, dict(type='mmevm.MESAHook'), Recorder()], model=network(distilled=True))
+        with pytest.raises(ConfigError, match='MESAHook is for heads with distilled=False'):
+            runner.train()
+
+    @pytest.mark.parametrize('begin', [-0.1, 1, 25])
+    def test_begin_is_a_share(self, begin):
+        with pytest.raises(ValueError, match=f'begin={begin}: a share'):
+            MESAHook(begin)
+
+
+def write_teacher(kind, folder):
+    """The config of a trained teacher, and the same network with its weights."""
+    path = str(folder / 'teacher.pth')
+    name, _, how = kind.partition(' ')
+    if name == 'timm':
+        reference = randomize(timm.create_model('efficientvim_m1', **TIMM))
+        cfg = dict(type='TimmClassifier', model_name='efficientvim_m1', **TIMM)
+    else:
+        cfg = network('ImageClassifier')
+        reference = randomize(build(cfg))
+    state = reference.state_dict()
+    if how == 'checkpoint_path':
+        cfg['checkpoint_path'] = path
+    elif how == 'pretrained':
+        cfg['pretrained'] = path
+        state = {'state_dict': state, 'meta': {}}
+    elif how == 'prefix':
+        state = {f'student.{name}': tensor for name, tensor in state.items()}
+        cfg['init_cfg'] = dict(type='Pretrained', checkpoint=path, prefix='student')
+    else:
+        cfg['init_cfg'] = dict(type='Pretrained', checkpoint=path)
+    torch.save(state, path)
+    return cfg, reference.eval()
+
+
+TEACHERS = [
+    'timm checkpoint_path',
+    'timm init_cfg',
+    'mmpretrain init_cfg',
+    'mmpretrain pretrained',
+    'mmpretrain prefix',
+]
+
+
+@pytest.fixture(scope='module')
+def distillation(tmp_path_factory):
+    """Train with a teacher, and note what there is before each iteration."""
+
+    @functools.cache
+    def train_once(kind):
+        folder = tmp_path_factory.mktemp('distillation')
+        cfg, reference = write_teacher(kind, folder)
+        answers, students = [], []
+
+        def note(runner):
+            students.append(copy.deepcopy(runner.model.state_dict()))
+            answers.append(runner.model.teacher(IMAGES))
+            parameters = {id(p) for group in runner.optim_wrapper.param_groups for p in group['params']}
+            assert parameters == {id(p) for p in runner.model.parameters()}
+
+        recorder = Recorder(note)
+        hooks = [EMA, ConfigDict(type='mmevm.DistillationHook', teacher=cfg), recorder]
+        runner = train(folder, hooks, model=network(distilled=True), epochs=2, saving=True)
+        return SimpleNamespace(
+            folder=folder, runner=runner, recorder=recorder, reference=reference, answers=answers, students=students
+        )
+
+    return train_once
+
+
+class TestDistillation:
+    @pytest.mark.parametrize('kind', TEACHERS)
+    def test_the_teacher_has_the_weights_of_the_file_to_the_end_and_is_in_no_checkpoint(self, distillation, kind):
+        training = distillation(kind)
+        recorder, runner = training.recorder, training.runner
+        assert recorder.having('loss_distill') == recorder.having('loss') == list(range(4))
+        assert len(training.answers) == 4
+        for answer in training.answers:
+            assert not answer.requires_grad
+            torch.testing.assert_close(answer, training.reference(IMAGES).detach(), rtol=0, atol=0)
+        assert runner.model.teacher is None
+
+        checkpoint = torch.load(training.folder / 'epoch_2.pth', weights_only=False)
+        assert_same(checkpoint['state_dict'], the_average(runner).state_dict())
+        names = set(build(network('ImageClassifier', distilled=True)).state_dict())
+        assert set(checkpoint['state_dict']) == names
+        assert {name.removeprefix('module.') for name in checkpoint['ema_state_dict']} == {*names, 'steps'}
+
+    def test_the_loss_is_of_the_teachers_choice(self, distillation):
+        training = distillation('mmpretrain init_cfg')
+        for i, state in enumerate(training.students):
+            images = as_the_student_sees_them(i)
+            student = with_state(build(network(distilled=True)), state).train()
+            with torch.no_grad():
+                choice = training.reference(images).argmax(1)
+                expected = -student(images)[1].log_softmax(1)[range(2), choice].mean() / 2
+            torch.testing.assert_close(training.recorder.losses[i]['loss_distill'], expected)
+
+    def test_a_head_that_is_not_distilled_is_an_error(self, tmp_path):
+        cfg, _ = write_teacher('mmpretrain init_cfg', tmp_path)
+        runner = make_runner(tmp_path, [dict(type='mmevm.DistillationHook', teacher=cfg), Recorder()])
+        with pytest.raises(ConfigError, match=r'set model\.head\.distilled=True'):
+            runner.train()
+
+    @pytest.mark.parametrize(
+        'teacher',
+        [
+            dict(type='TimmClassifier', model_name='resnet18'),
+            dict(type='TimmClassifier', model_name='resnet18', pretrained=False, checkpoint_path=''),
+            network('ImageClassifier'),
+            dict(network('ImageClassifier'), init_cfg=dict(type='Kaiming', layer='Conv2d')),
+            dict(
+                network('ImageClassifier'),
+                backbone=dict(type='ResNet', depth=18, init_cfg=dict(type='Pretrained', checkpoint='x.pth')),
+            ),
+        ],
+    )
+    def test_a_teacher_without_weights_is_an_error(self, teacher):
+        with pytest.raises(ConfigError, match=f'the teacher {teacher["type"]} has random weights'):
+            DistillationHook(teacher)
+
+    @pytest.mark.parametrize(
+        ('kind', 'harm'),
+        [
+            ('timm init_cfg', 'one tensor is missing'),
+            ('timm init_cfg', 'one tensor has another shape'),
+            ('mmpretrain init_cfg', 'all tensors are missing'),
+            ('mmpretrain pretrained', 'one tensor is missing'),
+        ],
+    )
+    def test_a_teacher_that_does_not_receive_everything_is_an_error(self, tmp_path, kind, harm):
+        cfg, _ = write_teacher(kind, tmp_path)
+        path = tmp_path / 'teacher.pth'
+        content = torch.load(path)
+        state = content.get('state_dict', content)
+        (name,) = [name for name in state if name.endswith('stages.1.blocks.0.ffn.fc1.conv.weight')]
+        harmed, told = {
+            'one tensor is missing': (
+                {k: v for k, v in state.items() if k != name},
+                r'208 tensors: 1 missing \(.*fc1\.conv\.weight\)',
+            ),
+            'one tensor has another shape': (
+                {**state, name: state[name][:-1]},
+                r'fc1\.conv\.weight: .* expected, .* in the file',
+            ),
+            'all tensors are missing': ({'x.y': state[name]}, r'208 missing .*The file has x\.y'),
+        }[harm]
+        torch.save(harmed, path)
+        runner = make_runner(
+            tmp_path, [dict(type='mmevm.DistillationHook', teacher=cfg), Recorder()], model=network(distilled=True)
+        )
+        with pytest.raises(CheckpointError, match=told) as error:
+            runner.train()
+        assert str(path) in str(error.value)
+
+    def test_weights_that_cannot_be_had_are_an_error(self, tmp_path, monkeypatch):
+        monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+        monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
+        name = 'test_resnet.r160_in1k'
+        teacher = dict(type='mmpretrain.TimmClassifier', model_name=name, pretrained=True)
+        hooks = [dict(type='mmevm.DistillationHook', teacher=teacher), Recorder()]
+        runner = make_runner(tmp_path, hooks, model=network(distilled=True))
+        with pytest.raises(CheckpointError, match=rf'{name} could not be had .* give checkpoint_path='):
+            runner.train()
+
+    def test_a_teacher_of_other_classes_is_an_error(self, tmp_path):
+        path = tmp_path / 'teacher.pth'
+        cfg = network('ImageClassifier', num_classes=7)
+        torch.save(build(cfg).state_dict(), path)
+        cfg['init_cfg'] = dict(type='Pretrained', checkpoint=str(path))
+        runner = make_runner(
+            tmp_path, [dict(type='mmevm.DistillationHook', teacher=cfg), Recorder()], model=network(distilled=True)
+        )
+        with pytest.raises(ValueError, match='teacher knows 7 classes'):
+            runner.train()
+
+
+@pytest.mark.parametrize('hook', ['MESAHook', 'DistillationHook'])
+@pytest.mark.parametrize('part', ['model', 'head'])
+def test_a_model_that_cannot_be_taught_is_an_error(tmp_path, hook, part):
+    model = network('ImageClassifier') if part == 'model' else network()
+    if part == 'head':
+        model['backbone']['out_hidden_states'] = False
+        model['neck'] = dict(type='GlobalAveragePooling')
+        model['head'] = dict(type='LinearClsHead', num_classes=5, in_channels=16)
+    cfg = dict(type=f'mmevm.{hook}')
+    if hook == 'DistillationHook':
+        cfg['teacher'], _ = write_teacher('mmpretrain init_cfg', tmp_path)
+    runner = make_runner(tmp_path, [EMA, cfg, Recorder()], model=model)
+    with pytest.raises(ConfigError, match=f"{hook} needs model.type='mmevm.DistillationClassifier'"):
+        runner.train()

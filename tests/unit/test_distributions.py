@@ -1,0 +1,91 @@
+"""In processes of their own, whose installed packages are made up: metadata alone, as pip writes it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def install(site, *names):
+    for name in names:
+        info = site / f'{name.replace("-", "_")}-2.1.0.dist-info'
+        info.mkdir()
+        (info / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {name}\nVersion: 2.1.0\n')
+
+
+def provide(site, *packages):
+    for name in packages:
+        (site / name).mkdir()
+        (site / name / '__init__.py').touch()
+
+
+def run(site, *arguments):
+    environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(site), str(ROOT)])}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
+def import_mmevm(site):
+    return run(site, '-S', '-c', 'import mmevm')  # -S: without the packages that are really installed
+
+
+@pytest.mark.parametrize(
+    'names',
+    [
+        ['onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmpretrain'],
+        ['mmengine', 'mmcv', 'mmdet', 'mmpretrain'],
+        ['mmengine-lite', 'mmcv-lite'],
+    ],
+)
+def test_one_family(names, tmp_path):
+    install(tmp_path, *names)
+    provide(tmp_path, 'mmengine', 'mmcv')
+    result = import_mmevm(tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(('there', 'missing'), [([], 'mmengine, mmcv'), (['mmengine'], 'mmcv'), (['mmcv'], 'mmengine')])
+def test_no_family_or_part_of_one(there, missing, tmp_path):
+    install(tmp_path, 'torch', *(f'onedl-{name}' for name in there))
+    provide(tmp_path, *there)
+    result = import_mmevm(tmp_path)
+    assert result.returncode == 1
+    sentence = result.stderr.splitlines()[-1]
+    assert f'not installed: {missing}. ' in sentence
+    assert "pip install -e '.[onedl]'" in sentence
+    assert "pip install -e '.[openmmlab]'" in sentence
+
+
+@pytest.mark.parametrize(
+    'names',
+    [
+        ['onedl-mmengine', 'onedl-mmcv', 'mmengine', 'mmcv'],
+        ['onedl-mmengine', 'onedl-mmcv', 'mmcv-lite'],
+        ['mmengine', 'mmcv', 'onedl-mmcv'],
+        ['onedl-mmengine', 'onedl-mmcv', 'mmdet'],
+        ['mmengine', 'mmcv', 'onedl-mmpretrain'],
+        ['onedl-mmengine', 'mmengine-lite'],
+    ],
+)
+def test_both_families(names, tmp_path):
+    install(tmp_path, *names)
+    result = import_mmevm(tmp_path)
+    assert result.returncode == 1
+    sentence = result.stderr.splitlines()[-1]
+    assert 'Both families' in sentence
+    assert all(repr(name) in sentence for name in names)
+    assert 'pip uninstall' in sentence
+    assert "pip install -e '.[onedl]' or pip install -e '.[openmmlab]'" in sentence
+
+
+def test_the_sentence_comes_through_a_config(tmp_path):
+    """mmengine's registry swallows an ImportError, and would say that there is no EfficientViM."""
+    install(tmp_path, 'onedl-mmcv', 'mmcv-lite')
+    code = "from mmengine.registry import MODELS; MODELS.build(dict(type='mmevm.EfficientViM', arch='m1'))"
+    result = run(tmp_path, '-c', code)
+    assert result.returncode == 1
+    assert 'Both families' in result.stderr.splitlines()[-1]
+    assert 'is not in the' not in result.stderr

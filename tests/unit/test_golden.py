@@ -1,0 +1,81 @@
+import json
+import shutil
+import sys
+
+import pytest
+import regenerate_golden
+import torch
+from regenerate_golden import CASES, FOLDER, TOLERANCE, compute, differences, read, summarise
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_outputs_are_as_recorded(case):
+    problems = list(differences(read(case)['outputs'], compute(case)))
+    assert not problems, '; '.join(problems) + ' (python tests/helpers/regenerate_golden.py)'
+
+
+def test_each_record_is_of_a_case():
+    assert {file.stem for file in FOLDER.glob('*.json')} == set(CASES)
+
+
+@pytest.fixture
+def record(tmp_path, monkeypatch):
+    """A copy of the record of one case, in which a value of one output is a little off."""
+    file = tmp_path / 'fusion_head.json'
+    shutil.copy(FOLDER / file.name, file)
+    content = json.loads(file.read_text())
+    output = content['outputs']['plain']
+    output['values'][3] += 2 * TOLERANCE * output['largest']
+    file.write_text(json.dumps(content))
+    monkeypatch.setattr(regenerate_golden, 'FOLDER', tmp_path)
+    return file
+
+
+def regenerate(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, 'argv', ['regenerate_golden.py', 'fusion_head', *arguments])
+    regenerate_golden.main()
+
+
+def test_nothing_is_written_unasked(record, monkeypatch, capsys):
+    before = record.read_text()
+    with pytest.raises(SystemExit) as stopped:
+        regenerate(monkeypatch)
+    assert stopped.value.code not in (None, 0)
+    assert record.read_text() == before
+    out = capsys.readouterr().out
+    assert 'fusion_head: 1 of 2 outputs differ' in out
+    assert 'plain: value 3' in out
+    assert '2.0e-04 of the largest' in out
+
+
+@pytest.mark.parametrize('arguments', [['--write'], ['--reason', 'None.'], ['--write', '--reason', ' ']])
+def test_who_writes_gives_a_reason(record, monkeypatch, arguments):
+    before = record.read_text()
+    with pytest.raises(SystemExit) as stopped:
+        regenerate(monkeypatch, *arguments)
+    assert stopped.value.code == 2
+    assert record.read_text() == before
+
+
+def test_writing_records_outputs_reason_and_versions(record, monkeypatch, capsys):
+    regenerate(monkeypatch, '--write', '--reason', 'Another norm.')
+    content = json.loads(record.read_text())
+    assert content['reason'] == 'Another norm.'
+    assert content['made_by']['torch'] == torch.__version__
+    assert content['outputs'] == compute('fusion_head')
+    regenerate(monkeypatch)
+    assert 'fusion_head: as recorded' in capsys.readouterr().out
+
+
+def test_what_differs():
+    x = torch.rand(4, 50)
+    record = dict(x=summarise(x))
+    assert not list(differences(record, dict(x=summarise(x + 0.5 * TOLERANCE * x.max()))))
+    for other in (x + 2 * TOLERANCE * x.max(), x.flip(1), x[:3], x.where(x < x.max(), torch.nan)):
+        assert len(list(differences(record, dict(x=summarise(other))))) == 1
+    # Where no sample is taken, and without a change of sum or of squares.
+    swapped = x.clone()
+    swapped[0, [1, 2, 5, 7]], swapped[0, [3, 4, 6, 8]] = x[0, [3, 4, 6, 8]], x[0, [1, 2, 5, 7]]
+    assert len(list(differences(record, dict(x=summarise(swapped))))) == 1
+    assert list(differences(record, {})) == ['x: no longer there']
+    assert list(differences({}, record)) == ['x: not recorded']
