@@ -19,7 +19,8 @@ class _ModelRegistry(Registry):
     def get(self, key: str) -> type | None:
         """Return the class of this name, or None."""
         name = key.removeprefix(f'{self.scope}.') if isinstance(key, str) else None
-        importlib.import_module('mmevm.models').register(name)
+        for location in self._locations:
+            importlib.import_module(location).register(name)
         return super().get(key)
 
 

@@ -27,6 +27,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from malicious import Call
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import Config
 from mmengine.fileio import LocalBackend, register_backend
