@@ -5,7 +5,7 @@ and counts one multiply-accumulate as one FLOP; norms, interpolation and pooling
 and the like not at all. What it has no rule for is listed in place of being zero in silence.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,22 +19,19 @@ from mmengine.analysis.print_helper import complexity_stats_table
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from mmevm.compat import unfused_attention
 from mmevm.errors import ConfigError
 from mmevm.models.weight_init import pretrained_cfgs
+from mmevm.tensors import TensorFunction
 
 if find_spec('mmdet') is not None:  # classification alone needs no MMDetection
-    from mmdet.models.detectors import BaseDetector
     from mmdet.models.roi_heads.roi_extractors import BaseRoIExtractor
-    from mmdet.structures import DetDataSample
 
-    DETECTORS: tuple[type[nn.Module], ...] = (BaseDetector,)
     ROI_EXTRACTORS: tuple[type[nn.Module], ...] = (BaseRoIExtractor,)
 else:
-    DETECTORS = ROI_EXTRACTORS = ()
+    ROI_EXTRACTORS = ()
 
 # Arguments by which modules fetch weights while they are built; those of an init_cfg wait for init_weights().
 FETCHING = ('pretrained', 'checkpoint_path', 'teacher_ckpt')
@@ -170,39 +167,6 @@ def padded_size(model: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
     divisor = getattr(getattr(model, 'data_preprocessor', None), 'pad_size_divisor', 1)
     height, width = (ceil(length / divisor) * divisor for length in size)
     return height, width
-
-
-class TensorFunction(nn.Module):
-    """A model as a function from one tensor to a tuple of tensors, which is what can be traced."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Images (B, C, H, W) to all tensors that the model returns."""
-        kwargs: dict[str, Any] = {}
-        if isinstance(self.model, DETECTORS):  # the default mode is 'tensor', and needs the size of each image
-            size = tuple(int(length) for length in x.shape[-2:])
-            shapes = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), size)
-            metainfo = dict(shapes, scale_factor=(1.0, 1.0))
-            kwargs['data_samples'] = [DetDataSample(metainfo=metainfo) for _ in range(len(x))]
-        outputs = tuple(_tensors(self.model(x, **kwargs)))
-        if not outputs:  # the tracer drops all that no output depends on
-            raise ValueError(f'{type(self.model).__name__} returns no tensor, so nothing of it can be counted.')
-        return outputs
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, BaseDataElement):
-        yield from _tensors(value.all_values())
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _random_input(model: nn.Module, shape: Sequence[int]) -> Tensor:

@@ -25,8 +25,8 @@ from mmengine.config import Config
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-from mmevm.analysis.complexity import DETECTORS
 from mmevm.errors import ConfigError, UserError
+from mmevm.tensors import DETECTORS
 
 if TYPE_CHECKING:
     import onnx

@@ -10,11 +10,12 @@ from mmengine.config import Config
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from mmevm.analysis.complexity import DETECTORS, TensorFunction, build_without_weights
+from mmevm.analysis.complexity import build_without_weights
 from mmevm.cli import read_config
 from mmevm.deployment import deploy
 from mmevm.errors import ConfigError
 from mmevm.models import EfficientViM
+from mmevm.tensors import DETECTORS, TensorFunction
 
 PARTS = ('backbone', 'model')
 
