@@ -31,8 +31,8 @@ from mmevm.analysis.latency import environment
 from mmevm.analysis.latency.engines import prepare
 from mmevm.analysis.latency.timing import interleave, keep_kernels, warm_up
 from mmevm.models import EfficientViM, efficientvim
-from mmevm.models.deployed import DeployedHSMSSD
 from mmevm.models.layers import ConvNorm
+from mmevm.models.mixers import DeployHSMSSD
 from mmevm.models.packed_conv import PackedConv2d
 
 SIDES = [(1, 1), (1.25, 0.75), (0.75, 1.25), (0.875, 1.125)]  # of images whose sizes change, in units of --size
@@ -69,8 +69,8 @@ def pack_pointwise(model: nn.Module) -> nn.Module:
     return model
 
 
-def mix_states_as_rows(self: DeployedHSMSSD, h: Tensor) -> Tensor:
-    """``DeployedHSMSSD.mix_states`` with the hidden states as rows of the products."""
+def mix_states_as_rows(self: DeployHSMSSD, h: Tensor) -> Tensor:
+    """``DeployHSMSSD.mix_states`` with the hidden states as rows of the products."""
     h, z = nn.functional.linear(h, self.hz_proj).chunk(2, dim=-1)
     return nn.functional.linear(h * (nn.functional.silu(z) + self.D), self.out_proj).transpose(1, 2)
 
@@ -146,8 +146,8 @@ def inference(arch: str) -> dict[str, tuple]:
     deployed.switch_to_deploy()
     peer = reparameterize_model(timm.create_model(f'efficientvim_{arch}', features_only=True).eval())
     unpacked = partial(mock.patch.object, PackedConv2d, '_can_be_packed', lambda self, x: False)
-    rows = partial(mock.patch.object, DeployedHSMSSD, 'mix_states', mix_states_as_rows)
-    whole = partial(mock.patch.object, efficientvim, '_POSITIONS_AT_ONCE', 2**62)
+    rows = partial(mock.patch.object, DeployHSMSSD, 'mix_states', mix_states_as_rows)
+    whole = partial(mock.patch.object, efficientvim, '_MAX_TOKENS', 2**62)
     peer = peer.to(memory_format=torch.channels_last)
     return {
         'deployed': (deployed,),

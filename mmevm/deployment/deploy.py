@@ -6,7 +6,7 @@ import torch
 from mmcv.cnn import ConvModule
 from torch import nn
 
-from mmevm.models.deployed import can_fold, fold_batch_norm
+from mmevm.models.fuse import can_fold, fold_batch_norm
 
 
 @torch.no_grad()

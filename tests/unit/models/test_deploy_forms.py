@@ -79,7 +79,7 @@ def test_gates_that_are_closed_or_open(alpha):
 
 def test_a_batch_that_is_taken_in_parts(monkeypatch):
     """In parts of one size, as far as that goes: weights are packed for a size."""
-    monkeypatch.setattr(efficientvim, '_POSITIONS_AT_ONCE', 3 * 4 * 3)
+    monkeypatch.setattr(efficientvim, '_MAX_TOKENS', 3 * 4 * 3)
     model = deployed(tiny(out_hidden_states=True))
     batches = {'patch_embed': [], 'stages.0': [], 'stages.0.downsample': [], 'stages.1': []}
     for name, seen in batches.items():

@@ -359,7 +359,7 @@ class TestArguments:
             (dict(arch=None), 'm1.*m2.*m3.*m4'),
             (dict(frozen_stages=4), 'frozen_stages=4'),
             (dict(frozen_stages=-2), 'frozen_stages=-2'),
-            (dict(frozen_stages=3, out_indices=(0, 1)), 'builds 2 only'),
+            (dict(frozen_stages=3, out_indices=(0, 1)), 'to 2 .*out_indices='),
             (dict(drop_path_rate=1.0), 'drop_path_rate'),
             (dict(mlp_ratio=0), 'mlp_ratio'),
             (dict(mixer_cfg=dict(type='mmevm.HSMSSD', ssd_expand=-1.0)), 'ssd_expand'),
