@@ -68,7 +68,6 @@ setup(
         ],
         'export': ['onnx', 'onnxscript', 'onnxruntime', 'openvino'],
         'dev': [
-            'coremltools',
             'hypothesis',
             'matplotlib',
             'mypy',
