@@ -411,7 +411,7 @@ class TestDistillation:
         runner = make_runner(
             tmp_path, [dict(type='mmevm.DistillationHook', teacher=cfg), Recorder()], model=network(distilled=True)
         )
-        with pytest.raises(ValueError, match='teacher knows 7 classes'):
+        with pytest.raises(ValueError, match='teacher, which has 7 classes'):
             runner.train()
 
 

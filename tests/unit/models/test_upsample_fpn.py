@@ -151,5 +151,5 @@ def test_too_few_levels_is_an_error():
 
 @pytest.mark.parametrize('maps', [make_maps()[:2], make_maps()[::-1]])
 def test_other_maps_than_declared_are_an_error(maps):
-    with pytest.raises(ValueError, match=r'in_channels=\[12, 16, 20\]: set that to what the backbone gives\.$'):
+    with pytest.raises(ValueError, match=r'^in_channels=\[12, 16, 20\] of the neck .* Set in_channels=\[.*\]\.$'):
         make_neck(num_outs=5)(maps)
