@@ -1,4 +1,4 @@
-"""The deploy form gives what the trained form gives, with random statistics, gates and weights."""
+"""Deploy mode returns the outputs of the trained backbone, for random statistics, gates and weights."""
 
 import copy
 
@@ -29,7 +29,7 @@ def tiny(**kwargs):
 
 
 def assert_same(model, x, tolerance=1e-5):
-    """Also the second time, when weights are packed for this size of images."""
+    """Compare twice: the second call uses weights packed for this image size."""
     with torch.no_grad():
         form, expected = deployed(model), model(x)
         for _ in range(2):
@@ -39,12 +39,12 @@ def assert_same(model, x, tolerance=1e-5):
 
 
 @pytest.mark.parametrize('arch', ['m1', 'm2', 'm3', 'm4'])
-def test_maps_and_hidden_states_are_the_same(arch):
+def test_deploy_mode_returns_the_same_maps_and_hidden_states(arch):
     assert_same(randomize(EfficientViM(arch, out_hidden_states=True)).eval(), torch.randn(2, 3, 97, 131))
 
 
 @pytest.mark.parametrize('size', [(1, 1), (16, 200), (33, 64), (128, 96)])
-def test_any_size(size):
+def test_deploy_mode_with_any_image_size(size):
     assert_same(tiny(), torch.randn(2, 3, *size))
 
 
@@ -63,13 +63,13 @@ def test_any_size(size):
     ],
     ids=str,
 )
-def test_whatever_the_arguments(arguments):
+def test_deploy_mode_with_any_arguments(arguments):
     model = revert_sync_batchnorm(tiny(**arguments)).eval()  # SyncBN itself does not run on a CPU
     assert_same(model, torch.randn(2, arguments.get('in_channels', 3), 50, 70))
 
 
 @pytest.mark.parametrize('alpha', [-30.0, 30.0])
-def test_gates_that_are_closed_or_open(alpha):
+def test_closed_and_open_gates(alpha):
     model = tiny()
     for stage in model.stages:
         for block in stage.blocks:
@@ -77,8 +77,8 @@ def test_gates_that_are_closed_or_open(alpha):
     assert_same(model, torch.randn(1, 3, 64, 64), tolerance=1e-4)
 
 
-def test_a_batch_that_is_taken_in_parts(monkeypatch):
-    """In parts of one size, as far as that goes: weights are packed for a size."""
+def test_batch_is_processed_in_chunks(monkeypatch):
+    """The chunks have equal sizes where possible, as weights are packed for one size."""
     monkeypatch.setattr(efficientvim, '_MAX_TOKENS', 3 * 4 * 3)
     model = deployed(tiny(out_hidden_states=True))
     batches = {'patch_embed': [], 'stages.0': [], 'stages.0.downsample': [], 'stages.1': []}
@@ -95,20 +95,20 @@ def test_a_batch_that_is_taken_in_parts(monkeypatch):
     assert batches == {'patch_embed': [1] * 3, 'stages.0': [1] * 3, 'stages.0.downsample': [1] * 3, 'stages.1': [2, 1]}
 
 
-def test_convolutions_of_whole_maps_are_packed():
+def test_convolutions_of_maps_are_packed():
     convolutions = {name: module for name, module in deployed(tiny()).named_modules() if isinstance(module, nn.Conv2d)}
     plain = {name for name, module in convolutions.items() if not isinstance(module, PackedConv2d)}
     assert plain == {f'stages.{stage}.downsample.se.{layer}' for stage in (0, 1) for layer in ('fc1', 'fc2')}
 
 
-def test_any_memory_layout():
+def test_deploy_mode_with_any_memory_layout():
     model = deployed(tiny())
     x = torch.randn(2, 3, 64, 48)
     for y in (x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
         torch.testing.assert_close(model(y), model(x), rtol=1e-5, atol=1e-5)
 
 
-def test_a_second_call_does_nothing():
+def test_second_switch_does_nothing():
     model = deployed(tiny())
     x = torch.randn(1, 3, 64, 64)
     modules, expected = list(model.modules()), model(x)
@@ -117,22 +117,22 @@ def test_a_second_call_does_nothing():
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
 
 
-def test_batch_norm_and_what_no_output_depends_on_are_gone():
+def test_deploy_mode_has_no_batch_norm_and_no_A():
     model = deployed(tiny())
     assert not [m for m in model.modules() if isinstance(m, (_BatchNorm, nn.LayerNorm))]
     assert not [name for name, _ in model.named_parameters() if name.endswith('.A')]
 
 
-def test_it_cannot_be_trained():
+def test_deploy_mode_cannot_be_trained():
     model = deployed(tiny().train())
     assert not any(m.training for m in model.modules())
     assert not any(p.requires_grad for p in model.parameters())
     with pytest.raises(RuntimeError, match='cannot be trained: build it with deploy=False'):
         model.train()
-    model.eval()  # what every evaluation does
+    model.eval()  # called by every evaluation
 
 
-def test_a_norm_that_depends_on_the_image_is_refused_and_nothing_has_changed():
+def test_group_norm_raises_and_changes_nothing():
     model = tiny(norm_cfg=dict(type='GN', num_groups=2))
     x = torch.randn(1, 3, 64, 64)
     expected = model(x)
@@ -141,7 +141,7 @@ def test_a_norm_that_depends_on_the_image_is_refused_and_nothing_has_changed():
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
 
 
-def test_weights_go_into_a_backbone_that_is_built_so():
+def test_weights_load_into_a_backbone_built_in_deploy_mode():
     model = deployed(tiny(out_hidden_states=True))
     built = EfficientViM(TINY, deploy=True, out_hidden_states=True)
     built.load_state_dict(model.state_dict(), strict=True)
@@ -149,7 +149,7 @@ def test_weights_go_into_a_backbone_that_is_built_so():
     torch.testing.assert_close(built(x), model(x), rtol=0, atol=0)
 
 
-def test_reduced_precision():
+def test_autocast():
     model = tiny()
     x = torch.randn(2, 3, 96, 64)
     with torch.no_grad(), torch.autocast('cpu', dtype=torch.bfloat16):
@@ -178,10 +178,10 @@ def test_every_layer_keeps_its_dtype(dtype, mixer_cfg):
 
 @pytest.mark.parametrize('mixer_cfg', MIXERS, ids=str)
 def test_every_layer_stays_on_its_device(mixer_cfg):
-    """The meta device stands for any other one: an operation on tensors of it and of the CPU raises an error."""
+    """An operation on tensors of the meta device and of the CPU raises an error, as for any two devices."""
     model = tiny(mixer_cfg=mixer_cfg)
     expected = deployed(model)
-    with torch.device('meta'):  # where new tensors are
+    with torch.device('meta'):  # the default device of new tensors
         form = deployed(model)
     for name, tensor in form.state_dict().items():
         assert torch.equal(tensor, expected.state_dict()[name]), name
@@ -192,14 +192,14 @@ def test_every_layer_stays_on_its_device(mixer_cfg):
     }
 
 
-def test_random_numbers_are_not_used_up():
+def test_switch_does_not_advance_the_rng():
     model = tiny()
     before = torch.get_rng_state()
     model.switch_to_deploy()
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_in_inference_mode():
+def test_switch_in_inference_mode():
     model = tiny()
     x = torch.randn(16, 3, 64, 48)
     form = copy.deepcopy(model)
@@ -212,7 +212,7 @@ def test_in_inference_mode():
         torch.testing.assert_close(form(x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_that_was_built_in_inference_mode():
+def test_switch_of_a_model_built_in_inference_mode():
     with torch.inference_mode():
         model = tiny()
         x = torch.randn(16, 3, 64, 48)
@@ -253,7 +253,7 @@ def other_ffn(model):
         (other_ffn, 'Sequential .* expected FFN'),
     ],
 )
-def test_a_part_of_unknown_type_raises_and_nothing_has_changed(change, message):
+def test_unknown_layer_type_raises_and_changes_nothing(change, message):
     model = tiny()
     change(model)
     x = torch.randn(1, 3, 64, 64)
@@ -304,7 +304,7 @@ def normed_mixer(model):
         (normed_mixer, TypeError, 'BatchNorm1d .* expected Identity'),
     ],
 )
-def test_convolutions_that_are_not_built_so_raise(change, error, message):
+def test_unusual_convolutions_raise(change, error, message):
     model = tiny()
     change(model)
     model.eval()(torch.randn(1, 3, 64, 64))
@@ -312,7 +312,7 @@ def test_convolutions_that_are_not_built_so_raise(change, error, message):
         model.switch_to_deploy()
 
 
-def test_a_subclass_with_the_same_forward_is_converted():
+def test_subclass_with_the_same_forward_is_converted():
     class MyConvNorm(ConvNorm):
         pass
 
@@ -322,7 +322,7 @@ def test_a_subclass_with_the_same_forward_is_converted():
 
 
 def test_weights_written_through_data_are_used():
-    """As mmengine's EMAHook does before a validation."""
+    """mmengine's EMAHook writes through ``data`` before validation."""
     form, other = deployed(tiny()), deployed(randomize(EfficientViM(TINY), seed=1))
     x = torch.randn(16, 3, 64, 48)
     for _ in range(2):
