@@ -57,6 +57,9 @@ def shapes(form, batch, height, width):
 def check(models, form, dtype, x):
     if dtype == torch.float16 and not HALF_ON_CPU:
         reject()
+    # On CPUs with AMX, the bfloat16 convolution of torch 2.14 with stride 2 reads uninitialized memory for such images.
+    if dtype == torch.bfloat16 and x.shape[3] < 3:
+        reject()
     outs = models[form, dtype](x)
     assert [tuple(out.shape) for out in outs] == shapes(form, len(x), *x.shape[2:])
     assert {out.dtype for out in outs} == {dtype}
