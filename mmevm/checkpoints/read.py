@@ -166,11 +166,14 @@ SAFE_GLOBALS: dict[str, Any] = {
 }
 
 
-class RestrictedUnpickler(pickle._Unpickler):
+_Unpickler: Any = pickle._Unpickler  # the implementation in Python, whose instructions can be overridden
+
+
+class RestrictedUnpickler(_Unpickler):
     """Unpickler that finds only ``safe_globals``. Names of other objects give :class:`UnknownObject` classes.
 
-    It is Python's own unpickler in Python, two of whose instructions are overridden: BUILD could change the classes and
-    functions that a pickle names, and torch allocates as much memory for a storage as the pickle says.
+    Two instructions are overridden: BUILD could change the classes and functions that a pickle names, and torch would
+    allocate as much memory for a storage as the pickle says.
 
     Attributes:
         safe_globals: Objects that a pickle may use, by their import paths. torch.load adds the storages.
@@ -212,7 +215,7 @@ class RestrictedUnpickler(pickle._Unpickler):
         super().load_binpersid()
 
     dispatch = {
-        **pickle._Unpickler.dispatch,
+        **_Unpickler.dispatch,
         pickle.BUILD[0]: load_build,
         pickle.BINPERSID[0]: load_binpersid,
     }

@@ -15,8 +15,8 @@ class AtomicBackend(LocalBackend):
     """mmengine backend of local files that writes each file completely or not at all.
 
     Use it by ``CheckpointHook(backend_args=dict(backend='mmevm.atomic'))``. A process that is killed while it writes
-    leaves ``NAME.part``, which the next write of that file replaces. On file systems that cannot sync, this holds if the
-    process is killed, but not if the machine loses power.
+    leaves ``NAME.part``, which the next write of that file replaces. On file systems that cannot sync, this holds if
+    the process is killed, but not if the machine loses power.
     """
 
     # shared: the hook and the runner have a backend each
@@ -53,7 +53,7 @@ class AtomicBackend(LocalBackend):
         self.put(obj.encode(encoding), filepath)
 
     def remove(self, filepath: str | Path) -> None:
-        """Remove a file after the next write: ``CheckpointHook`` removes the old checkpoint before it saves a new one."""
+        """Remove a file after the next write: ``CheckpointHook`` removes the old checkpoint before it saves one."""
         self._outdated.append(Path(filepath))
 
 

@@ -123,7 +123,7 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
     worker cannot be seeded.
 
     Attributes:
-        batches_done: Number of batches of the next epoch that were trained on before. They are loaded again and skipped.
+        batches_done: Number of batches of the next epoch that were trained on before. They are loaded and skipped.
     """
 
     def __init__(self, runner: Runner, dataloader: dict | DataLoader, *args: Any, **kwargs: Any) -> None:

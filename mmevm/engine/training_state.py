@@ -278,8 +278,8 @@ def _check_content(content: Any, name: str) -> None:
             entry == 'keep_ckpt_ids' and not (isinstance(value, list) and all(type(step) is int for step in value))
         ):
             raise CheckpointError(
-                f'{name} has {entry}={value!r}, which mmengine would remove after the next checkpoint, but which is not '
-                'a checkpoint: it is not resumed.'
+                f'{name} has {entry}={value!r}, which mmengine would remove after the next checkpoint, but which is '
+                'not a checkpoint: it is not resumed.'
             )
     with prefix_errors(name):
         state, _, _ = unwrap({'state_dict': content['state_dict']})

@@ -23,9 +23,10 @@ if TYPE_CHECKING:  # needs MMPretrain, which detectors do without
 
 @HOOKS.register_module()
 class MESAHook(Hook):
-    """Train a classifier with its averaged weights as teacher (MESA: Du et al., Sharpness-Aware Training for Free, 2022).
+    """Train a classifier with its averaged weights as teacher (MESA).
 
-    The average is that of mmengine's ``EMAHook``, which must be in the config too.
+    Source: Du et al., Sharpness-Aware Training for Free, 2022. The averaged weights are those of mmengine's ``EMAHook``,
+    which must be in the config too.
 
     Args:
         begin: Fraction of the training after which MESA begins, in [0, 1).
@@ -125,7 +126,7 @@ def _build(cfg: dict) -> BaseModule:
     except OSError as error:  # of the Hugging Face Hub or of a file
         raise CheckpointError(
             f'DistillationHook: download of the weights of teacher {cfg.get("model_name", cfg["type"])} failed '
-            f'({type(error).__name__}). Download them by other means and set checkpoint_path instead of pretrained=True.'
+            f'({type(error).__name__}). Download them by other means and set checkpoint_path, not pretrained=True.'
         ) from error
 
 

@@ -25,7 +25,7 @@ class PreemptionHook(Hook):
     The exit status is 143 (128 + SIGTERM), as for a process that the signal ended. ``--resume`` continues with the next
     iteration, also within an epoch.
 
-    A single process saves after the current iteration. Several processes all-reduce the flag where each of them arrives:
+    A single process saves after the current iteration. Several processes all-reduce the flag where all of them arrive:
     every ``interval`` training iterations, at the start and the end of an evaluation, and every ``interval`` batches of
     it as long as every process has batches.
 
@@ -147,8 +147,8 @@ class PreemptionHook(Hook):
         else:
             runner.logger.warning(
                 f'The checkpoint is from epoch {meta["epoch"] + 1}, after {meta["trained"]} of '
-                f'{meta["batches_of_epoch"]} batches, but an epoch now has {len(loop.dataloader)}, or train_cfg.type is '
-                "not 'mmevm.ResumableEpochLoop': this epoch restarts."
+                f'{meta["batches_of_epoch"]} batches, but an epoch now has {len(loop.dataloader)}, or train_cfg.type '
+                "is not 'mmevm.ResumableEpochLoop': this epoch restarts."
             )
 
 
