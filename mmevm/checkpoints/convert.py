@@ -206,12 +206,13 @@ def _group(name: str) -> str:
 @lru_cache
 def _backbone_shapes() -> dict[str, Shapes]:
     backbone: Any = MODELS.get('mmevm.EfficientViM')
-    return {arch: _build_shapes('backbone.', type='mmevm.EfficientViM', arch=arch) for arch in backbone.arch_settings}
+    cfg: dict[str, Any] = dict(prefix='backbone.', device='cpu', type='mmevm.EfficientViM')
+    return {arch: _build_shapes(**cfg, arch=arch) for arch in backbone.arch_settings}
 
 
-def _build_shapes(prefix: str, **cfg: Any) -> Shapes:
-    """Return the shapes of a model, built on the meta device because a file may claim any size."""
-    with torch.random.fork_rng(devices=[]), torch.device('meta'):
+def _build_shapes(prefix: str, device: str = 'meta', **cfg: Any) -> Shapes:
+    """Return the shapes of a model. It is built on the meta device where its size depends on the file."""
+    with torch.random.fork_rng(devices=[]), torch.device(device):  # do not advance the RNG
         return {prefix + name: shape for name, shape in state_shapes(MODELS.build(cfg)).items()}
 
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # needs MMPretrain, which detectors do without
 class MESAHook(Hook):
     """Train a classifier with its averaged weights as teacher (MESA).
 
-    Source: Du et al., Sharpness-Aware Training for Free, 2022. The averaged weights are those of mmengine's ``EMAHook``,
-    which must be in the config too.
+    Source: Du et al., Sharpness-Aware Training for Free, 2022. The average is that of ``EMAHook``, which must be in the
+    config too.
 
     Args:
         begin: Fraction of the training after which MESA begins, in [0, 1).
