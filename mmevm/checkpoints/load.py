@@ -218,7 +218,7 @@ class _LoadResult(NamedTuple):
         total: Number of tensors of the model.
         learned: Names of the parameters and normalization statistics that were written.
         missing: Names that torch reports as missing.
-        unexpected: Names that torch reports as unexpected, after the model's own renaming.
+        unexpected: Names that torch reports as unexpected, after the model's tensors renaming.
         wrong: Names of tensors whose shapes (in the model, in the file) differ.
     """
 
@@ -256,8 +256,8 @@ def _try_loading(model: nn.Module, content: Any, checkpoint: str) -> tuple[State
     """
     with prefix_errors(checkpoint):
         state, _, _ = unwrap(content)
-    own = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-    before = {name: (tensor.detach().clone(), tensor._version) for name, tensor in own.items()}
+    tensors = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    before = {name: (tensor.detach().clone(), tensor._version) for name, tensor in tensors.items()}
     reported: list[tuple[list[str], list[str]]] = []
     hook = model.register_load_state_dict_post_hook(
         lambda _, keys: reported.append((list(keys.missing_keys), list(keys.unexpected_keys)))
@@ -273,20 +273,20 @@ def _try_loading(model: nn.Module, content: Any, checkpoint: str) -> tuple[State
                 raise CheckpointError(
                     f'{checkpoint} cannot be loaded into {type(model).__name__} ({type(error).__name__}: {reason}).'
                 ) from error
-        received = [name for name, tensor in own.items() if tensor._version != before[name][1]]
-        learned = [name for name in received if isinstance(own[name], nn.Parameter) or name.endswith(_STATISTICS)]
+        received = [name for name, tensor in tensors.items() if tensor._version != before[name][1]]
+        learned = [name for name in received if isinstance(tensors[name], nn.Parameter) or name.endswith(_STATISTICS)]
         with prefix_errors(checkpoint):
             check_values(
-                {name: state.get(name, own[name]) for name in learned},
-                [name for name in learned if not (own[name].is_floating_point() or own[name].is_complex())],
+                {name: state.get(name, tensors[name]) for name in learned},
+                [name for name in learned if not (tensors[name].is_floating_point() or tensors[name].is_complex())],
             )
     finally:
         hook.remove()
         with torch.no_grad():
             for name, (tensor, _) in before.items():
-                own[name].copy_(tensor)
+                tensors[name].copy_(tensor)
     missing, unexpected = reported[-1] if reported else ([], [])  # none if the model overrides load_state_dict
-    return state, _LoadResult(len(own), learned, missing, unexpected, wrong)
+    return state, _LoadResult(len(tensors), learned, missing, unexpected, wrong)
 
 
 def _shape(numbers: str) -> tuple[int, ...]:

@@ -199,8 +199,8 @@ def test_full_disk_is_an_error_and_keeps_earlier_checkpoints(shapes, uninterrupt
 
 def test_sigterm_saves_and_resume_continues_within_the_epoch(digits, tmp_path):
     """With mixup, MESA, EMA and two loader workers; the second SIGTERM is during an evaluation."""
-    (tmp_path / 'whole').mkdir()
-    printed = Training(*classification(digits), cwd=tmp_path / 'whole').end()
+    (tmp_path / 'uninterrupted').mkdir()
+    printed = Training(*classification(digits), cwd=tmp_path / 'uninterrupted').end()
     assert 'Epoch(train) [4][5/5]' in printed, printed
 
     for moment in ('Epoch(train) [2][2/5]', 'Epoch(val) [2]', 'Epoch(train) [4][4/5]'):
@@ -212,4 +212,4 @@ def test_sigterm_saves_and_resume_continues_within_the_epoch(digits, tmp_path):
         assert 'repeat the command with --resume to continue' in printed
     printed = Training(*classification(digits), '--resume', cwd=tmp_path).end()
     assert ' of 5 batches of this epoch.' in printed
-    assert_same_state(tmp_path / 'here/epoch_4.pth', tmp_path / 'whole/here/epoch_4.pth')
+    assert_same_state(tmp_path / 'here/epoch_4.pth', tmp_path / 'uninterrupted/here/epoch_4.pth')

@@ -17,7 +17,7 @@ from mmengine.logging import HistoryBuffer
 
 
 def random_weights(state: dict[str, torch.Tensor], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Every tensor random, so that each one left behind shows in the features."""
+    """Randomize every tensor, so that each missing one changes the features."""
     generator = torch.Generator().manual_seed(seed)
     result = {}
     for name, tensor in state.items():
@@ -45,7 +45,7 @@ def timm_features(name: str, state: dict[str, torch.Tensor], images: torch.Tenso
 
 
 def authors_layout(state: dict[str, torch.Tensor]) -> OrderedDict[str, torch.Tensor]:
-    """Their LayerNorms are (1, C, 1), the one of the last map and those of the neck (1, C, 1, 1)."""
+    """Reshape LayerNorms to (1, C, 1), and that of the last map to (1, C, 1, 1)."""
     result = OrderedDict()
     for name, tensor in state.items():
         parts = name.removeprefix('backbone.').split('.')
@@ -56,7 +56,7 @@ def authors_layout(state: dict[str, torch.Tensor]) -> OrderedDict[str, torch.Ten
 
 
 def authors_file(path: Path, name: str = 'efficientvim_m1', prefix: str = '', **save) -> Path:
-    """EMA weights of seed 1, plain ones of seed 0, and objects of classes that nobody else can import."""
+    """Save EMA weights of seed 1, other weights of seed 0, and objects of classes that cannot be imported."""
     module = types.ModuleType('gone')
     node = type('CfgNode', (dict,), {'__module__': 'gone'})
     module.CfgNode = node
@@ -85,7 +85,7 @@ def authors_file(path: Path, name: str = 'efficientvim_m1', prefix: str = '', **
 
 @functools.lru_cache
 def detector_state(kind: str, num_classes: int) -> dict[str, torch.Tensor]:
-    """Of mmdet's own model, with the backbone and the neck of mmevm."""
+    """State dict of a detector of MMDetection with the backbone and the neck of mmevm."""
     model = Config.fromfile(Path(mmdet.__file__).parent / f'.mim/configs/_base_/models/{kind}_r50_fpn.py').model
     model.backbone = dict(type='mmevm.EfficientViM', arch='m1')
     neck = dict(num_upsamples=1, add_extra_convs='on_input') if kind == 'retinanet' else dict(num_upsamples=2)
@@ -102,7 +102,7 @@ def authors_detector(kind: str, num_classes: int = 7) -> dict:
             tensor = tensor.reshape(1, -1, 1, 1)
         name = name.replace('neck.pre_norms.', 'neck.batch_norm.')
         name = name.replace('neck.upsample_convs.', 'neck.extra_trans_convs.')
-        if match := re.fullmatch(r'neck\.upsample_fpn_convs\.(\d)(.*)', name):  # theirs count from the finest level
+        if match := re.fullmatch(r'neck\.upsample_fpn_convs\.(\d)(.*)', name):  # counted from the finest level
             upsamples = 1 if kind == 'retinanet' else 2
             name = f'neck.extra_fpn_convs.{upsamples - 1 - int(match[1])}{match[2]}'
         state[name] = tensor

@@ -37,11 +37,13 @@ randomness = dict(seed=0)
 """
 
 
-# A runner asks compilers for their versions, each time anew.
+# cached, because it runs compilers for their versions
 ENVIRONMENT = functools.cache(runner.collect_env)
 
 
 class Place:
+    """The places of the package that read a file. Each method returns what was loaded, or raises an error."""
+
     def __init__(self, config, monkeypatch, folder):
         self.config = config
         self.folder = folder
@@ -74,19 +76,19 @@ class Place:
 
 
 def sentence(run, path):
-    """What is said of a file that is refused."""
+    """What is printed of a file that is refused."""
     with pytest.raises((SystemExit, CheckpointError)) as error:
         run(path)
     if error.type is SystemExit:
         assert isinstance(error.value.code, str)  # printed, with exit code 1
-        said = error.value.code.removeprefix('CheckpointError: ')
-        assert said != error.value.code
+        printed = error.value.code.removeprefix('CheckpointError: ')
+        assert printed != error.value.code
     else:
-        said = str(error.value)
-    assert str(path) in said
-    assert said.endswith('.')
-    assert '\n' not in said
-    return said
+        printed = str(error.value)
+    assert str(path) in printed
+    assert printed.endswith('.')
+    assert '\n' not in printed
+    return printed
 
 
 def saved(content, path, **options):
@@ -109,14 +111,14 @@ def other_arch(state):
 
 
 def assert_arrived(arrived, expected):
-    """All numbers are those that were saved, in whatever precision."""
+    """Compare the values in any precision."""
     assert expected.keys() == arrived.keys()
     for name, tensor in expected.items():
         assert torch.equal(arrived[name].double(), tensor.double()), name
 
 
 def trained_parts(state):
-    """What is as it was after a training whose rate is 0."""
+    """Return the tensors that a training with learning rate 0 does not change."""
     names = [name for name in state if not re.search('running|num_batches', name)]
     assert len(names) > 50
     return {name: state[name] for name in names}
@@ -127,4 +129,4 @@ def within(entry, **values):
 
 
 class Custom:
-    """A class of somebody's own, harmless."""
+    """A harmless custom class."""

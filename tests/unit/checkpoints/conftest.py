@@ -82,7 +82,7 @@ def state(config):
 
 
 @pytest.fixture(scope='module')
-def whole_state():
+def backbone_state():
     """State dict of a backbone that convert_checkpoint recognizes."""
     return {f'backbone.{name}': tensor for name, tensor in randomize(EfficientViM('m1')).state_dict().items()}
 
@@ -106,6 +106,6 @@ def place(config, monkeypatch, tmp_path):
 @pytest.fixture
 def content(request, name):
     """Valid content of a file for a place."""
-    fixture = dict(convert='whole_state', resume='trained').get(name, 'state')
+    fixture = dict(convert='backbone_state', resume='trained').get(name, 'state')
     value = request.getfixturevalue(fixture)
     return value if name == 'resume' else {'state_dict': value, 'meta': {}}

@@ -18,7 +18,7 @@ from mmevm.models import EfficientViM
 
 @pytest.mark.parametrize('dist', ['', '_dist'])
 @pytest.mark.parametrize('arch', ['m1', 'm2', 'm3', 'm4'])
-def test_authors_classifiers(tmp_path, arch, dist):
+def test_convert_classifiers_of_the_authors(tmp_path, arch, dist):
     name = f'efficientvim_{arch}{dist}'
     checkpoint = read_checkpoint(authors_file(tmp_path / 'x.pth', name))
     images = torch.rand(2, 3, 96, 160)
@@ -45,7 +45,7 @@ def test_authors_classifiers(tmp_path, arch, dist):
 
 
 @pytest.mark.parametrize('wrapper', [None, 'state_dict', 'model'])
-def test_timms_classifier(wrapper):
+def test_convert_classifier_of_timm(wrapper):
     state = timm_state('efficientvim_m2_dist')
     checkpoint = {wrapper: state, 'epoch': 3} if wrapper else state
     converted, report = convert_checkpoint(checkpoint)
@@ -56,7 +56,7 @@ def test_timms_classifier(wrapper):
 
 
 @pytest.mark.parametrize(('weights', 'seed'), [(None, 1), ('ema', 1), ('model', 0)])
-def test_a_training_checkpoint_of_timms(weights, seed):
+def test_convert_training_checkpoint_of_timm(weights, seed):
     states = {'state_dict': timm_state('efficientvim_m1', 0), 'state_dict_ema': timm_state('efficientvim_m1', 1)}
     converted, report = convert_checkpoint({**states, 'arch': 'efficientvim_m1'}, weights)
     assert_same(converted['state_dict'], convert_checkpoint(timm_state('efficientvim_m1', seed))[0]['state_dict'])
@@ -68,7 +68,7 @@ def test_a_training_checkpoint_of_timms(weights, seed):
     }
 
 
-def test_an_entry_without_tensors_is_not_mistaken_for_the_weights():
+def test_entries_without_tensors_are_skipped():
     state = timm_state('efficientvim_m1')
     converted, report = convert_checkpoint(
         {'state_dict': state, 'model': {'type': 'a config'}, 'model_ema': {'rate': 1}}
@@ -77,7 +77,7 @@ def test_an_entry_without_tensors_is_not_mistaken_for_the_weights():
     assert set(report.skipped) == {'model', 'model_ema'}
 
 
-def test_the_weights_asked_for_must_exist():
+def test_missing_choice_of_weights_is_an_error():
     state = timm_state('efficientvim_m1')
     for checkpoint, weights in [
         ({'model': state}, 'ema'),
@@ -91,7 +91,7 @@ def test_the_weights_asked_for_must_exist():
         convert_checkpoint(state, 'emma')
 
 
-def test_data_parallel_prefix_dtype_and_class_count(tmp_path):
+def test_convert_data_parallel_prefix_dtype_and_number_of_classes(tmp_path):
     plain = {}
     for name, tensor in authors_layout(timm_state('efficientvim_m1')).items():
         if name.startswith('heads.'):
@@ -106,7 +106,7 @@ def test_data_parallel_prefix_dtype_and_class_count(tmp_path):
         assert torch.equal(tensor.flatten(), old.flatten())
 
 
-def test_converting_a_converted_classifier_changes_nothing(tmp_path):
+def test_converting_twice_changes_nothing(tmp_path):
     converted, _ = convert_checkpoint(read_checkpoint(authors_file(tmp_path / 'x.pth')))
     torch.save(converted, tmp_path / 'y.pth')
     again, report = convert_checkpoint(torch.load(tmp_path / 'y.pth', weights_only=True))
@@ -116,7 +116,7 @@ def test_converting_a_converted_classifier_changes_nothing(tmp_path):
     assert not report.reshaped
 
 
-def test_stock_mmengine_reads_a_converted_file(tmp_path):
+def test_mmengine_reads_a_converted_file(tmp_path):
     converted, _ = convert_checkpoint(read_checkpoint(authors_file(tmp_path / 'x.pth')))
     torch.save(converted, tmp_path / 'y.pth')
     backbone = EfficientViM('m1')
@@ -129,19 +129,19 @@ def test_stock_mmengine_reads_a_converted_file(tmp_path):
     ('wrapper', 'weights'),
     [(None, None), ('state_dict', None), ('model', 'model'), ('model_ema', 'ema'), ('state_dict_ema', 'ema')],
 )
-@pytest.mark.parametrize('part', ['classifier', 'backbone', 'whole'])
+@pytest.mark.parametrize('part', ['classifier', 'backbone', 'detector'])
 @pytest.mark.parametrize('theirs', [True, False])
-def test_the_report_says_what_became_of_each_entry(wrapper, weights, part, theirs):
+def test_report_accounts_for_every_entry(wrapper, weights, part, theirs):
     plain = timm_state('efficientvim_m1')
     if part != 'classifier':
         plain = {name: tensor for name, tensor in plain.items() if name not in head_of(plain)}
     state = authors_layout(plain) if theirs else dict(plain)
-    if part == 'whole':
+    if part == 'detector':
         state = {f'backbone.{name}': tensor for name, tensor in state.items()}
     others = {'epoch': 3, 'log': [1, 2], 'meta': {}}
     converted, report = convert_checkpoint({wrapper: state, **others} if wrapper else {**state, 7: 'x', **others})
     source = {True: "a {} of the authors'", False: "a {} in timm's layout"}[theirs].format(part)
-    if part == 'whole':
+    if part == 'detector':
         source = "a detector of the authors'" if theirs else "a checkpoint of mmevm's"
     assert converted['meta'] == {'source': source, 'arch': 'm1', 'weights': weights}
     assert (report.source, report.arch, report.weights) == (source, 'm1', weights)
@@ -151,14 +151,15 @@ def test_the_report_says_what_became_of_each_entry(wrapper, weights, part, their
         **{'epoch': f'{reason} (int)', 'log': f'{reason} (2 entries)', 'meta': f'{reason} (0 entries)'},
     }
     prefixed = {
-        name: ('' if part == 'whole' else 'head.' if name in head_of(state) else 'backbone.') + name for name in state
+        name: ('' if part == 'detector' else 'head.' if name in head_of(state) else 'backbone.') + name
+        for name in state
     }
-    assert report.renamed == ({} if part == 'whole' else prefixed)
-    assert report.kept == (list(state) if part == 'whole' else [])
+    assert report.renamed == ({} if part == 'detector' else prefixed)
+    assert report.kept == (list(state) if part == 'detector' else [])
     assert report.reshaped == [prefixed[name] for name in state if theirs and state[name].dim() > 2 and 'norm' in name]
 
 
-def test_the_report_in_words():
+def test_report_as_text():
     report = ConversionReport(
         source="a classifier of the authors'",
         arch='m4',
@@ -199,10 +200,10 @@ skipped: 1
         ({'dataset_meta': {'classes': 'cat'}}, None),
         ({'dataset_meta': ['cat']}, None),
         ({'PALETTE': [(1, 2, 3)]}, None),
-        ('of nobody', None),
+        ('invalid', None),
     ],
 )
-def test_the_names_of_the_classes_stay(meta, kept):
+def test_class_names_are_kept(meta, kept):
     converted, _ = convert_checkpoint({'state_dict': timm_state('efficientvim_m1'), 'meta': meta})
     assert converted['meta'].pop('dataset_meta', None) == kept
     assert converted['meta'] == {'source': "a classifier in timm's layout", 'arch': 'm1', 'weights': None}

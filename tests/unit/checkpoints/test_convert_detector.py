@@ -14,7 +14,7 @@ from mmevm.models import UpsampleFPN
 
 
 @pytest.mark.parametrize('kind', ['mask-rcnn', 'retinanet'])
-def test_authors_detectors(tmp_path, kind):
+def test_convert_detectors_of_the_authors(tmp_path, kind):
     path = tmp_path / 'x.pth'
     torch.save(authors_detector(kind), path)
     converted, report = convert_checkpoint(read_checkpoint(path))
@@ -35,7 +35,7 @@ def test_authors_detectors(tmp_path, kind):
 
 
 def authors_neck(state: dict[str, torch.Tensor], maps: list[torch.Tensor], upsamples: int) -> list[torch.Tensor]:
-    """The authors' neck in plain operators (FACTS.md, section 3). Return its levels, finest first."""
+    """Compute the neck of the authors with plain operators. Return its levels, finest first."""
 
     def conv(name: str, x: torch.Tensor, **kwargs) -> torch.Tensor:
         return F.conv2d(x, state[f'neck.{name}.conv.weight'], state[f'neck.{name}.conv.bias'], **kwargs)
@@ -61,7 +61,7 @@ def authors_neck(state: dict[str, torch.Tensor], maps: list[torch.Tensor], upsam
 
 @pytest.mark.parametrize('coarser', [False, True])
 @pytest.mark.parametrize('upsamples', [1, 2, 3])
-def test_converted_neck_gives_the_levels_of_the_authors_neck(upsamples, coarser):
+def test_converted_neck_equals_the_neck_of_the_authors(upsamples, coarser):
     channels, width = [128, 192, 320], 16
     shapes = {}
     for i, c in enumerate(channels):
@@ -98,7 +98,7 @@ def test_converted_neck_gives_the_levels_of_the_authors_neck(upsamples, coarser)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
 
 
-def test_a_missing_output_convolution_of_the_authors_is_named_by_its_new_index():
+def test_missing_output_convolution_is_named_by_its_new_index():
     state = dict(authors_detector('mask-rcnn')['state_dict'])
     del state['neck.extra_fpn_convs.1.conv.bias']
     del state['neck.extra_fpn_convs.1.conv.weight']
@@ -106,7 +106,7 @@ def test_a_missing_output_convolution_of_the_authors_is_named_by_its_new_index()
         convert_checkpoint({'state_dict': state})
 
 
-def test_faster_rcnn_needs_no_masks():
+def test_convert_faster_rcnn_without_mask_head():
     state = {k: v for k, v in authors_detector('mask-rcnn')['state_dict'].items() if 'mask_head' not in k}
     assert len(convert_checkpoint({'state_dict': state})[0]['state_dict']) == len(state)
 
@@ -115,7 +115,7 @@ def test_faster_rcnn_needs_no_masks():
     ('finer', 'extra', 'levels', 'channels'),
     [(0, False, 3, 256), (1, False, 3, 48), (2, 'on_input', 4, 32), (1, 'on_output', 4, 320), (0, 'on_output', 5, 24)],
 )
-def test_necks_of_any_number_of_levels(finer, extra, levels, channels):
+def test_convert_necks_with_any_number_of_levels(finer, extra, levels, channels):
     neck = UpsampleFPN(
         in_channels=[128, 192, 320],
         out_channels=channels,
@@ -140,7 +140,7 @@ def test_necks_of_any_number_of_levels(finer, extra, levels, channels):
             convert_checkpoint(changed)
 
 
-def test_a_detector_needs_mmdet_and_a_classifier_does_not(monkeypatch):
+def test_detectors_need_mmdet_but_classifiers_do_not(monkeypatch):
     monkeypatch.setattr('mmevm.checkpoints.convert.find_spec', lambda name: None)
     convert_checkpoint(timm_state('efficientvim_m1'))
     with pytest.raises(CheckpointError, match='Install MMDetection'):

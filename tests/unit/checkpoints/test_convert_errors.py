@@ -38,28 +38,28 @@ DETECTOR_NAMES = [
 ]
 
 
-@pytest.mark.parametrize('harm', ['missing', 'shape', 'kind'])
+@pytest.mark.parametrize('change', ['missing', 'shape', 'kind'])
 @pytest.mark.parametrize('name', [*CLASSIFIER_NAMES, *DETECTOR_NAMES])
-def test_a_missing_or_misshapen_tensor_is_an_error(name, harm):
+def test_missing_or_misshapen_tensor_is_an_error(name, change):
     is_classifier = name in CLASSIFIER_NAMES
     state = timm_state('efficientvim_m1_dist') if is_classifier else authors_detector('retinanet')['state_dict']
     state = authors_layout(state)
     convert_checkpoint({'state_dict': state})
-    if harm == 'missing':
+    if change == 'missing':
         del state[name]
     else:
-        state[name] = torch.ones(3, 5) if harm == 'shape' else 'no tensor'
+        state[name] = torch.ones(3, 5) if change == 'shape' else 'no tensor'
     with pytest.raises(CheckpointError, match='EfficientViM-M1') as error:
         convert_checkpoint({'state_dict': state})
     assert 'without converting' not in str(error.value)
     new = (
         name.replace('batch_norm', 'pre_norms').replace('extra_trans', 'upsample').replace('extra_fpn', 'upsample_fpn')
     )
-    if name != 'neck.fpn_convs.3.conv.weight':  # without it the neck is another one, whose bias is unknown
+    if name != 'neck.fpn_convs.3.conv.weight':  # without it the neck has fewer levels, and the bias is unknown
         count = len(detector_state('retinanet', 7) if not is_classifier else timm_state('efficientvim_m1_dist'))
         problem = (
             rf'1 of another shape \(\S*{new}: \(.*\) expected, \(3, 5\)'
-            if harm == 'shape'
+            if change == 'shape'
             else rf'1 missing \(\S*{new}\)'
         )
         assert re.search(rf'of {count} tensors, {problem}[^;]*\. Nothing', str(error.value))
@@ -76,7 +76,7 @@ def test_a_missing_or_misshapen_tensor_is_an_error(name, harm):
         'mask_head.x',
     ],
 )
-def test_an_unknown_tensor_is_an_error(name):
+def test_unknown_tensor_is_an_error(name):
     state = dict(authors_layout(timm_state('efficientvim_m1')))
     state[name] = torch.ones(1)
     with pytest.raises(CheckpointError, match=r'1 unknown \(.*' + name.replace('.', r'\.')):
@@ -92,18 +92,18 @@ def test_an_unknown_tensor_is_an_error(name):
         ('classifier', 'head.heads.0.bias'),
     ],
 )
-def test_without_what_tells_its_size_a_network_is_one_of_coco_or_imagenet(kind, name):
-    whole = convert_checkpoint(timm_state('efficientvim_m1'))[0]['state_dict']
-    state = dict(whole if kind == 'classifier' else detector_state(kind, 80))
+def test_default_number_of_classes_is_that_of_coco_or_imagenet(kind, name):
+    complete = convert_checkpoint(timm_state('efficientvim_m1'))[0]['state_dict']
+    state = dict(complete if kind == 'classifier' else detector_state(kind, 80))
     del state[name]
     with pytest.raises(
         CheckpointError,
-        match=rf'of {len(state) + 1} tensors, 1 missing \({name}\)\. .* use the file without converting it',
+        match=rf'of {len(state) + 1} tensors, 1 missing \({name}\)\. .*without converting',
     ):
         convert_checkpoint({'state_dict': state})
 
 
-def test_a_sentence_names_four_at_most():
+def test_messages_name_at_most_four_tensors():
     four = {f'a{i}': torch.ones(1) for i in range(4)}
     with pytest.raises(CheckpointError, match=r'The tensors are named a0, a1, a2, a3, but .*patch_embed'):
         convert_checkpoint(four)
@@ -117,19 +117,17 @@ def test_a_sentence_names_four_at_most():
         convert_checkpoint(four, 'ema')
 
 
-def test_two_names_for_one_tensor_are_an_error(tmp_path):
+def test_tensor_under_two_names_is_an_error(tmp_path):
     state = dict(timm_state('efficientvim_m1'))
     state['backbone.stages.0.blocks.0.alpha'] = state['stages.0.blocks.0.alpha'] + 1
     torch.save(state, tmp_path / 'x.pth')
-    with pytest.raises(
-        CheckpointError, match=r'1 tensors are in the file twice.*backbone\.stages\.0\.blocks\.0\.alpha'
-    ):
+    with pytest.raises(CheckpointError, match=r'1 tensors .* twice.*backbone\.stages\.0\.blocks\.0\.alpha'):
         convert_checkpoint(state)
     with pytest.raises(CheckpointError, match='in the file twice'):
         load_pretrained(EfficientViM('m1'), str(tmp_path / 'x.pth'))
 
 
-def test_other_networks_and_odd_contents_are_refused():
+def test_other_networks_and_contents_are_refused():
     with pytest.raises(CheckpointError, match='Use a checkpoint of an EfficientViM'):
         convert_checkpoint(nn.Linear(2, 2).state_dict())
     with pytest.raises(CheckpointError, match='no tensors'):

@@ -12,9 +12,7 @@ import torch
 from checkpoint_formats import assert_same, authors_file, timm_state
 from safetensors.torch import save_file
 
-from mmevm.checkpoints import (
-    convert_checkpoint,
-)
+from mmevm.checkpoints import CheckpointError, convert_checkpoint
 
 ROOT = Path(__file__).parents[3]
 NAME = 'efficientvim_m1.e450_in1k'
@@ -40,9 +38,9 @@ def test_tool_downloads_and_converts(server, tmp_path):
     assert os.listdir(target.parent) == ['m1.pth']
 
 
-def test_tool_refuses_in_one_sentence(tmp_path):
+def test_tool_prints_errors_in_one_line(tmp_path):
     target = tmp_path / 'old.pth'
-    target.write_text('what was there')
+    target.write_text('old content')
     state = timm_state('efficientvim_m1')
     torch.save({**state, 'surprise': torch.ones(1)}, tmp_path / 'x.pth')
     done = run_tool(tmp_path / 'x.pth', target)
@@ -50,7 +48,7 @@ def test_tool_refuses_in_one_sentence(tmp_path):
     assert done.stderr.splitlines()[-1].startswith('CheckpointError: ')
     assert 'surprise' in done.stderr
     assert 'Traceback' not in done.stderr
-    assert target.read_text() == 'what was there'
+    assert target.read_text() == 'old content'
     assert sorted(os.listdir(tmp_path)) == ['old.pth', 'x.pth']
 
 
@@ -63,7 +61,7 @@ def tool():
 
 
 @pytest.mark.parametrize(('weights', 'seed'), [([], 1), (['--weights', 'ema'], 1), (['--weights', 'model'], 0)])
-def test_tool_chooses_weights_and_accounts_for_everything(tool, tmp_path, monkeypatch, capsys, weights, seed):
+def test_tool_converts_the_chosen_weights_and_prints_a_report(tool, tmp_path, monkeypatch, capsys, weights, seed):
     source = authors_file(tmp_path / 'x.pth')
     monkeypatch.setattr(sys, 'argv', ['convert_checkpoint.py', str(source), str(tmp_path / 'y.pth'), *weights])
     tool.main()
@@ -79,10 +77,10 @@ def test_tool_chooses_weights_and_accounts_for_everything(tool, tmp_path, monkey
         assert f'\n  {entry}: ' in printed
 
 
-def test_tool_leaves_nothing_behind_when_the_disk_is_full(tool, tmp_path, monkeypatch):
+def test_tool_reports_a_failed_write(tool, tmp_path, monkeypatch):
     source = authors_file(tmp_path / 'x.pth')
     monkeypatch.setattr(sys, 'argv', ['convert_checkpoint.py', str(source), str(tmp_path / 'full' / 'y.pth')])
     (tmp_path / 'full').write_text('a file where a folder is needed')
     with pytest.raises(CheckpointError, match=r'File exists|Not a directory'):
         tool.main()
-    shutil.copy(source, tmp_path / 'full')  # still what it was: a file
+    shutil.copy(source, tmp_path / 'full')  # the file is unchanged

@@ -29,7 +29,7 @@ from mmevm.models import EfficientViM
 ROOT = Path(__file__).parents[3]
 
 
-def test_a_url_of_an_authors_file(server, tmp_path, monkeypatch):
+def test_load_from_url(server, tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     authors_file(server.folder / 'm1.pth')
     expected = timm_state('efficientvim_m1', 1)
@@ -42,16 +42,16 @@ def test_a_url_of_an_authors_file(server, tmp_path, monkeypatch):
         load_pretrained(backbone, f'{server.url}/m2.pth')
 
 
-def test_a_url_whose_server_does_not_answer(tmp_path, monkeypatch):
+def test_unreachable_url_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    with socket.socket() as unheard:
-        unheard.bind(('127.0.0.1', 0))
-        url = f'https://127.0.0.1:{unheard.getsockname()[1]}/m1.pth'
+    with socket.socket() as silent:
+        silent.bind(('127.0.0.1', 0))
+        url = f'https://127.0.0.1:{silent.getsockname()[1]}/m1.pth'
         with pytest.raises(CheckpointError, match=f'{url}: download failed'):
             load_pretrained(EfficientViM('m1'), url)
 
 
-def test_urls_whose_files_have_the_same_name(server, tmp_path, monkeypatch):
+def test_urls_with_the_same_file_name_are_cached_separately(server, tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     for seed, folder in [(1, 'e300'), (2, 'e450')]:
         (server.folder / folder).mkdir()
@@ -65,7 +65,7 @@ def test_urls_whose_files_have_the_same_name(server, tmp_path, monkeypatch):
 
 
 class Shelf(LocalBackend):
-    """A file backend of one's own, which has a local copy for as long as it is read."""
+    """A custom file backend, which removes its local copy after the file was read."""
 
     @contextlib.contextmanager
     def get_local_path(self, uri):
@@ -79,7 +79,7 @@ class Shelf(LocalBackend):
 register_backend('shelf', Shelf, force=True, prefixes='shelf')
 
 
-def test_a_file_of_a_backend_of_mmengines(tmp_path):
+def test_fetch_from_a_file_backend_of_mmengine(tmp_path):
     expected = timm_state('efficientvim_m1')
     torch.save(expected, tmp_path / 'x.pth')
     assert_same(fetch_checkpoint(f'shelf://{tmp_path}/x.pth'), expected)
@@ -89,7 +89,7 @@ def test_a_file_of_a_backend_of_mmengines(tmp_path):
         (f'shelf://{tmp_path}/y.pth', ': .*y.copy is text'),
         (
             f'shelf://{tmp_path}/z.pth',
-            r': download by the file backend of mmengine failed \(FileNotFoundError\)\. Download',
+            r': download by the file backend .* failed \(FileNotFoundError\)\.',
         ),
         (f'drawer://{tmp_path}/x.pth', ': download by the file backend of mmengine failed'),
     ]:
@@ -97,7 +97,7 @@ def test_a_file_of_a_backend_of_mmengines(tmp_path):
             fetch_checkpoint(uri)
 
 
-def test_tensors_are_fetched_to_the_device_that_is_asked_for(server, tmp_path, monkeypatch):
+def test_fetch_to_a_device(server, tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     path = server.folder / 'x.pth'
     torch.save({'w': torch.ones(2)}, path)
@@ -125,7 +125,7 @@ except RuntimeError as error:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('exists', [True, False])
-def test_one_process_of_a_node_downloads_and_none_waits_for_ever(server, tmp_path, exists):
+def test_one_process_per_node_downloads(server, tmp_path, exists):
     if exists:
         authors_file(server.folder / 'm1.pth')
     with socket.socket() as free:
@@ -166,7 +166,7 @@ NAME = 'efficientvim_m1.e450_in1k'
 
 
 def fill_hub_cache(hub: Path, repository: str = f'timm/{NAME}', seed: int = 0, revision: str = 'main') -> None:
-    """As the hub lays it out: a reference from a branch to a commit, and the files of this commit."""
+    """Write a cache of the Hugging Face Hub: a reference from a branch to a commit, and the files of the commit."""
     commit = f'{seed:040}'
     repo = hub / f'models--{repository.replace("/", "--")}'
     (repo / 'refs').mkdir(parents=True, exist_ok=True)
@@ -175,7 +175,7 @@ def fill_hub_cache(hub: Path, repository: str = f'timm/{NAME}', seed: int = 0, r
     save_file(timm_state('efficientvim_m1', seed), repo / 'snapshots' / commit / 'model.safetensors')
 
 
-def test_timm_scheme_from_the_cache(tmp_path, monkeypatch):
+def test_timm_scheme_reads_the_hub_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
     fill_hub_cache(tmp_path)
@@ -203,7 +203,7 @@ def test_timm_scheme_from_the_cache(tmp_path, monkeypatch):
         ('hf-hub:me/private@v2', 4),
     ],
 )
-def test_timm_scheme_takes_the_names_that_timm_takes(tmp_path, monkeypatch, name, seed):
+def test_timm_scheme_accepts_the_names_of_timm(tmp_path, monkeypatch, name, seed):
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
     fill_hub_cache(tmp_path, 'timm/efficientvim_m1.e300_in1k', 1)
@@ -216,7 +216,7 @@ def test_timm_scheme_takes_the_names_that_timm_takes(tmp_path, monkeypatch, name
         assert torch.equal(timm.create_model(name, pretrained=True).weights, state['head.weights'])
 
 
-def test_timm_scheme_names_the_repository_whose_weights_are_of_another_network(tmp_path, monkeypatch):
+def test_timm_scheme_names_the_repository_of_another_network(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
     fill_hub_cache(tmp_path, 'me/other')
     (path,) = tmp_path.rglob('model.safetensors')
@@ -225,7 +225,7 @@ def test_timm_scheme_names_the_repository_whose_weights_are_of_another_network(t
         fetch_checkpoint('timm://hf-hub:me/other')
 
 
-def test_timm_scheme_offline_says_the_two_ways_out(tmp_path, monkeypatch):
+def test_timm_scheme_offline_error_suggests_two_solutions(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
     with pytest.raises(CheckpointError, match=r'model\.safetensors.*backbone\.init_cfg=None') as error:
@@ -236,7 +236,7 @@ def test_timm_scheme_offline_says_the_two_ways_out(tmp_path, monkeypatch):
         fetch_checkpoint('timm://hf-hub:a/b/c')
 
 
-def test_timm_scheme_lists_the_names_there_are():
+def test_timm_scheme_error_lists_the_available_names():
     for name in ('efficientvim_m5.e450_in1k', 'resnet50.a1_in1k', 'efficientvim_m1.e1_in1k'):
         with pytest.raises(CheckpointError, match=f'{name}.*efficientvim_m4.e450_in1k'):
             load_pretrained(EfficientViM('m1'), f'timm://{name}')
@@ -270,7 +270,7 @@ def test_timm_scheme_downloads_from_the_hub(server, tmp_path):
     environment = dict(HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / 'hf'), HF_HUB_OFFLINE='0', PYTHONPATH=str(ROOT))
     command = [sys.executable, '-c', HUB, *names]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=100)
-    said = dict(line.split(' ', 1) for line in done.stdout.splitlines() if line.startswith(tuple(names)))
+    printed = dict(line.split(' ', 1) for line in done.stdout.splitlines() if line.startswith(tuple(names)))
     for name, seed in zip(names, [0, 1, 3], strict=False):
-        assert float(said[name]) == pytest.approx(timm_state('efficientvim_m1', seed)['weights'].sum().item())
-    assert re.match(r'timm://hf-hub:me/none: download failed \(\w+Error\)', said[names[-1]])
+        assert float(printed[name]) == pytest.approx(timm_state('efficientvim_m1', seed)['weights'].sum().item())
+    assert re.match(r'timm://hf-hub:me/none: download failed \(\w+Error\)', printed[names[-1]])

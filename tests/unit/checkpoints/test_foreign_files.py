@@ -31,7 +31,7 @@ def cut(where):
 
 
 def flipped(content, path):
-    """One bit of a weight is another."""
+    """Flip one bit of a weight."""
     data = bytearray(saved(content, path).read_bytes())
     weight = content['state_dict']['backbone.patch_embed.conv.0.conv.weight'].numpy().tobytes()
     data[data.index(weight) + 7] ^= 1
@@ -46,8 +46,8 @@ def short_safetensors(content, path):
     path.write_bytes(safetensors(content, path).read_bytes()[:-5])
 
 
-def lying_safetensors(content, path):
-    """The header says that a tensor is beyond the file's end."""
+def forged_safetensors(content, path):
+    """Change the header so that a tensor is beyond the end of the file."""
     data = safetensors(content, path).read_bytes()
     (size,) = struct.unpack('<Q', data[:8])
     header = data[8 : 8 + size].replace(b'"data_offsets":[0,', b'"data_offsets":[9,')
@@ -55,7 +55,7 @@ def lying_safetensors(content, path):
 
 
 def huge(content, path):
-    """A tensor of 10^13 elements, of which four bytes are stored."""
+    """Save a tensor of 10^13 elements, of which four bytes are stored."""
     name = 'backbone.patch_embed.conv.0.conv.weight'
     saved({**content, 'state_dict': {**content['state_dict'], name: torch.ones(1).expand(10**13)}}, path)
 
@@ -71,9 +71,9 @@ def program(content, path):
 
 BYTES = {
     'empty': (as_bytes(b''), 'is empty'),
-    'cut in its header': (cut(lambda size: 20), 'cut off or damaged'),
-    'cut in its middle': (cut(lambda size: size // 2), 'cut off or damaged'),
-    'cut at its end': (cut(lambda size: size - 3), 'cut off or damaged'),
+    'truncated in its header': (cut(lambda size: 20), 'cut off or damaged'),
+    'truncated in its middle': (cut(lambda size: size // 2), 'cut off or damaged'),
+    'truncated at its end': (cut(lambda size: size - 3), 'cut off or damaged'),
     'one bit flipped': (flipped, 'cut off or damaged .* checksum of .* is wrong'),
     'text': (as_bytes(b'epoch 1: loss 0.3\n'), 'is text'),
     'page': (as_bytes(b'<!DOCTYPE html><html><body>Not found</body></html>'), 'web page'),
@@ -84,14 +84,14 @@ BYTES = {
     'npz': (npz, 'a zip archive of .* files that torch.save did not write'),
     'TorchScript': (program, 'a TorchScript program'),
     'huge tensor': (huge, 'cut off or damaged .* needs 40000000000000 bytes, but the file stores 4'),
-    'safetensors, cut': (short_safetensors, 'cut off or damaged|holds weights only'),
-    'safetensors, header lies': (lying_safetensors, 'cut off or damaged|holds weights only'),
+    'safetensors, truncated': (short_safetensors, 'cut off or damaged|holds weights only'),
+    'safetensors, forged header': (forged_safetensors, 'cut off or damaged|holds weights only'),
 }
 
 
 @pytest.mark.parametrize('name', ['convert', 'pretrained', 'test', 'resume', 'start'])
 @pytest.mark.parametrize('file', BYTES)
-def test_bytes_that_are_no_checkpoint(place, content, name, file, tmp_path):
+def test_files_that_are_not_checkpoints_are_refused(place, content, name, file, tmp_path):
     make, message = BYTES[file]
     path = tmp_path / 'given.pth'
     make(content, path)
@@ -100,7 +100,7 @@ def test_bytes_that_are_no_checkpoint(place, content, name, file, tmp_path):
 
 @pytest.fixture
 def nobody():
-    """root reads every file."""
+    """Switch to an unprivileged user, because root reads every file."""
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)
@@ -110,7 +110,7 @@ def nobody():
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has other permissions')
 @pytest.mark.parametrize('read', [read_checkpoint, check_training_checkpoint])
-def test_a_file_that_may_not_be_read(tmp_path, read, request):
+def test_file_without_read_permission_is_refused(tmp_path, read, request):
     path = saved({'w': torch.ones(1)}, tmp_path / 'given.pth')
     path.chmod(0)
     request.getfixturevalue('nobody')
@@ -129,7 +129,7 @@ def cast(dtype):
 
 
 def replaced(tensor):
-    """The first convolution's weight is another."""
+    """Replace the weight of the first convolution."""
 
     def change(state):
         name = 'backbone.patch_embed.conv.0.conv.weight'
@@ -167,7 +167,7 @@ CONTENTS = {
         LOADS,
     ),
     'not contiguous': (replaced(lambda weight: weight.transpose(2, 3).contiguous().transpose(2, 3)), LOADS),
-    'whole numbers': (cast(torch.int8), 'torch.int8 .*, but floating-point numbers are expected'),
+    'integers': (cast(torch.int8), 'torch.int8 .*, but floating-point numbers are expected'),
     'NaN': (poisoned(float('nan')), r'NaN or infinite values \((backbone\.)?patch_embed'),
     'infinite': (poisoned(float('-inf')), r'NaN or infinite values \((backbone\.)?patch_embed'),
     'other arch': (with_state(other_arch), dict(convert=LOADS, pretrained=MISFIT, test=MISFIT)),
@@ -182,7 +182,7 @@ CONTENTS = {
     ),
     'other network': (
         lambda content, path: saved(nn.Linear(2, 2).state_dict(), path),
-        'Use a checkpoint of an EfficientViM|missing',
+        'an EfficientViM has|missing',
     ),
     'list': (lambda content, path: saved(list(content['state_dict'].values()), path), 'holds a list'),
     'tensor': (lambda content, path: saved(torch.ones(3), path), 'holds a Tensor'),
@@ -194,12 +194,12 @@ CONTENTS = {
             convert=r'1 unknown .surprise\.weight', pretrained=LOADS, test=r'1 unknown to the model .surprise\.weight'
         ),
     ),
-    'whole module': (lambda content, path: saved(nn.Linear(2, 2), path), 'holds a torch.nn.modules.linear.Linear'),
+    'pickled module': (lambda content, path: saved(nn.Linear(2, 2), path), 'holds a torch.nn.modules.linear.Linear'),
 }
 
 
 def scores(config, state):
-    """Of the images in the order in which they are evaluated, by the model itself."""
+    """Return the scores of the evaluation images, computed by the model directly."""
     cfg = Config.fromfile(config)
     model = MODELS.build(dict(cfg.model, _scope_='mmpretrain')).eval()
     model.load_state_dict(state)
@@ -212,7 +212,7 @@ def scores(config, state):
 
 @pytest.mark.parametrize('name', ['convert', 'pretrained', 'test'])
 @pytest.mark.parametrize('file', [*CONTENTS, 'wrong suffix'])
-def test_contents(place, content, name, file, tmp_path, config):
+def test_contents_are_loaded_or_refused(place, content, name, file, tmp_path, config):
     make, message = CONTENTS.get(file, (saved, LOADS))
     path = tmp_path / ('given.jpg' if file == 'wrong suffix' else 'given.pth')
     make(content, path)
@@ -220,7 +220,7 @@ def test_contents(place, content, name, file, tmp_path, config):
     if message:
         assert re.search(message, sentence(getattr(place, name), path))
         return
-    # What was saved, by torch or safetensors alone.
+    # read by torch or safetensors
     given = load_file(path) if file == 'safetensors' else torch.load(path, weights_only=True)
     given = given.get('state_dict', given)
     given = {key.removeprefix('module.'): tensor.detach() for key, tensor in given.items()}

@@ -36,8 +36,8 @@ TRAININGS = {
     'epoch that is no number': (within('meta', epoch='2'), "no valid meta\\['epoch'\\]"),
     'negative iteration': (within('meta', iter=-1), "no valid meta\\['epoch'\\]"),
     'other message hub': (lambda content: content | {'message_hub': {'log': {}}}, 'not mmengine'),
-    'a file to remove': (remembered(best_ckpt='/home/somebody'), "best_ckpt='/home/somebody'"),
-    'steps to remove': (remembered(keep_ckpt_ids=['/../../somebody']), 'keep_ckpt_ids=.*somebody'),
+    'a file to remove': (remembered(best_ckpt='/home/user'), "best_ckpt='/home/user'"),
+    'steps to remove': (remembered(keep_ckpt_ids=['/../../user']), 'keep_ckpt_ids=.*user'),
     'half of the keys': (lambda content: content | {'state_dict': half(content['state_dict'])}, r'\d+ missing'),
     'other arch': (lambda content: content | {'state_dict': other_arch(content['state_dict'])}, 'another shape'),
     'object of another class': (within('meta', own=Custom()), r'names foreign_files\.Custom'),
@@ -49,15 +49,15 @@ TRAININGS = {
 
 
 @pytest.mark.parametrize('file', TRAININGS)
-def test_a_training_cannot_go_on_from_this(place, trained, file, tmp_path):
+def test_resume_refuses_incomplete_and_unsafe_checkpoints(place, trained, file, tmp_path):
     change, message = TRAININGS[file]
     path = saved(change(trained), tmp_path / 'given.pth')
     assert re.search(message, sentence(place.resume, path))
 
 
-def test_a_training_whose_log_is_cut_off_within_a_whole_archive(trained, tmp_path):
-    whole, path = saved(trained, tmp_path / 'whole.pth'), tmp_path / 'cut.pth'
-    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, 'w') as target:
+def test_truncated_pickle_in_a_valid_archive_is_refused(trained, tmp_path):
+    complete, path = saved(trained, tmp_path / 'complete.pth'), tmp_path / 'cut.pth'
+    with zipfile.ZipFile(complete) as source, zipfile.ZipFile(path, 'w') as target:
         for name in source.namelist():
             data = source.read(name)
             target.writestr(name, data[: len(data) // 2] if name.endswith('data.pkl') else data)
@@ -66,7 +66,7 @@ def test_a_training_whose_log_is_cut_off_within_a_whole_archive(trained, tmp_pat
 
 
 @pytest.mark.parametrize('layout', ['legacy', 'safetensors'])
-def test_a_training_is_in_torchs_format(place, trained, layout, tmp_path):
+def test_resume_refuses_legacy_and_safetensors_files(place, trained, layout, tmp_path):
     path = tmp_path / 'given.pth'
     if layout == 'legacy':
         saved(trained, path, _use_new_zipfile_serialization=False)
@@ -76,7 +76,7 @@ def test_a_training_is_in_torchs_format(place, trained, layout, tmp_path):
 
 
 @pytest.mark.parametrize('layout', ['zip', 'legacy', 'safetensors'])
-def test_a_training_starts_from_a_file_and_says_what_does_not(place, state, layout, tmp_path, capsys):
+def test_training_starts_from_a_complete_file(place, state, layout, tmp_path, capsys):
     path = tmp_path / 'given.pth'
     if layout == 'safetensors':
         safetensors({'state_dict': state}, path)
@@ -86,17 +86,17 @@ def test_a_training_starts_from_a_file_and_says_what_does_not(place, state, layo
     assert re.search(rf'Loaded {len(state)}/{len(state)} tensors of \w+ from {path}\.\n', capsys.readouterr().out)
 
 
-def test_a_training_of_other_classes_starts_from_all_else(place, state, tmp_path, capsys):
+def test_training_with_other_classes_keeps_random_classifiers(place, state, tmp_path, capsys):
     given = {name: torch.cat([value] * 2) if 'head.heads' in name else value for name, value in state.items()}
     others = [name for name in state if given[name].shape != state[name].shape]
     path = saved({'state_dict': given}, tmp_path / 'given.pth')
     arrived = place.start(path)
     assert_arrived(*({n: v for n, v in trained_parts(part).items() if n not in others} for part in (arrived, state)))
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert re.search(
-        rf'Loaded {len(state) - len(others)}/{len(state)} tensors of \w+ from {path}\. The others keep', said
+        rf'Loaded {len(state) - len(others)}/{len(state)} tensors of \w+ from {path}\. The others keep', printed
     )
-    assert f'{len(others)} of another shape ({others[0]}: ' in said
+    assert f'{len(others)} of another shape ({others[0]}: ' in printed
 
 
 @pytest.mark.parametrize(
@@ -109,12 +109,12 @@ def test_a_training_of_other_classes_starts_from_all_else(place, state, tmp_path
         (lambda state: {name: value * torch.nan for name, value in state.items()}, 'NaN or infinite'),
     ],
 )
-def test_a_training_cannot_start_from_this(place, state, change, message, tmp_path):
+def test_load_from_refuses_other_networks_and_invalid_values(place, state, change, message, tmp_path):
     path = saved({'state_dict': change(state)}, tmp_path / 'given.pth')
     assert re.search(message, sentence(place.start, path))
 
 
-def test_a_training_goes_on_from_its_own(place, trained, tmp_path):
+def test_resume_from_a_training_checkpoint(place, trained, tmp_path):
     path = saved(trained, tmp_path / 'given.jpg')
     assert 'best_ckpt' in trained['message_hub']['runtime_info']
     assert isinstance(trained['message_hub']['log_scalars']['train/loss'], HistoryBuffer)
@@ -123,7 +123,7 @@ def test_a_training_goes_on_from_its_own(place, trained, tmp_path):
     assert_arrived(trained_parts(arrived), trained_parts(trained['state_dict']))
 
 
-def test_a_config_that_resumes_by_itself_is_looked_at_too(place, trained, tmp_path):
+def test_resume_of_the_config_is_checked_too(place, trained, tmp_path):
     path = saved(trained, tmp_path / 'given.pth')
     start = functools.partial(place.start, options=['resume=True', 'train_cfg.max_epochs=2'])
     assert_arrived(trained_parts(start(path)), trained_parts(trained['state_dict']))
@@ -134,7 +134,7 @@ def test_a_config_that_resumes_by_itself_is_looked_at_too(place, trained, tmp_pa
 
 
 @pytest.mark.skipif(not hasattr(torch.serialization, 'safe_globals'), reason='of torch 2.5')
-def test_a_class_of_ones_own_is_admitted_on_request(trained, tmp_path):
+def test_registered_custom_class_is_accepted(trained, tmp_path):
     path = saved(within('meta', own=Custom())(trained), tmp_path / 'given.pth')
     with torch.serialization.safe_globals([Custom]):
         assert check_training_checkpoint(path)['epoch'] == 1
@@ -170,7 +170,7 @@ ATTACKS = {
 }
 
 
-SEEN_TO = ('beside', 'in state_dict', 'in meta')  # the weights are all there, and the rest is not looked at
+IGNORED = ('beside', 'in state_dict', 'in meta')  # all weights are there, and other objects are not used
 
 
 @pytest.mark.parametrize('name', ['convert', 'pretrained', 'test', 'resume', 'start'])
@@ -178,7 +178,7 @@ SEEN_TO = ('beside', 'in state_dict', 'in meta')  # the weights are all there, a
     ('attack', 'layout'),
     [*((attack, 'zip') for attack in ATTACKS), ('called', 'legacy'), ('called', 'pickle'), ('beside', 'legacy')],
 )
-def test_nothing_is_run(place, content, name, attack, layout, tmp_path):
+def test_no_code_from_the_file_is_run(place, content, name, attack, layout, tmp_path):
     mark, path = tmp_path / 'mark', tmp_path / 'given.pth'
     content = ATTACKS[attack](content, mark, Call(os.system, f'touch {mark}'))
     if layout == 'pickle':
@@ -189,27 +189,27 @@ def test_nothing_is_run(place, content, name, attack, layout, tmp_path):
         torch.load(path, weights_only=False)
     assert mark.exists(), 'the attack itself does not work'
     mark.unlink()
-    seen_to = (*SEEN_TO, 'in place of a tensor') if name == 'start' else SEEN_TO  # which may leave something out
-    if name != 'resume' and layout != 'pickle' and attack in seen_to:
+    ignored = (*IGNORED, 'in place of a tensor') if name == 'start' else IGNORED  # which may skip tensors
+    if name != 'resume' and layout != 'pickle' and attack in ignored:
         getattr(place, name)(path)
     else:
-        said = sentence(getattr(place, name), path)
+        printed = sentence(getattr(place, name), path)
         if name == 'resume' and layout == 'zip':
-            assert f'{os.system.__module__}.system' in said
+            assert f'{os.system.__module__}.system' in printed
     assert not mark.exists()
 
 
 @pytest.mark.parametrize('way', ['attribute', 'protocol 4', 'config'])
-def test_nothing_is_run_on_the_way_to_a_training(place, trained, way, tmp_path):
+def test_resume_runs_no_code_from_the_file(place, trained, way, tmp_path):
     mark, path = tmp_path / 'mark', tmp_path / 'given.pth'
     command = f'touch {mark}'
-    if way == 'config':  # mmengine's Runner.resume runs it
+    if way == 'config':  # mmengine's Runner.resume would run it
         text = f'import os\nos.system({command!r})\n'
         Config.fromstring(text, '.py')
         saved(within('meta', config=text)(trained), path)
         message = r"meta\['config'\]"
     else:
-        # A function leads to its module's names, and those to builtins: no object but getattr is named.
+        # getattr leads from a function to the globals of its module, and from there to builtins.
         names = Call(getattr, HistoryBuffer.min, '__builtins__')
         evil = Call(Call(getattr, names, 'get'), 'eval') if way == 'attribute' else Call(os.system, command)
         if way == 'attribute':

@@ -28,7 +28,7 @@ def make_head(path: Path | None, num_classes: int = 1000, distilled: bool = Fals
 
 @pytest.mark.parametrize('dist', ['', '_dist'])
 @pytest.mark.parametrize('layout', ['authors', 'timm', 'converted', 'prefix'])
-def test_a_head_receives_every_tensor(tmp_path, layout, dist):
+def test_head_receives_every_tensor(tmp_path, layout, dist):
     name = f'efficientvim_m1{dist}'
     state = timm_state(name, 1)
     path = tmp_path / 'x.pth'
@@ -46,7 +46,7 @@ def test_a_head_receives_every_tensor(tmp_path, layout, dist):
 
 
 @pytest.mark.parametrize('how', ['Pretrained', 'mmengine.Pretrained', PretrainedInit])
-def test_a_classifier_receives_backbone_and_head_from_one_file(tmp_path, how):
+def test_classifier_receives_backbone_and_head_from_one_file(tmp_path, how):
     path = authors_file(tmp_path / 'x.pth')
     init_cfg = dict(type=how, checkpoint=str(path))
     model = MODELS.build(
@@ -67,7 +67,7 @@ def test_a_classifier_receives_backbone_and_head_from_one_file(tmp_path, how):
 
 
 @pytest.mark.parametrize('dist', ['', '_dist'])
-def test_a_head_of_other_classes_receives_all_but_its_classifiers(tmp_path, log, dist):
+def test_head_with_other_classes_keeps_random_classifiers(tmp_path, log, dist):
     name = f'efficientvim_m1{dist}'
     path = authors_file(tmp_path / 'x.pth', name)
     state = head_of(timm_state(name, 1))
@@ -79,14 +79,14 @@ def test_a_head_of_other_classes_receives_all_but_its_classifiers(tmp_path, log,
     for linear in [*head.heads, *(head.heads_dist if dist else ())]:
         assert torch.all(linear.bias == 0)
         assert linear.weight.std().item() == pytest.approx(0.02, rel=0.05)  # as without a checkpoint
-    told = [line for line in log.messages if '1000' in line and '200' in line]
-    assert told == [line for line in log.messages if 'random' in line]
-    (line,) = told
+    logged = [line for line in log.messages if '1000' in line and '200' in line]
+    assert logged == [line for line in log.messages if 'random' in line]
+    (line,) = logged
     assert f'{path} has 1000 classes, but FusionClsHead has 200: its {16 if dist else 8} tensors' in line
     assert 'heads.0.weight' in line
 
 
-def test_a_head_of_as_many_classes_says_nothing_of_random_weights(tmp_path, log):
+def test_head_with_the_same_number_of_classes_logs_no_random_weights(tmp_path, log):
     make_head(authors_file(tmp_path / 'x.pth')).init_weights()
     assert any('Loaded 17/17 tensors of FusionClsHead' in line for line in log.messages)
     assert not any('random' in line for line in log.messages)
@@ -106,7 +106,7 @@ def head_error(path: Path, state: dict[str, torch.Tensor], **kwargs) -> str:
 
 
 @pytest.mark.parametrize('name', ['weights', 'norm.3.bias', 'heads.0.bias', 'heads.2.weight'])
-def test_a_head_that_does_not_receive_everything_is_an_error(tmp_path, name):
+def test_incomplete_head_weights_are_an_error(tmp_path, name):
     state = {key: tensor for key, tensor in timm_state('efficientvim_m1').items() if key != name}
     message = head_error(tmp_path / 'x.pth', state)
     assert f"16 of the 17 tensors of FusionClsHead under the prefix 'head.': 1 missing ({name})" in message
@@ -114,7 +114,7 @@ def test_a_head_that_does_not_receive_everything_is_an_error(tmp_path, name):
         assert f'1 missing ({name})' in head_error(tmp_path / 'x.pth', state, num_classes=200)
 
 
-def test_a_backbone_alone_or_another_arch_has_no_head_to_give(tmp_path):
+def test_head_from_a_backbone_or_another_arch_is_an_error(tmp_path):
     state = timm_state('efficientvim_m1')
     backbone = {key: tensor for key, tensor in state.items() if key not in head_of(state)}
     assert '0 of the 17' in head_error(tmp_path / 'x.pth', backbone)
@@ -123,7 +123,7 @@ def test_a_backbone_alone_or_another_arch_has_no_head_to_give(tmp_path):
     )
 
 
-def test_between_distilled_heads_and_others(tmp_path, log):
+def test_loading_between_heads_with_and_without_distillation(tmp_path, log):
     path = tmp_path / 'x.pth'
     message = head_error(path, timm_state('efficientvim_m1'), distilled=True)
     assert '17 of the 26 tensors' in message

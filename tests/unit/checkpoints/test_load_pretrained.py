@@ -28,7 +28,7 @@ from mmevm.registry import MODELS
 
 
 @pytest.mark.parametrize('layout', ['authors', 'timm', 'safetensors', 'converted', 'backbone', 'distributed'])
-def test_a_backbone_receives_every_tensor(tmp_path, layout):
+def test_backbone_receives_every_tensor(tmp_path, layout):
     state = timm_state('efficientvim_m1', 1)
     path = tmp_path / 'x.pth'
     if layout == 'safetensors':
@@ -51,7 +51,7 @@ def test_a_backbone_receives_every_tensor(tmp_path, layout):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
 
 
-def test_from_a_detector_with_and_without_prefix(tmp_path):
+def test_backbone_from_a_detector_with_and_without_prefix(tmp_path):
     path = tmp_path / 'x.pth'
     torch.save(authors_detector('retinanet'), path)
     expected = {k[9:]: v for k, v in detector_state('retinanet', 7).items() if k.startswith('backbone.')}
@@ -65,7 +65,7 @@ def test_from_a_detector_with_and_without_prefix(tmp_path):
     assert_same(backbone.state_dict(), expected)
 
 
-def test_a_backbone_of_fewer_stages_or_of_another_arch(tmp_path):
+def test_backbone_with_fewer_stages_or_custom_arch(tmp_path):
     state = timm_state('efficientvim_m1')
     path = tmp_path / 'x.pth'
     torch.save(state, path)
@@ -81,7 +81,7 @@ def test_a_backbone_of_fewer_stages_or_of_another_arch(tmp_path):
 
 
 @pytest.mark.parametrize('how', ['Pretrained', 'mmengine.Pretrained', PretrainedInit])
-def test_nothing_received_is_an_error_however_it_is_asked_for(tmp_path, how):
+def test_checkpoint_of_another_network_is_an_error_for_each_type_of_init_cfg(tmp_path, how):
     torch.save({'state_dict': {'layer.weight': torch.zeros(1)}}, tmp_path / 'x.pth')
     backbone = EfficientViM('m1', init_cfg=dict(type=how, checkpoint=str(tmp_path / 'x.pth')))
     with pytest.raises(CheckpointError, match=r'0 of the \d+ tensors'):
@@ -99,7 +99,7 @@ def load_error(path: Path, checkpoint: dict, prefix: str | None = None, **kwargs
     return str(error.value)
 
 
-def test_a_backbone_that_does_not_receive_everything_is_an_error(tmp_path):
+def test_incomplete_backbone_weights_are_an_error(tmp_path):
     path = tmp_path / 'x.pth'
     state = timm_state('efficientvim_m1')
     total = len(EfficientViM('m1').state_dict())
@@ -125,7 +125,7 @@ def test_a_backbone_that_does_not_receive_everything_is_an_error(tmp_path):
     assert 'in_channels' in message.split('. ', 1)[1]
 
 
-def test_the_advice_fits_what_is_wrong(tmp_path):
+def test_errors_suggest_a_solution(tmp_path):
     path = tmp_path / 'x.pth'
     state = timm_state('efficientvim_m1')
     names = ', '.join(list(state)[:4])
@@ -137,7 +137,7 @@ def test_the_advice_fits_what_is_wrong(tmp_path):
         assert 'under the prefix' in message
 
 
-def test_what_was_loaded_and_what_was_not_is_logged(tmp_path, log):
+def test_loaded_and_skipped_tensors_are_logged(tmp_path, log):
     path = authors_file(tmp_path / 'x.pth')
     backbone = EfficientViM('m1')
     log.clear()
@@ -155,7 +155,7 @@ def test_what_was_loaded_and_what_was_not_is_logged(tmp_path, log):
     assert log.messages == [f'Loaded {count}/{count} tensors of EfficientViM from {path}.']
 
 
-def test_which_initialisations_are_of_a_checkpoint():
+def test_pretrained_cfgs():
     ours = dict(checkpoint='x.pth', prefix='backbone.')
     cfg = dict(type='Pretrained', **ours)
     assert pretrained_cfgs(None) == pretrained_cfgs([]) == pretrained_cfgs({}) == []

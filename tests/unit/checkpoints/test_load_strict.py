@@ -1,4 +1,4 @@
-"""Check and load checkpoints of whole models."""
+"""Check and load checkpoints of complete models."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,15 +26,15 @@ def small_model(classes: int = 3) -> nn.Module:
 
 
 @pytest.fixture
-def whole(tmp_path):
-    """A file of all of a small model, and what it holds."""
+def small_file(tmp_path):
+    """A file with the weights of a small model, and these weights."""
     content = {'state_dict': random_weights(small_model().state_dict()), 'meta': {'epoch': 1}}
     torch.save(content, tmp_path / 'x.pth')
     return str(tmp_path / 'x.pth'), content['state_dict']
 
 
-def test_a_whole_model_receives_every_tensor(whole, log):
-    path, state = whole
+def test_load_strict_loads_every_tensor(small_file, log):
+    path, state = small_file
     model = small_model()
     assert load_strict(model, path)['meta'] == {'epoch': 1}
     assert_same(model.state_dict(), state)
@@ -52,8 +52,8 @@ def test_a_whole_model_receives_every_tensor(whole, log):
         (lambda state: state.clear(), 'The file has no tensors'),
     ],
 )
-def test_a_whole_model_receives_everything_or_nothing(whole, change, problem):
-    path, state = whole
+def test_load_strict_loads_everything_or_nothing(small_file, change, problem):
+    path, state = small_file
     change(state)
     torch.save({'state_dict': state}, path)
     model = small_model()
@@ -65,30 +65,30 @@ def test_a_whole_model_receives_everything_or_nothing(whole, change, problem):
 
 
 @pytest.mark.parametrize(('classes', 'level', 'count'), [(3, 'INFO', 7), (4, 'WARNING', 5)])
-def test_how_much_of_a_model_starts_from_a_file_is_logged(whole, log, classes, level, count):
-    path, state = whole
+def test_check_partial_logs_the_number_of_loaded_tensors(small_file, log, classes, level, count):
+    path, state = small_file
     check_partial(nn.Sequential(nn.Linear(2, classes), nn.BatchNorm1d(3)), {'state_dict': state}, path)
     (record,) = log.records
     assert record.levelname == level
-    said = f'Loaded {count}/7 tensors of Sequential from {path}.'
+    printed = f'Loaded {count}/7 tensors of Sequential from {path}.'
     if classes == 3:
-        assert record.message == said
+        assert record.message == printed
     else:
         others = ' The others keep their initial weights: 2 of another shape (0.weight: (4, 2) expected,'
-        assert record.message.startswith(said + others)
+        assert record.message.startswith(printed + others)
 
 
-def test_a_model_does_not_start_from_nothing_or_from_numbers_of_no_use(whole):
-    path, state = whole
+def test_check_partial_refuses_other_networks_and_invalid_values(small_file):
+    path, state = small_file
     with pytest.raises(CheckpointError, match=r'no tensor of Sequential: of 7, 6 missing .* are net\.0\.'):
         check_partial(small_model(), {f'net.{name}': tensor for name, tensor in state.items()}, path)
-    with pytest.raises(CheckpointError, match=r'no tensor of Sequential: .*6 of another shape'):  # but a counter
+    with pytest.raises(CheckpointError, match=r'no tensor of Sequential: .*6 of another shape'):  # all except a counter
         check_partial(small_model(4), state, path)
     for content, problem in [([], 'holds a list'), (state | {'0.bias': torch.full((3,), torch.nan)}, 'NaN')]:
         with pytest.raises(CheckpointError, match=problem) as error:
             check_partial(small_model(), content, path)
         assert path in str(error.value)
-    check_partial(small_model(), {**state, 'else': torch.tensor(torch.nan)}, path)  # is not used
+    check_partial(small_model(), {**state, 'else': torch.tensor(torch.nan)}, path)  # not part of the model
 
 
 TINY = dict(
@@ -97,7 +97,7 @@ TINY = dict(
 
 
 def tiny_detectors() -> tuple[nn.Module, nn.Module]:
-    """Return mmdet's Faster R-CNN, and a SoftTeacher that trains two of it."""
+    """Return mmdet's Faster R-CNN, and a SoftTeacher with two of them."""
     models = Path(mmdet.__file__).parent / '.mim/configs/_base_/models'
     detector = Config.fromfile(models / 'faster-rcnn_r50_fpn.py').model
     detector.backbone = TINY
@@ -112,7 +112,7 @@ def tiny_detectors() -> tuple[nn.Module, nn.Module]:
         return tuple(MMDET_MODELS.build(dict(model, _scope_='mmdet')) for model in (detector, cfg))
 
 
-def test_a_model_that_renames_keys_while_loading_starts_from_them(tmp_path, log):
+def test_model_that_renames_keys_while_loading(tmp_path, log):
     detector, soft_teacher = tiny_detectors()
     state = random_weights(detector.state_dict())
     before = {name: tensor.clone() for name, tensor in soft_teacher.state_dict().items()}
@@ -126,7 +126,7 @@ def test_a_model_that_renames_keys_while_loading_starts_from_them(tmp_path, log)
     assert_same(soft_teacher.teacher.state_dict(), state)
     assert_same(soft_teacher.student.state_dict(), state)
 
-    for harm, problem in [
+    for change, problem in [
         (
             {'neck.fpn_convs.0.conv.bias': torch.ones(3)},
             r'2 of another shape .*teacher\.neck\.fpn_convs\.0\.conv\.bias: \(8',
@@ -134,14 +134,14 @@ def test_a_model_that_renames_keys_while_loading_starts_from_them(tmp_path, log)
         ({'neck.fpn_convs.0.conv.bias': torch.full((8,), torch.nan)}, r'NaN .*teacher\.neck\.fpn_convs\.0\.conv\.bias'),
         ({'surprise': torch.ones(1)}, r'2 unknown to the model .*teacher\.surprise'),
     ]:
-        torch.save({'state_dict': {**state, **harm}}, tmp_path / 'x.pth')
+        torch.save({'state_dict': {**state, **change}}, tmp_path / 'x.pth')
         with pytest.raises(CheckpointError, match=problem):
             load_strict(soft_teacher, str(tmp_path / 'x.pth'))
     with pytest.raises(CheckpointError, match='has no tensor of SoftTeacher'):
         check_partial(soft_teacher, {f'net.{name}': tensor for name, tensor in state.items()}, 'x.pth')
 
 
-def test_a_training_of_a_model_that_renames_keys_starts_from_them(tmp_path, monkeypatch):
+def test_training_of_a_model_that_renames_keys_while_loading(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, 'collect_env', dict)
     detector, soft_teacher = tiny_detectors()
     state = random_weights(detector.state_dict())
@@ -159,7 +159,7 @@ def test_a_training_of_a_model_that_renames_keys_starts_from_them(tmp_path, monk
 
 
 class Masked(nn.Sequential):
-    """A model with buffers that are no statistics, one of them infinite, and complex weights."""
+    """Model with complex weights and with buffers that are not statistics, one of them infinite."""
 
     def __init__(self, *, ids: bool = True) -> None:
         super().__init__(nn.Linear(2, 3), nn.BatchNorm1d(3))
@@ -170,7 +170,7 @@ class Masked(nn.Sequential):
 
 
 @pytest.mark.parametrize('load', [load_strict, lambda model, path: check_partial(model, torch.load(path), path)])
-def test_buffers_may_hold_anything(tmp_path, log, load):
+def test_buffers_may_have_any_value(tmp_path, log, load):
     path = str(tmp_path / 'x.pth')
     state = Masked().state_dict()
     torch.save(state, path)
@@ -190,9 +190,9 @@ def test_buffers_may_hold_anything(tmp_path, log, load):
             load(Masked(), path)
 
 
-def test_a_constant_buffer_more_or_less_is_a_warning(tmp_path, log):
+def test_missing_or_additional_constant_buffer_is_a_warning(tmp_path, log):
     path = str(tmp_path / 'x.pth')
-    for saved, loaded in [(True, False), (False, True)]:  # as after transformers has made its position_ids transient
+    for saved, loaded in [(True, False), (False, True)]:  # as between versions of transformers
         log.clear()
         torch.save(Masked(ids=saved).state_dict(), path)
         load_strict(Masked(ids=loaded), path)
@@ -206,8 +206,8 @@ def test_a_constant_buffer_more_or_less_is_a_warning(tmp_path, log):
     assert [record.levelname for record in log.records] == ['INFO']
 
 
-def test_a_model_whose_names_differ_in_its_state_dict(tmp_path, log):
-    """mmpretrain's TimmClassifier adds a prefix while loading, and removes it from its state dict."""
+def test_timm_classifier_of_mmpretrain(tmp_path, log):
+    """TimmClassifier adds a prefix while loading, and removes it from its state dict."""
     cfg = dict(type='TimmClassifier', model_name='efficientvim_m1', pretrained=False, _scope_='mmpretrain')
     state = timm_state('efficientvim_m1')
     torch.save(state, tmp_path / 'x.pth')
@@ -223,7 +223,7 @@ def test_a_model_whose_names_differ_in_its_state_dict(tmp_path, log):
 
 
 class CustomLoading(nn.Module):
-    """Delegates loading to its network."""
+    """Model that delegates loading to its network."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -237,7 +237,7 @@ class CustomLoading(nn.Module):
 
 
 class WritingData(nn.Linear):
-    """Writes what it loads past autograd, which counts the other writes."""
+    """Layer that loads into ``.data``, which does not increase the version of a tensor."""
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self.weight.data.copy_(state_dict[f'{prefix}weight'])
@@ -245,7 +245,7 @@ class WritingData(nn.Linear):
 
 
 class Indexed(nn.Linear):
-    """Has a parameter of integers."""
+    """Layer with a parameter of integers."""
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
@@ -253,7 +253,7 @@ class Indexed(nn.Linear):
 
 
 @pytest.mark.parametrize('model', [CustomLoading(), WritingData(2, 3), Indexed(2, 3)])
-def test_models_that_load_in_unusual_ways_are_loaded(tmp_path, log, model):
+def test_models_with_custom_loading_code(tmp_path, log, model):
     state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     torch.save(state, tmp_path / 'x.pth')
     check_partial(model, state, 'x.pth')
@@ -262,8 +262,8 @@ def test_models_that_load_in_unusual_ways_are_loaded(tmp_path, log, model):
     assert {record.levelname for record in log.records} == {'INFO'}
 
 
-def test_versions_of_layers_are_kept_for_loading(tmp_path):
-    """Layers of mmdet and torch rename or add what files of their earlier versions call otherwise or lack."""
+def test_layer_versions_are_passed_to_load_state_dict(tmp_path):
+    """Layers of mmdet and torch use them to load files of earlier versions."""
 
     class Versioned(nn.Linear):
         _version = 3
@@ -278,12 +278,12 @@ def test_versions_of_layers_are_kept_for_loading(tmp_path):
     load_strict(model, str(tmp_path / 'x.pth'))
     assert set(versions) == {3}
     state = model.state_dict()
-    state._metadata = 'of nobody'
+    state._metadata = 'invalid'
     check_partial(model, {'state_dict': state}, 'x.pth')
     assert versions[-1] is None
 
 
-def test_a_model_whose_own_loading_fails_says_so():
+def test_failing_loading_code_of_a_model_is_an_error():
     class Failing(nn.Linear):
         def _load_from_state_dict(self, *args):
             raise ValueError('no pos_embed\nin this file')

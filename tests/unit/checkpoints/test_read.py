@@ -29,7 +29,7 @@ from mmevm.checkpoints import (
 
 
 @pytest.mark.parametrize('zipped', [True, False])
-def test_reads_tensors_and_containers_and_no_other_class(tmp_path, zipped):
+def test_read_builds_tensors_and_containers_only(tmp_path, zipped):
     path = authors_file(tmp_path / 'x.pth', _use_new_zipfile_serialization=zipped)
     content = read_checkpoint(path)
     assert_same(content['model_ema'], authors_layout(timm_state('efficientvim_m1', 1)))
@@ -42,11 +42,11 @@ def test_reads_tensors_and_containers_and_no_other_class(tmp_path, zipped):
 
 
 @pytest.mark.parametrize('zipped', [True, False])
-def test_reads_what_torch_reads(tmp_path, zipped):
+def test_read_equals_torch_load(tmp_path, zipped):
     attributed = torch.arange(3.0)
-    attributed.note = 'kept aside'
+    attributed.note = 'an attribute'
     parameter = nn.Parameter(torch.ones(2))
-    parameter.note = 'kept aside'
+    parameter.note = 'an attribute'
     shared = torch.arange(12.0).reshape(3, 4)
     content = {
         'dtypes': {
@@ -95,7 +95,7 @@ def gadgets(command: str, tmp_path: Path) -> dict[str, Call]:
 @pytest.mark.parametrize(
     'gadget', ['system', 'eval', 'exec', 'getattr', 'partial', 'popen', 'load_from_bytes', 'hub', 'rebuild']
 )
-def test_a_pickle_made_to_run_code_does_not(tmp_path, gadget, zipped):
+def test_malicious_pickle_runs_no_code(tmp_path, gadget, zipped):
     marker = tmp_path / 'marker'
     path = tmp_path / 'evil.pth'
     content = {'w': torch.ones(1), 'evil': gadgets(f'touch {marker}', tmp_path)[gadget]}
@@ -109,7 +109,7 @@ def test_a_pickle_made_to_run_code_does_not(tmp_path, gadget, zipped):
 
 
 @pytest.mark.parametrize('name', ['torch._utils\n_rebuild_tensor_v2', 'collections\nOrderedDict', 'torch\nSize'])
-def test_a_pickle_cannot_change_what_it_may_call(tmp_path, name):
+def test_pickle_cannot_change_the_functions_it_calls(tmp_path, name):
     # GLOBAL name; BUILD with (None, {'changed': 1}), which sets attributes; then {'w': 1} as the content
     build = b'\x80\x02c' + name.encode() + b'\nN}U\x07changedK\x01s\x86b0}U\x01wK\x01s.'
     head = [torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {'little_endian': True}]
@@ -122,7 +122,7 @@ def test_a_pickle_cannot_change_what_it_may_call(tmp_path, name):
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('zipped', [True, False])
-def test_of_the_module_torch_only_types_are_given(tmp_path, zipped):
+def test_pickle_cannot_call_functions_of_torch(tmp_path, zipped):
     path = tmp_path / 'x.pth'
     content = {'w': torch.ones(1), 'dtype': torch.half, 'evil': Call(torch.set_default_dtype, torch.double)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
@@ -138,7 +138,7 @@ def test_of_the_module_torch_only_types_are_given(tmp_path, zipped):
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('zipped', [True, False])
-def test_a_pickled_module_is_not_revived(tmp_path, zipped):
+def test_pickled_module_is_refused(tmp_path, zipped):
     path = tmp_path / 'x.pth'
     torch.save(nn.Linear(1, 1), path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(CheckpointError, match=r'holds a torch\.nn\.modules\.linear\.Linear'):
@@ -146,14 +146,14 @@ def test_a_pickled_module_is_not_revived(tmp_path, zipped):
 
 
 @pytest.mark.filterwarnings('ignore')
-def test_a_torchscript_program_is_refused(tmp_path):
+def test_torchscript_program_is_refused(tmp_path):
     path = tmp_path / 'x.pt'
     torch.jit.script(nn.Linear(1, 1)).save(str(path))
     with pytest.raises(CheckpointError, match='TorchScript program'):
         read_checkpoint(path)
 
 
-def test_files_that_are_no_weights_are_refused_in_a_sentence(tmp_path):
+def test_files_without_weights_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r'no checkpoint .*missing\.pth'):
         read_checkpoint(tmp_path / 'missing.pth')
     with pytest.raises(CheckpointError, match='is a directory'):
@@ -173,7 +173,7 @@ def test_files_that_are_no_weights_are_refused_in_a_sentence(tmp_path):
 
 
 @pytest.mark.parametrize('layout', ['zip', 'legacy', 'safetensors'])
-def test_a_truncated_file_is_refused(tmp_path, layout):
+def test_truncated_file_is_refused(tmp_path, layout):
     path = tmp_path / 'x.pth'
     state = timm_state('efficientvim_m1')
     if layout == 'safetensors':
@@ -189,7 +189,7 @@ def test_a_truncated_file_is_refused(tmp_path, layout):
 
 
 @pytest.mark.skipif(not hasattr(torch.serialization, 'set_crc32_options'), reason='of torch 2.6')
-def test_reads_files_without_checksums(tmp_path):
+def test_read_files_without_checksums(tmp_path):
     path = tmp_path / 'x.pth'
     state = {'w': torch.arange(5.0), 'v': torch.ones(2, 3)}
     torch.serialization.set_crc32_options(False)
@@ -212,7 +212,7 @@ def test_reads_files_without_checksums(tmp_path):
 HUGE = 10**13
 
 
-LIES = {
+FORGERIES = {
     # A number of elements in the pickle: 256 (BININT2) becomes 10^13 (LONG1).
     'storage': (b'M\x00\x01', b'\x8a\x06' + HUGE.to_bytes(6, 'little')),
     'header': (b'[256],"data_offsets":[0,1024]', b'[%d],"data_offsets":[0,%d]' % (HUGE, 4 * HUGE)),
@@ -220,29 +220,29 @@ LIES = {
 }
 
 
-def save_lie(path: Path, layout: str) -> None:
-    """Save a kilobyte that claims to hold a tensor of 10^13 elements."""
-    kind, _, lie = layout.partition(', ')
-    if lie in ('expanded', 'strided'):
+def save_forgery(path: Path, layout: str) -> None:
+    """Save a file of a kilobyte whose tensor has 10^13 elements."""
+    kind, _, forgery = layout.partition(', ')
+    if forgery in ('expanded', 'strided'):
         stored = torch.ones(256)
-        huge = stored[:1].expand(HUGE) if lie == 'expanded' else stored.as_strided((1, 10**7, 10**6), (256, 0, 0))
+        huge = stored[:1].expand(HUGE) if forgery == 'expanded' else stored.as_strided((1, 10**7, 10**6), (256, 0, 0))
         torch.save({'w': huge}, path, _use_new_zipfile_serialization=kind == 'zip')
     elif kind == 'safetensors':
         save_file({'w': torch.ones(256)}, path)
         data = path.read_bytes()
         (size,) = struct.unpack('<Q', data[:8])
-        header = data[8 : 8 + size].replace(*LIES[lie])
+        header = data[8 : 8 + size].replace(*FORGERIES[forgery])
         path.write_bytes(struct.pack('<Q', len(header)) + header + data[8 + size :])
     elif kind == 'legacy':
         torch.save({'w': torch.ones(256)}, path, _use_new_zipfile_serialization=False)
-        path.write_bytes(path.read_bytes().replace(*LIES[lie]))
+        path.write_bytes(path.read_bytes().replace(*FORGERIES[forgery]))
     else:
         torch.save({'w': torch.ones(256)}, path)
         with zipfile.ZipFile(path) as archive:
             records = {name: archive.read(name) for name in archive.namelist()}
         with zipfile.ZipFile(path, 'w') as archive:
             for name, data in records.items():
-                archive.writestr(name, data.replace(*LIES[lie]) if name.endswith('data.pkl') else data)
+                archive.writestr(name, data.replace(*FORGERIES[forgery]) if name.endswith('data.pkl') else data)
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='limits the address space')
@@ -254,11 +254,11 @@ def save_lie(path: Path, layout: str) -> None:
         *('safetensors, header', 'safetensors, shape'),
     ],
 )
-def test_small_file_that_describes_a_huge_tensor_is_refused_without_allocating(tmp_path, layout):
+def test_small_file_with_a_huge_tensor_is_refused_without_allocation(tmp_path, layout):
     import resource
 
     path = tmp_path / 'x.pth'
-    save_lie(path, layout)
+    save_forgery(path, layout)
     assert path.stat().st_size < 4096
     limits = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path('/proc/self/statm').read_text().split()[0])
@@ -275,7 +275,7 @@ def test_small_file_that_describes_a_huge_tensor_is_refused_without_allocating(t
 
 
 @pytest.mark.parametrize('zipped', [True, False])
-def test_reads_expanded_tensors(tmp_path, zipped):
+def test_read_expanded_tensors(tmp_path, zipped):
     path = tmp_path / 'x.pth'
     expected = {'row': torch.arange(5.0).expand(1000, 5), 'one': torch.ones(1, dtype=torch.bool).expand(3, 4)}
     torch.save(expected, path, _use_new_zipfile_serialization=zipped)
@@ -283,7 +283,7 @@ def test_reads_expanded_tensors(tmp_path, zipped):
 
 
 @pytest.mark.parametrize('zipped', [True, False])
-def test_tensors_go_to_the_device_that_is_asked_for(tmp_path, zipped):
+def test_read_to_a_device(tmp_path, zipped):
     path = tmp_path / 'x.pth'
     torch.save({'w': torch.ones(2)}, path, _use_new_zipfile_serialization=zipped)
     assert read_checkpoint(path)['w'].device.type == 'cpu'

@@ -211,9 +211,9 @@ class TestMESA:
         monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')  # mmengine 0.10.7 cannot resume without it
         hook = dict(type='mmevm.MESAHook', begin=begin)
         if begin == 0.25:  # as by default
-            whole = mesa(update_buffers=True).runner
+            uninterrupted = mesa(update_buffers=True).runner
         else:
-            whole = train(tmp_path / 'whole', [EMA, hook, Recorder()])
+            uninterrupted = train(tmp_path / 'uninterrupted', [EMA, hook, Recorder()])
         with pytest.raises(InterruptedError):
             train(tmp_path / 'part', [EMA, hook, Recorder(stop_at=5)], saving=True)
         recorder = Recorder()
@@ -221,8 +221,8 @@ class TestMESA:
         rest.train()
         assert list(recorder.losses) == list(range(4, 8))
         assert recorder.having('loss_mesa') == list(range(first, 8))
-        assert_same(rest.model.state_dict(), whole.model.state_dict())
-        assert_same(averaged_model(rest).state_dict(), averaged_model(whole).state_dict())
+        assert_same(rest.model.state_dict(), uninterrupted.model.state_dict())
+        assert_same(averaged_model(rest).state_dict(), averaged_model(uninterrupted).state_dict())
 
     def test_checkpoint_has_the_averaged_weights_and_no_others(self, mesa):
         training = mesa(update_buffers=True)

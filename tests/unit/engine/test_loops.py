@@ -31,15 +31,17 @@ def test_epoch_has_each_image_once_and_no_random_number_twice(tmp_path, by_epoch
 @pytest.mark.parametrize('by_epoch', [True, False])
 def test_resumed_iterations_equal_an_uninterrupted_run(tmp_path, by_epoch, workers):
     options = {'default_hooks.checkpoint.interval': 1 if by_epoch else PER_EPOCH}
-    whole = train(tmp_path / 'whole', by_epoch, workers, options=options)
-    first = tmp_path / 'whole' / ('epoch_1.pth' if by_epoch else f'iter_{PER_EPOCH}.pth')
+    uninterrupted = train(tmp_path / 'uninterrupted', by_epoch, workers, options=options)
+    first = tmp_path / 'uninterrupted' / ('epoch_1.pth' if by_epoch else f'iter_{PER_EPOCH}.pth')
     rest = train(tmp_path / 'rest', by_epoch, workers, checkpoint=first)
-    assert images(rest) == images(whole)[LENGTH:]
-    assert [numbers for _, numbers in rest] == [numbers for _, numbers in whole][PER_EPOCH:]
+    assert images(rest) == images(uninterrupted)[LENGTH:]
+    assert [numbers for _, numbers in rest] == [numbers for _, numbers in uninterrupted][PER_EPOCH:]
     if by_epoch or not workers:
-        assert augmentations(rest) == augmentations(whole[PER_EPOCH:])
+        assert augmentations(rest) == augmentations(uninterrupted[PER_EPOCH:])
     else:
-        assert not set(augmentations(rest)) & set(augmentations(whole[:PER_EPOCH]))  # at least not those of the start
+        assert not set(augmentations(rest)) & set(
+            augmentations(uninterrupted[:PER_EPOCH])
+        )  # at least not those of the start
 
 
 def test_seed_determines_images_and_augmentation(tmp_path):

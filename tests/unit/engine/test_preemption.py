@@ -29,12 +29,12 @@ def end_by_signal(*args, **kwargs):
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize(('by_epoch', 'name'), [(True, 'epoch_1_iter_8.pth'), (False, 'iter_8.pth')])
 def test_sigterm_saves_and_resume_continues_within_the_epoch(tmp_path, by_epoch, workers, name):
-    whole = train(tmp_path / 'whole', by_epoch, workers)
+    uninterrupted = train(tmp_path / 'uninterrupted', by_epoch, workers)
     before = end_by_signal(tmp_path / 'here', by_epoch, workers, at=8)
-    assert before == whole[:8]
+    assert before == uninterrupted[:8]
     after = train(tmp_path / 'here', by_epoch, workers, checkpoint=tmp_path / 'here' / name)
     if by_epoch or not workers:
-        assert after == whole[8:]
+        assert after == uninterrupted[8:]
     assert len(after) == EPOCHS * PER_EPOCH - 8
 
 
@@ -49,10 +49,11 @@ def test_sigterm_during_evaluation_saves_model_and_average(tmp_path, workers):
     options = dict(val_dataloader=loader, val_cfg=dict(), val_evaluator=dict(type='Nothing'))
     options['custom_hooks'] = [dict(type='EMAHook', momentum=0.5)]
     options['default_hooks.checkpoint.interval'] = 1
-    train(tmp_path / 'whole', options=options)
+    train(tmp_path / 'uninterrupted', options=options)
     end_by_signal(tmp_path / 'here', options=options, at=2, evaluating=True)
     expected, saved = (
-        torch.load(tmp_path / path, weights_only=False) for path in ('whole/epoch_1.pth', 'here/epoch_1_iter_6.pth')
+        torch.load(tmp_path / path, weights_only=False)
+        for path in ('uninterrupted/epoch_1.pth', 'here/epoch_1_iter_6.pth')
     )
     assert expected['state_dict']['weight'] != expected['ema_state_dict']['module.weight']
     for part in ('state_dict', 'ema_state_dict', 'optimizer'):
