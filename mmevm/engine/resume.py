@@ -13,13 +13,22 @@ from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
-from mmevm.checkpoints import CheckpointError
+from mmevm.checkpoints import CheckpointError, strip_scheme
 
 from .training_state import check_training_checkpoint, read_training_meta
 
 _LOOPS = {EpochBasedTrainLoop: 'mmevm.ResumableEpochLoop', IterBasedTrainLoop: 'mmevm.ResumableIterLoop'}
 # Names of model zoos, which mmengine resolves, and schemes of mmevm.
-_SCHEMES = ('torchvision://', 'modelzoo://', 'open-mmlab://', 'openmmlab://', 'mmcls://', 'safe://', 'timm://')
+_SCHEMES = (
+    'torchvision://',
+    'modelzoo://',
+    'open-mmlab://',
+    'openmmlab://',
+    'mmcls://',
+    'safe://',
+    'resume://',
+    'timm://',
+)
 
 
 def make_resumable(cfg: Config) -> None:
@@ -86,9 +95,10 @@ def resume(cfg: Config, checkpoint: str | Path | None = None) -> None:
             load_from_safely(cfg)
             return
         checkpoint, meta = found
-    elif '://' in str(checkpoint):
-        raise CheckpointError(f'--resume {checkpoint} is not a local file. Download it and give its path.')
     else:
+        checkpoint = strip_scheme(str(checkpoint))
+        if '://' in checkpoint:
+            raise CheckpointError(f'--resume {checkpoint} is not a local file. Download it and give its path.')
         meta = check_training_checkpoint(checkpoint)
     cfg.resume, cfg.load_from = True, f'resume://{checkpoint}'
     # mmengine restores the seed too, but after it has shuffled the data with a new one.

@@ -14,8 +14,7 @@ from mmevm.checkpoints import CheckpointError
 from mmevm.models import EfficientViM
 
 ARCH = dict(embed_dims=(16, 24), depths=(1, 1), state_dims=(4, 4))
-
-
+# Small, with an EMAHook, schedulers whose states hold objects, and a learning rate of 0, which keeps the weights.
 CONFIG = f"""
 _base_ = '{ROOT}/configs/demo/evm_m1_digits.py'
 model = dict(
@@ -39,6 +38,14 @@ randomness = dict(seed=0)
 
 # cached, because it runs compilers for their versions
 ENVIRONMENT = functools.cache(runner.collect_env)
+
+
+# The places that build a runner take longer.
+PLACES = [
+    'convert',
+    'pretrained',
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ('test', 'resume', 'start')),
+]
 
 
 class Place:

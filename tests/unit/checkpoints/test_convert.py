@@ -17,7 +17,7 @@ from mmevm.models import EfficientViM
 
 
 @pytest.mark.parametrize('dist', ['', '_dist'])
-@pytest.mark.parametrize('arch', ['m1', 'm2', 'm3', 'm4'])
+@pytest.mark.parametrize('arch', ['m1', *(pytest.param(arch, marks=pytest.mark.slow) for arch in ('m2', 'm3')), 'm4'])
 def test_convert_classifiers_of_the_authors(tmp_path, arch, dist):
     name = f'efficientvim_{arch}{dist}'
     checkpoint = read_checkpoint(authors_file(tmp_path / 'x.pth', name))

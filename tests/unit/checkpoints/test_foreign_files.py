@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from foreign_files import assert_arrived, half, other_arch, safetensors, saved, sentence
+from foreign_files import PLACES, assert_arrived, half, other_arch, safetensors, saved, sentence
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from safetensors.torch import load_file
@@ -89,7 +89,7 @@ BYTES = {
 }
 
 
-@pytest.mark.parametrize('name', ['convert', 'pretrained', 'test', 'resume', 'start'])
+@pytest.mark.parametrize('name', PLACES)
 @pytest.mark.parametrize('file', BYTES)
 def test_files_that_are_not_checkpoints_are_refused(place, content, name, file, tmp_path):
     make, message = BYTES[file]
@@ -210,7 +210,7 @@ def scores(config, state):
         return model.head(model.extract_feat((images - mean) / std)).softmax(1)
 
 
-@pytest.mark.parametrize('name', ['convert', 'pretrained', 'test'])
+@pytest.mark.parametrize('name', PLACES[:3])
 @pytest.mark.parametrize('file', [*CONTENTS, 'wrong suffix'])
 def test_contents_are_loaded_or_refused(place, content, name, file, tmp_path, config):
     make, message = CONTENTS.get(file, (saved, LOADS))

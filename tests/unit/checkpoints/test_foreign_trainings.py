@@ -8,7 +8,18 @@ import zipfile
 
 import pytest
 import torch
-from foreign_files import Custom, assert_arrived, half, other_arch, safetensors, saved, sentence, trained_parts, within
+from foreign_files import (
+    PLACES,
+    Custom,
+    assert_arrived,
+    half,
+    other_arch,
+    safetensors,
+    saved,
+    sentence,
+    trained_parts,
+    within,
+)
 from malicious import Call
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
@@ -40,7 +51,7 @@ TRAININGS = {
     'steps to remove': (remembered(keep_ckpt_ids=['/../../user']), 'keep_ckpt_ids=.*user'),
     'half of the keys': (lambda content: content | {'state_dict': half(content['state_dict'])}, r'\d+ missing'),
     'other arch': (lambda content: content | {'state_dict': other_arch(content['state_dict'])}, 'another shape'),
-    'object of another class': (within('meta', own=Custom()), r'names foreign_files\.Custom'),
+    'object of another class': (within('meta', custom=Custom()), r'names foreign_files\.Custom'),
     'NaN': (
         lambda content: content | {'state_dict': {k: v * torch.nan for k, v in content['state_dict'].items()}},
         'NaN or infinite values',
@@ -135,7 +146,7 @@ def test_resume_of_the_config_is_checked_too(place, trained, tmp_path):
 
 @pytest.mark.skipif(not hasattr(torch.serialization, 'safe_globals'), reason='of torch 2.5')
 def test_registered_custom_class_is_accepted(trained, tmp_path):
-    path = saved(within('meta', own=Custom())(trained), tmp_path / 'given.pth')
+    path = saved(within('meta', custom=Custom())(trained), tmp_path / 'given.pth')
     with torch.serialization.safe_globals([Custom]):
         assert check_training_checkpoint(path)['epoch'] == 1
 
@@ -173,7 +184,7 @@ ATTACKS = {
 IGNORED = ('beside', 'in state_dict', 'in meta')  # all weights are there, and other objects are not used
 
 
-@pytest.mark.parametrize('name', ['convert', 'pretrained', 'test', 'resume', 'start'])
+@pytest.mark.parametrize('name', PLACES)
 @pytest.mark.parametrize(
     ('attack', 'layout'),
     [*((attack, 'zip') for attack in ATTACKS), ('called', 'legacy'), ('called', 'pickle'), ('beside', 'legacy')],

@@ -194,7 +194,7 @@ class TestMESA:
             reference = with_state(build(network()), moment.average).eval()
             torch.testing.assert_close(moment.output, reference(IMAGES), rtol=0, atol=0)
             assert not torch.allclose(moment.output, with_state(build(network()), moment.student).train()(IMAGES))
-        assert not torch.allclose(with_teacher[0].answer, with_teacher[-1].answer)
+        assert not torch.allclose(with_teacher[0].output, with_teacher[-1].output)
 
     def test_loss_compares_with_the_averaged_model(self, mesa):
         training = mesa(update_buffers=True)

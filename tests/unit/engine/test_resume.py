@@ -172,8 +172,11 @@ def test_resume_keeps_the_seed_and_downloads_no_pretrained_weights(checkpoint, t
     assert cfg.randomness.seed == check_training_checkpoint(checkpoint)['seed'] == 0
     assert cfg.model.backbone.init_cfg is None
     cfg = config(tmp_path, default_hooks=dict(), randomness=dict(seed=5))
-    resume(cfg, str(checkpoint))
+    resume(cfg, f'resume://{checkpoint}')
     assert cfg.randomness.seed == 5
+    assert cfg.load_from == f'resume://{checkpoint}'
+    with pytest.raises(CheckpointError, match=r's3://bucket/epoch_1\.pth is not a local file'):
+        resume(cfg, 's3://bucket/epoch_1.pth')
 
 
 @pytest.mark.parametrize(
