@@ -61,7 +61,7 @@ _METADATA_CLASSES: tuple[type, ...] = (
     *(datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone),
     *(type(Path()), pathlib.PurePosixPath, pathlib.PureWindowsPath),
     *(collections.Counter, decimal.Decimal, fractions.Fraction, uuid.UUID, range, slice),
-    *(argparse.Namespace, ConfigDict, bytearray),
+    *(argparse.Namespace, ConfigDict, bytes, bytearray),
 )
 _RECONSTRUCT_ARRAY, _SCALAR = np.array(0).__reduce__()[0], np.float64(0).__reduce__()[0]
 TRAINING_GLOBALS: dict[str, Any] = {

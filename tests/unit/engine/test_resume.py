@@ -348,6 +348,7 @@ METADATA = dict(
     frozen=frozenset({'a'}),
     complex=1j,
     bytes=b'abc',
+    empty=[b'', np.zeros(0)],
     array=bytearray(b'abc'),
     big=2**100,
     arguments=argparse.Namespace(lr=0.1),
