@@ -12,7 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
-from mmevm.checkpoints import unwrap_model
+from mmevm.checkpoints import strip_scheme, unwrap_model
 
 from .config import iter_dicts, type_name
 from .data import DatasetSummary, different_classes, leaf_datasets, summarize_all
@@ -148,7 +148,7 @@ def _schedule(runner: Runner) -> Iterator[str]:
 
 def _weights(cfg: Config) -> Iterator[str]:
     if cfg.get('load_from'):
-        yield f'{"resumed from" if cfg.get("resume") else "load_from"} {str(cfg.load_from).removeprefix("safe://")}'
+        yield f'{"resumed from" if cfg.get("resume") else "load_from"} {strip_scheme(str(cfg.load_from))}'
     for key, part in iter_dicts(cfg.model, 'model'):
         if part.get('checkpoint') and type_name(part) == 'Pretrained':
             yield f'{key.removesuffix(".init_cfg")} from {part["checkpoint"]}'

@@ -82,7 +82,7 @@ def test_a_classifier_starts_a_detector(trained, tmp_path):
         *('--cfg-options', *options, 'optim_wrapper.optimizer.lr=0'),
         cwd=tmp_path,
     )
-    assert 'tensors of EfficientViM loaded from' in printed
+    assert 'tensors of EfficientViM from' in printed
     classifier = torch.load(trained / 'epoch_2.pth', map_location='cpu', weights_only=False)['state_dict']
     detector = torch.load(tmp_path / 'here/iter_1.pth', map_location='cpu', weights_only=False)['state_dict']
     names = [name for name, tensor in classifier.items() if name.startswith('backbone.') and 'running' not in name]
@@ -110,7 +110,7 @@ test_dataloader = val_dataloader
 """)
     options = ['train_cfg.max_epochs=1', 'train_cfg.val_interval=1']
     printed = train(config, '--work-dir', 'here', '--data-root', 'own', cwd=tmp_path, options=options)
-    assert 'tensors of EfficientViM loaded from' in printed
+    assert 'tensors of EfficientViM from' in printed
     assert 'knows 10 classes, FusionClsHead 7: its 8 tensors that belong to the classes' in printed
     steps, (evaluation,) = scalars(tmp_path / 'here')
     assert len(steps) == 4

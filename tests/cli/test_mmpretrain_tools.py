@@ -94,7 +94,7 @@ def test_reparameterize_gives_what_our_test_evaluates(trained, options, tmp_path
         accuracies += re.findall(r'accuracy/top1: [\d.]+', printed)
     assert len(accuracies) == 2
     assert accuracies[0] == accuracies[1]
-    assert 'ema_state_dict of another form' in printed
+    assert 'ema_state_dict does not match the model' in printed
 
 
 def test_the_layer_that_vis_cam_takes_of_itself_gives_a_map_on_which_the_answer_depends():
