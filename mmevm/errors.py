@@ -11,3 +11,7 @@ class ConfigError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint cannot be read, is not recognised or does not hold what it must; the message says what to do."""
+
+
+class EngineError(UserError):
+    """An inference engine is not installed, or does not support the requested dtype, device or mode."""
