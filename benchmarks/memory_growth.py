@@ -165,9 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--json', type=Path, help='write all results to this file')
     parser.add_argument('--cases', nargs='+', choices=CASES, default=list(CASES), help='(default: all)')
-    parser.add_argument(
-        '--share', type=float, default=1.0, help='fraction of warm-up and steps to run (default: 1)'
-    )
+    parser.add_argument('--share', type=float, default=1.0, help='fraction of warm-up and steps to run (default: 1)')
     parser.add_argument('--allowed', type=float, default=3.0, help='allowed growth in percent (default: 3)')
     args = parser.parse_args()
 

@@ -190,7 +190,8 @@ def _measure(
     progress: Callable[[str], None],
 ) -> list[Result]:
     """Return the rows of one setting."""
-    torch._dynamo.reset()  # each call would check the guards of all earlier settings
+    if any(engine == 'compile' for _, engine in rows):
+        torch._dynamo.reset()  # otherwise each call checks the guards of all earlier settings
     results: list[Result] = []
     calls = {}
     text = f'{setting.resolution}², batch {setting.batch_size}, {setting.dtype}'

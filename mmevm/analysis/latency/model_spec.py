@@ -153,5 +153,5 @@ def _has_our_backbone(cfg: Config) -> bool:
 
 def _suggest(name: str) -> str:
     known = [*EfficientViM.arch_settings, *timm.list_models()]
-    similar = timm.list_models(f'{name}*')[:4] or difflib.get_close_matches(name, known, n=10)
+    similar = timm.list_models(f'{name}*')[:4] or difflib.get_close_matches(name.lower(), known, n=10)
     return f' (similar names: {", ".join(similar)})' if similar else ''
