@@ -68,9 +68,6 @@ def parse_args() -> tuple[argparse.Namespace, list[ModelSpec]]:
         action='store_true',
         help='time forward and backward in training mode, with every BatchNorm in eval mode as in a detector',
     )
-    what.add_argument(
-        '--with-cp', action='store_true', help="with --train, use activation checkpointing in mmevm's backbones"
-    )
     how = parser.add_argument_group('settings')
     how.add_argument(
         '--device',
@@ -123,8 +120,6 @@ def parse_args() -> tuple[argparse.Namespace, list[ModelSpec]]:
             parser.error(f'--{name.replace("_", "-")} must be 1 or more, not {value}.')
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error(f'--device cuda: PyTorch {torch.__version__} finds no GPU. Use --device cpu.')
-    if args.with_cp and not args.train:
-        parser.error('--with-cp affects the backward pass only. Add --train.')
     if args.train and args.deploy:
         parser.error('--deploy: models in deploy mode cannot be trained. Remove --deploy or --train.')
     if args.train and args.breakdown:
@@ -135,7 +130,7 @@ def parse_args() -> tuple[argparse.Namespace, list[ModelSpec]]:
     elif args.reference not in args.models:
         parser.error(f'--reference {args.reference} is not one of --models: {", ".join(args.models)}.')
     try:
-        return args, [ModelSpec(name, args.part, args.with_cp) for name in args.models]
+        return args, [ModelSpec(name, args.part) for name in args.models]
     except (ConfigError, ValueError) as error:
         parser.error(f'--models: {error}')
 
@@ -187,11 +182,7 @@ def break_down_all(args: argparse.Namespace, specs: list[ModelSpec], results: li
 
 
 def plot(args: argparse.Namespace, results: list[Result], title: str) -> None:
-    figures = dict(
-        latency=partial(plots.draw_latency, reference=args.reference),
-        top1=plots.draw_pareto,
-        box_ap=partial(plots.draw_pareto, accuracy='box_ap'),
-    )
+    figures = dict(latency=partial(plots.draw_latency, reference=args.reference), box_ap=plots.draw_pareto)
     if len(set(args.resolution)) > 1:
         figures['resolution'] = plots.draw_resolution
     if len(set(args.batch_size or ())) > 1:

@@ -69,11 +69,10 @@ def test_timm_m4_is_the_default_reference(tool):
 
 def test_training_does_not_use_deploy_mode(tool, tmp_path):
     file = tmp_path / 'times.json'
-    printed = tool('--models', 'm1', 'shvit_s1', *SMALL, '--train', '--with-cp', '--no-memory', '--json', file)
+    printed = tool('--models', 'm1', 'shvit_s1', *SMALL, '--train', '--no-memory', '--json', file)
     assert 'forward+backward' in printed
     ours, peer = json.loads(file.read_text())['results']
-    assert (ours['training'], ours['deployed'], ours['with_cp']) == (True, False, True)
-    assert (peer['training'], peer['deployed'], peer['with_cp']) == (True, False, False)
+    assert [(row['training'], row['deployed']) for row in (ours, peer)] == [(True, False)] * 2
 
 
 def test_deploy_mode_and_channels_last_can_be_disabled(tool, tmp_path):
@@ -91,7 +90,7 @@ def test_writes_plots_and_breakdowns(tool, tmp_path):
         *('--device', 'cpu', '--no-memory', '--json', file, '--plot', tmp_path / 'plots', '--breakdown'),
     )
     files = sorted((tmp_path / 'plots').iterdir())
-    assert [path.name for path in files] == ['batch.png', 'latency.png', 'resolution.png', 'top1.png']
+    assert [path.name for path in files] == ['batch.png', 'latency.png', 'resolution.png']
     assert all(path.read_bytes().startswith(b'\x89PNG') for path in files)
     breakdown = json.loads(file.read_text())['breakdown']
     assert list(breakdown) == ['m1', 'shvit_s1']
@@ -116,7 +115,6 @@ def test_fails_if_no_model_could_be_measured(tool):
         (['--batch-size', '0'], '--batch-size must be 1 or more'),
         (['--rounds', '0'], '--rounds must be 1 or more, not 0'),
         (['--threads', '-1'], '--threads must be 1 or more'),
-        (['--with-cp'], 'Add --train'),
         (['--train', '--deploy'], 'cannot be trained'),
         (['--train', '--breakdown'], '--breakdown supports inference only'),
     ],

@@ -211,7 +211,6 @@ def _measure(
                 training=setting.training,
                 params=params,
                 flops=flops,
-                with_cp=setting.training and spec.uses_checkpointing,
                 notes=list(notes),
             )
             results.append(result)

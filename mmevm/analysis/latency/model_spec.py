@@ -38,7 +38,6 @@ class ModelSpec:
             the model from deploy mode.
         part: Part of a config's model: 'backbone', or the whole 'model', which is a classifier with its head, or a
             detector up to the outputs of its heads, without post-processing.
-        with_cp: Whether mmevm's backbones use activation checkpointing; others ignore it.
 
     Raises:
         ValueError: If the name or the part is unknown.
@@ -54,7 +53,6 @@ class ModelSpec:
 
     name: str
     part: str = 'backbone'
-    with_cp: bool = False
 
     def __post_init__(self) -> None:
         if self.part not in PARTS:
@@ -83,18 +81,13 @@ class ModelSpec:
         """Whether the name is that of an mmevm backbone."""
         return self.base in EfficientViM.arch_settings
 
-    @property
-    def uses_checkpointing(self) -> bool:
-        """Whether activations are recomputed in the backward pass."""
-        return self.with_cp and (self.is_ours or (self.is_config and _has_our_backbone(self._read_config())))
-
     def build(self) -> nn.Module:
         """Build the model in eval mode, with the same random weights in each call."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model: nn.Module
             if self.is_ours:
-                model = EfficientViM(self.base, with_cp=self.with_cp)
+                model = EfficientViM(self.base)
             elif self.is_config:
                 model = self._build_from_config()
             else:
@@ -119,10 +112,7 @@ class ModelSpec:
         return cfg
 
     def _build_from_config(self) -> nn.Module:
-        cfg = self._read_config()
-        if self.uses_checkpointing:
-            cfg.model.backbone.with_cp = True
-        model = build_without_weights(cfg)
+        model = build_without_weights(self._read_config())
         if self.part == 'backbone':
             return model.get_submodule('backbone')
         return TensorFunction(model) if isinstance(model, DETECTORS) else model
@@ -144,11 +134,6 @@ def _build_timm(name: str) -> nn.Module:
         return timm.create_model(name, pretrained=False, features_only=True)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):  # differs between models
         return _LastFeatures(timm.create_model(name, pretrained=False, num_classes=0))
-
-
-def _has_our_backbone(cfg: Config) -> bool:
-    backbone = cfg.model.get('backbone') or {}
-    return getattr(backbone.get('type'), '__name__', backbone.get('type')) in ('EfficientViM', 'mmevm.EfficientViM')
 
 
 def _suggest(name: str) -> str:

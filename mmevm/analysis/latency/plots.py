@@ -4,7 +4,7 @@ Rows without times are listed below a plot.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations, pairwise
 from math import exp, log
 from textwrap import fill
@@ -20,56 +20,14 @@ from .results import Result
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 MARKERS = 'osD^vPX*'
 
-# ImageNet-1K top-1 in percent by resolution, after 300 epochs (paper, Table 3; 384 and 512 after fine-tuning: Table 5).
-# Other methods have the names of timm.
-_OURS = {
-    'm1': {224: 72.9},
-    'm2': {224: 75.4},
-    'm3': {224: 77.6},
-    'm4': {256: 79.4, 384: 80.9, 512: 81.9},
-}
-TOP1 = {
-    **_OURS,
-    **{f'efficientvim_{arch}': figures for arch, figures in _OURS.items()},
-    'shvit_s1': {224: 72.8},
-    'shvit_s2': {224: 75.2},
-    'shvit_s3': {224: 77.4},
-    'shvit_s4': {256: 79.4, 384: 81.0, 512: 82.0},
-    'convnextv2_atto': {224: 76.2},
-    'convnextv2_femto': {224: 78.0},
-    'efficientformerv2_s0': {224: 73.7},
-    'efficientformerv2_s1': {224: 77.9},
-    'efficientvit_m3': {224: 73.4},
-    'efficientvit_m4': {224: 74.3},
-    'efficientvit_m5': {224: 77.1},
-    'fastvit_t8': {256: 75.6},
-    'fastvit_t12': {256: 79.1},
-    'mobilenetv3_large_075': {224: 73.3},  # 600 epochs
-    'mobilenetv3_large_100': {224: 75.2},  # 600 epochs
-    'mobileone_s0': {224: 71.4},
-    'mobileone_s2': {224: 77.4},
-    'mobileone_s3': {224: 78.1},
-    'mobileone_s4': {224: 79.4},
-    'mobilevitv2_050': {256: 70.2},
-    'mobilevitv2_075': {256: 75.6},
-    'mobilevitv2_100': {256: 78.1},
-    'mobilevitv2_125': {256: 79.6},
-}
-
 # Box AP of Mask R-CNN on COCO val2017 after 12 epochs (paper, Table B, which lists latencies at 512²).
-_MASK_RCNN = {
+BOX_AP = {
     'm4': 39.3,
     'efficientvim_m4': 39.3,
     'shvit_s4': 39.0,
     'fastvit_sa12': 38.9,
     'poolformer_s12': 37.3,
     'efficientnet_b0': 31.9,
-}
-
-# Axis label, and published values by model and resolution.
-ACCURACIES = {
-    'top1': ('published ImageNet-1K top-1 (%)', TOP1),
-    'box_ap': ('published box AP with Mask R-CNN', {model: {512: ap} for model, ap in _MASK_RCNN.items()}),
 }
 
 # The settings of a row, for titles and legends.
@@ -113,7 +71,7 @@ def draw_latency(results: Sequence[Result], title: str = '', reference: str | No
         axes.barh(places, times, xerr=spreads, color=colors, height=0.7, error_kw=dict(ecolor='#333333', capsize=2))
         for place, time, spread in zip(places, times, spreads, strict=True):
             axes.annotate(f'{time:.3g}', (time + spread, place), (4, 0), textcoords='offset points', va='center')
-        axes.set_yticks(places, [_name(row) for row in panel])
+        axes.set_yticks(places, [row.model for row in panel])
         axes.invert_yaxis()
         axes.margins(x=0.1)
         axes.set_xlim(left=0)
@@ -182,32 +140,32 @@ def draw_batch(results: Sequence[Result], title: str = '') -> Figure:
     return _add_texts(figure, title, common, notes)
 
 
-def draw_pareto(results: Sequence[Result], title: str = '', accuracy: str = 'top1') -> Figure:
-    """Draw a published accuracy against the measured speed, with the Pareto front.
-
-    If the accuracy was published for another resolution, that of the nearest one is drawn as a hollow marker.
+def draw_pareto(
+    results: Sequence[Result],
+    title: str = '',
+    accuracies: Mapping[str, float] = BOX_AP,
+    label: str = 'published box AP with Mask R-CNN',
+) -> Figure:
+    """Draw a published accuracy against the measured speed, with the Pareto front of each setting.
 
     Args:
         results: Rows to draw. Models without a published accuracy are listed below the plot.
         title: First line above the plot.
-        accuracy: 'top1' or 'box_ap'.
+        accuracies: Accuracy by model.
+        label: Name of the accuracy.
 
     Raises:
         ValueError: If no row has both times and an accuracy.
     """
-    label, published = ACCURACIES[accuracy]
     rows, notes = _timed(results)
-    missing = ', '.join(dict.fromkeys(row.model for row in rows if row.model not in published))
+    missing = ', '.join(dict.fromkeys(row.model for row in rows if row.model not in accuracies))
     if missing:
-        notes.append(f'Not drawn, as the paper does not list this accuracy: {missing}.')
-    rows = [row for row in rows if row.model in published]
+        notes.append(f'Not drawn, as no accuracy is listed: {missing}.')
+    rows = [row for row in rows if row.model in accuracies]
     if not rows:
-        raise ValueError(f'There is nothing to draw: the paper does not list {accuracy!r} of {missing}.')
+        raise ValueError(f'There is nothing to draw: no accuracy is listed for {missing}.')
 
-    # Each model is drawn at its own resolution, so these do not separate series.
-    common, differing = _settings(rows, [name for name in _SETTINGS if name != 'resolution'])
-    several = len({row.resolution for row in rows}) > 1
-    common += '' if several else f', {rows[0].resolution}²'
+    common, differing = _settings(rows, _SETTINGS)
     series = defaultdict(list)
     for row in rows:
         series[_describe(row, differing)].append(row)
@@ -215,29 +173,13 @@ def draw_pareto(results: Sequence[Result], title: str = '', accuracy: str = 'top
     axes = figure.subplots()
     for i, (setting, members) in enumerate(series.items()):
         color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
-        points = {}
-        for row in members:
-            side = min(published[row.model], key=lambda side, row=row: abs(side - row.resolution))  # type: ignore[misc]
-            points[id(row)] = side, (1e3 / _milliseconds(row), published[row.model][side])
-        front = pareto_front(point for _, point in points.values())
-        for row in members:
-            side, point = points[id(row)]
-            face = color if side == row.resolution else 'white'
-            axes.plot(
-                *point, marker, markersize=8, label='_point', zorder=3, markerfacecolor=face, markeredgecolor=color
-            )
+        points = [(1e3 / _milliseconds(row), accuracies[row.model]) for row in members]
+        front = pareto_front(points)
+        for row, point in zip(members, points, strict=True):
+            axes.plot(*point, marker, markersize=8, label='_point', zorder=3, color=color)
             # on the side of the point where the front does not run
-            above = point in front
-            axes.annotate(
-                f'{_name(row)}, {row.resolution}²' if several else _name(row),
-                point,
-                (7, 4) if above else (-7, -12),
-                textcoords='offset points',
-                fontsize=9,
-                ha='left' if above else 'right',
-            )
-            if side != row.resolution:
-                notes.append(f'{_name(row)}: timed at {row.resolution}², accuracy at {side}² (hollow).')
+            offset, align = ((7, 4), 'left') if point in front else ((-7, -12), 'right')
+            axes.annotate(row.model, point, offset, textcoords='offset points', fontsize=9, ha=align)
         axes.plot(*zip(*front, strict=True), color=color, linewidth=1, label=setting)
     axes.set_xscale('log')
     axes.set(xlabel='images per second (measured)', ylabel=label)
@@ -250,7 +192,7 @@ def draw_pareto(results: Sequence[Result], title: str = '', accuracy: str = 'top
     axes.spines[['top', 'right']].set_visible(False)
     if len(series) > 1:
         axes.legend(frameon=False)
-    return _add_texts(figure, title, common, list(dict.fromkeys(notes)))
+    return _add_texts(figure, title, common, notes)
 
 
 def find_crossings(first: dict[int, float], second: dict[int, float]) -> list[tuple[float, float]]:
@@ -286,12 +228,12 @@ def _timed(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
     """Return the rows with times, and notes about the others and about halved batches."""
     rows = [row for row in results if row.seconds and row.error is None]
     others = [row for row in results if row not in rows]
-    notes = [f'{_name(row)} at {row.resolution}², {row.engine}: {row.error or "no times"}' for row in others]
+    notes = [f'{row.model} at {row.resolution}², {row.engine}: {row.error or "no times"}' for row in others]
     if not rows:
         raise ValueError(f'There is nothing to draw: no row has times. {" ".join(notes)}'.rstrip())
     halved = [row for row in rows if row.asked_batch_size not in (None, row.batch_size)]
     if halved:
-        batches = ', '.join(f'{row.batch_size} for {_name(row)} at {row.resolution}²' for row in halved)
+        batches = ', '.join(f'{row.batch_size} for {row.model} at {row.resolution}²' for row in halved)
         notes.append(f'Batch sizes reduced to fit into memory: {batches}.')
     return rows, notes
 
@@ -304,10 +246,6 @@ def _milliseconds(row: Result) -> float:
 
 def _spread(row: Result) -> float:
     return _milliseconds(row) * (row.spread or 0)
-
-
-def _name(row: Result) -> str:
-    return f'{row.model} (with_cp)' if row.with_cp else row.model
 
 
 def _settings(rows: Sequence[Result], names: Iterable[str]) -> tuple[str, list[str]]:
@@ -336,7 +274,7 @@ def _lines(rows: Sequence[Result], along: str, also: str) -> tuple[dict[str, lis
         _, differing = _settings(rows, fields)
         lines = defaultdict(list)
         for row in rows:
-            lines[', '.join(filter(None, (_name(row), _describe(row, differing))))].append(row)
+            lines[', '.join(filter(None, (row.model, _describe(row, differing))))].append(row)
         if all(len({getattr(row, along) for row in line}) == len(line) for line in lines.values()):
             break
     return {name: sorted(line, key=lambda row: getattr(row, along)) for name, line in lines.items()}, common

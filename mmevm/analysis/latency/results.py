@@ -45,7 +45,6 @@ class Result:
         peak_memory: Bytes for weights, batch and activations.
         seconds: Times of single calls, in the order of measurement.
         error: Why there are no times.
-        with_cp: Whether activations were recomputed in the backward pass.
         asked_batch_size: The requested images per call, if they did not fit into memory.
         notes: Remarks for the reader.
     """
@@ -63,7 +62,6 @@ class Result:
     peak_memory: int | None = None
     seconds: list[float] = field(default_factory=list)
     error: str | None = None
-    with_cp: bool = False
     asked_batch_size: int | None = None
     notes: list[str] = field(default_factory=list)
 

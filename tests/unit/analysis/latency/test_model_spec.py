@@ -113,16 +113,6 @@ def test_whole_detectors_return_the_outputs_of_their_heads(name, outputs):
     assert len(shapes(spec.deploy(spec.build()), size=128)) == outputs
 
 
-def test_with_cp_affects_our_backbones_only():
-    assert all(stage.with_cp for stage in ModelSpec('m1', with_cp=True).build().stages)
-    assert all(stage.with_cp for stage in ModelSpec(RETINANET, with_cp=True).build().stages)
-    assert not any(stage.with_cp for stage in ModelSpec(RETINANET).build().stages)
-    for name, ours in [('m1', True), (RETINANET, True), ('shvit_s1', False)]:
-        assert ModelSpec(name, with_cp=True).uses_checkpointing is ours
-        assert not ModelSpec(name).uses_checkpointing
-    assert not ModelSpec('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py', with_cp=True).build().with_cp
-
-
 @pytest.mark.parametrize(
     ('name', 'similar'), [('shvit_s44', 'shvit_s4'), ('efficientnet_bo', 'efficientnet_b0'), ('M4', 'm4')]
 )

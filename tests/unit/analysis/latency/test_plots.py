@@ -10,7 +10,7 @@ from matplotlib.text import Text
 
 from mmevm.analysis.latency import plots
 from mmevm.analysis.latency.plots import (
-    ACCURACIES,
+    BOX_AP,
     draw_batch,
     draw_latency,
     draw_pareto,
@@ -173,44 +173,33 @@ def test_lines_need_two_points():
 
 
 def test_pareto_points_are_published_accuracy_and_measured_speed():
-    figure = draw_pareto([row('m3', 25, resolution=224)])
+    figure = draw_pareto([row('m4', 25)])
     (point,) = [line for line in figure.axes[0].lines if line.get_label() == '_point']
-    assert point.get_xydata()[0] == pytest.approx((1e3 / 25, 77.6))
-    assert point.get_markerfacecolor() == point.get_markeredgecolor()
-
-
-def test_an_accuracy_of_another_resolution_is_hollow_and_listed():
-    figure = draw_pareto([row('m4', resolution=320)])
-    (point,) = [line for line in figure.axes[0].lines if line.get_label() == '_point']
-    assert point.get_xydata()[0, 1] in (79.4, 80.9)  # 256 and 384 are equally near
-    assert point.get_markerfacecolor() == 'white'
-    assert 'm4: timed at 320²' in words(figure)
+    assert point.get_xydata()[0] == pytest.approx((1e3 / 25, 39.3))
+    figure = draw_pareto([row('resnet18', 25)], accuracies={'resnet18': 69.8}, label='top-1 (%)')
+    assert figure.axes[0].get_ylabel() == 'top-1 (%)'
 
 
 def test_models_without_a_published_accuracy_are_listed():
     results = [row('m4'), row('resnet18')]
-    assert 'Not drawn, as the paper does not list this accuracy: resnet18.' in words(draw_pareto(results))
+    assert 'Not drawn, as no accuracy is listed: resnet18.' in words(draw_pareto(results))
     with pytest.raises(ValueError, match='resnet18'):
         draw_pareto(results[1:])
 
 
-def test_pareto_line_connects_the_front():
-    results = [row('m1', 5, resolution=224), row('shvit_s1', 6, resolution=224), row('m3', 9, resolution=224)]
-    (axes,) = draw_pareto(results).axes
-    (front,) = [line for line in axes.lines if line.get_label() != '_point']
-    assert front.get_xydata().tolist() == [pytest.approx((1e3 / 5, 72.9)), pytest.approx((1e3 / 9, 77.6))]
+def test_pareto_line_connects_the_front_of_each_setting():
+    results = [row('efficientnet_b0', 4), row('poolformer_s12', 6), row('fastvit_sa12', 5)]
+    (axes,) = draw_pareto([*results, row('m4', 7, engine='compile')]).axes
+    fronts = {line.get_label(): line.get_xydata().tolist() for line in axes.lines if line.get_label() != '_point'}
+    assert fronts == {
+        'eager': [pytest.approx((1e3 / 4, 31.9)), pytest.approx((1e3 / 5, 38.9))],
+        'compile': [pytest.approx((1e3 / 7, 39.3))],
+    }
 
 
-@pytest.mark.parametrize('accuracy', ACCURACIES)
-def test_published_accuracies_are_of_known_models(accuracy):
-    _, published = ACCURACIES[accuracy]
-    assert set(published) <= {*EfficientViM.arch_settings, *timm.list_models()}
-
-
-def test_our_accuracies_equal_those_of_the_timm_port():
-    for arch in EfficientViM.arch_settings:
-        for _, published in ACCURACIES.values():
-            assert published.get(arch) == published.get(f'efficientvim_{arch}')
+def test_published_accuracies_are_of_known_models():
+    assert set(BOX_AP) <= {*EfficientViM.arch_settings, *timm.list_models()}
+    assert BOX_AP['m4'] == BOX_AP['efficientvim_m4']
 
 
 def test_crossings_of_power_laws():

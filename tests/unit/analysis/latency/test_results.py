@@ -112,7 +112,7 @@ def test_each_setting_has_its_own_table():
 
 def test_json_round_trip(tmp_path):
     rows = [
-        row('ours', [0.1, 0.25], params=3, flops=4, peak_memory=5, training=True, with_cp=True, notes=['a note']),
+        row('ours', [0.1, 0.25], params=3, flops=4, peak_memory=5, training=True, notes=['a note']),
         row('broken', error='ValueError: µ', asked_batch_size=64),
     ]
     file = tmp_path / 'new' / 'folder' / 'times.json'
