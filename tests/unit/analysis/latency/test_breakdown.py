@@ -59,20 +59,18 @@ def breakdown_of_m1():
 
 def test_times_are_those_of_known_parts():
     def run(module, x):
-        time.sleep(0.03)
+        time.sleep(0.05)
         return module.second(module.first(module.first(x)))
 
-    breakdown = break_down(
-        Function(run, first=sleep(0.03), mixer=sleep(0.1), second=sleep(0.06)).eval(), torch.zeros(1), 3
-    )
+    model = Function(run, first=sleep(0.06), unused=sleep(0.1), second=sleep(0.03)).eval()
+    breakdown = break_down(model, torch.zeros(1), rounds=3)
     parts = parts_of(breakdown)
-    assert list(parts) == ['', 'first', 'second']
-    assert [part.self_only for part in parts.values()] == [True, False, False]
-    for name, milliseconds in {'': 30, 'first': 60, 'second': 60}.items():
-        assert parts[name].milliseconds == pytest.approx(milliseconds, rel=0.25)
-        assert parts[name].groups[OUTSIDE] == pytest.approx(milliseconds, rel=0.25)
-    assert breakdown.milliseconds == pytest.approx(150, rel=0.25)
-    assert breakdown.uninstrumented == pytest.approx(150, rel=0.25)
+    assert [(name, part.self_only) for name, part in parts.items()] == [('', True), ('first', False), ('second', False)]
+    tolerance = 25  # ms, for other load on the machine
+    for name, milliseconds in {'': 50, 'first': 120, 'second': 30}.items():
+        assert milliseconds <= parts[name].groups[OUTSIDE] <= parts[name].milliseconds < milliseconds + tolerance
+    for total in (breakdown.milliseconds, breakdown.uninstrumented):
+        assert 200 <= total < 200 + 2 * tolerance
 
 
 def test_flops_and_compute_bound_follow_their_formulas():
