@@ -92,9 +92,9 @@ def test_the_reference_is_highlighted():
     results = [row('m4'), row('shvit_s4', 5), row('pvt_v2_b0', 20)]
     for reference, place in ((None, 1), ('pvt_v2_b0', 2)):
         (axes,) = draw_latency(results, reference=reference).axes
-        colours = [bar.get_facecolor() for bar in axes.patches]
-        others = [colour for i, colour in enumerate(colours) if i != place]
-        assert others[0] == others[1] != colours[place]
+        colors = [bar.get_facecolor() for bar in axes.patches]
+        others = [color for i, color in enumerate(colors) if i != place]
+        assert others[0] == others[1] != colors[place]
 
 
 def test_each_setting_has_its_own_panel():
