@@ -63,7 +63,7 @@ class Breakdown:
         rate: Multiply-accumulates per second of a large matrix product.
         milliseconds: Sum of the parts. On a GPU it is the time of the kernels.
         uninstrumented: Milliseconds of a pass without the profiler.
-        parts: Modules in the order of their first calls.
+        parts: Modules with times, in the order of their definition.
     """
 
     device: str
