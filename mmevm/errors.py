@@ -15,3 +15,7 @@ class CheckpointError(UserError):
 
 class ExportError(UserError):
     """A model cannot be exported, or the exported file does not agree with the model; the message says where."""
+
+
+class EngineError(UserError):
+    """An inference engine is not installed, or does not support the requested dtype, device or mode."""

@@ -14,7 +14,7 @@ from mmengine.config import DictAction
 from torch import nn
 
 from mmevm import __version__
-from mmevm.analysis.complexity import build_without_weights
+from mmevm.analysis import build_without_weights
 from mmevm.checkpoints import load_pretrained, load_strict
 from mmevm.cli import read_config, run
 from mmevm.deployment import deploy

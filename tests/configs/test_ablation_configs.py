@@ -8,7 +8,7 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from mmevm.analysis.complexity import build_without_weights, default_input_size, measure_complexity
+from mmevm.analysis import build_without_weights, default_input_size, measure_complexity
 from mmevm.models import HSMSSD, NCSSD, MultiHeadHSMSSD, SelfAttention
 from mmevm.models.layers import LayerNorm2d
 

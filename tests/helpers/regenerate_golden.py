@@ -25,7 +25,7 @@ import torch
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
 from torch import Tensor, nn
 
-from mmevm.analysis.complexity import build_without_weights
+from mmevm.analysis import build_without_weights
 from mmevm.analysis.latency import environment
 from mmevm.cli import read_config
 from mmevm.deployment import deploy

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from versions import needs_half
 
-from mmevm.analysis.complexity import build_without_weights
+from mmevm.analysis import build_without_weights
 from mmevm.deployment import deploy
 
 RTMDET = """

@@ -5,7 +5,7 @@ from command_line import ROOT
 from mmengine.config import Config
 from torch import nn
 
-from mmevm.analysis.complexity import build_without_weights
+from mmevm.analysis import build_without_weights
 from mmevm.deployment.model_part import ModelPart, preprocessing
 from mmevm.errors import ConfigError
 

@@ -1,10 +1,10 @@
-"""What each step of the deploy form and of training brings: the backbone with it and without it, in turns.
+"""Measure what each optimization of deploy mode and of training gains: the backbone with and without it, interleaved.
 
-    python benchmarks/optimisations.py --json docs/benchmarks/optimisations.json
+    python benchmarks/optimizations.py --json docs/benchmarks/optimizations.json
 
-docs/performance.md says what was expected of each. A variant's time is set against that of the first one in the same
-round; printed are the median of these ratios over all rounds, and its interval of 95 %. Beside the times of training
-stands what autograd keeps for the backward pass, weights left out.
+A variant's time is divided by that of the first variant in the same round; the median of these ratios over all rounds
+and its 95 % interval are printed. For training, the memory that autograd keeps for the backward pass, without weights,
+is printed too.
 """
 
 import argparse
@@ -29,29 +29,29 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmevm.analysis.latency import environment
 from mmevm.analysis.latency.engines import prepare
-from mmevm.analysis.latency.timing import interleave, keep_kernels, warm_up
+from mmevm.analysis.latency.timing import enlarge_kernel_cache, interleave, warm_up
 from mmevm.models import EfficientViM, efficientvim
 from mmevm.models.layers import ConvNorm
 from mmevm.models.mixers import DeployHSMSSD
 from mmevm.models.packed_conv import PackedConv2d
 
-SIDES = [(1, 1), (1.25, 0.75), (0.75, 1.25), (0.875, 1.125)]  # of images whose sizes change, in units of --size
+SIDES = [(1, 1), (1.25, 0.75), (0.75, 1.25), (0.875, 1.125)]  # image sizes of the task "sizes", relative to --size
 
 
 class Pointwise(nn.Module):
-    """A 1×1 convolution as a matrix product of tokens."""
+    """A 1×1 convolution computed as a matrix product of tokens."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(conv.weight.flatten(1)), conv.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) in channels_last to the same."""
+        """Map (B, C, H, W) in channels_last to (B, C', H, W)."""
         return nn.functional.linear(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
 
 
 def pointwise_as_linear(model: nn.Module) -> nn.Module:
-    """A copy whose 1×1 convolutions of whole maps are matrix products."""
+    """Return a copy with matrix products for its 1×1 convolutions, except in squeeze-and-excitation."""
     model = copy.deepcopy(model)
     for parent in list(model.modules()):
         for name, module in parent.named_children():
@@ -61,7 +61,7 @@ def pointwise_as_linear(model: nn.Module) -> nn.Module:
 
 
 def pack_pointwise(model: nn.Module) -> nn.Module:
-    """A copy whose 1×1 convolutions alone are packed: those with most of the weights."""
+    """Return a copy in which only the 1×1 convolutions, with most of the weights, are packed."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, PackedConv2d) and module.kernel_size != (1, 1):
@@ -76,20 +76,20 @@ def mix_states_as_rows(self: DeployHSMSSD, h: Tensor) -> Tensor:
 
 
 class InParts(nn.Module):
-    """A model that takes four images of 512×512 at a time, from the first layer to the last."""
+    """Run a model on four images of 512×512 at a time, from the first layer to the last."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """As the model."""
+        """Return the outputs of the model."""
         parts = [self.model(part) for part in x.split(max(4 * 512**2 // x[0, 0].numel(), 1))]
         return [torch.cat(maps) for maps in zip(*parts, strict=True)]
 
 
 class Compiled(nn.Module):
-    """A model that torch.compile compiles for each shape it is given."""
+    """Run a model compiled by torch.compile, once for each input shape."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -97,33 +97,33 @@ class Compiled(nn.Module):
         self.calls: dict[torch.Size, Callable] = {}
 
     def forward(self, x: Tensor) -> Any:
-        """As the model."""
+        """Return the outputs of the model."""
         if x.shape not in self.calls:
             self.calls[x.shape] = prepare('compile', self.model, x)
         return self.calls[x.shape](x)
 
 
 def forward(model: nn.Module, x: Tensor, setting: Callable = contextlib.nullcontext) -> None:
-    """One pass."""
+    """Run one forward pass."""
     with torch.no_grad(), setting():
         model(x)
 
 
 def forward_each(model: nn.Module, images: list[Tensor], setting: Callable = contextlib.nullcontext) -> None:
-    """A pass for each image, each of another size."""
+    """Run a forward pass for each image, each of another size."""
     for x in images:
         forward(model, x, setting)
 
 
 def train(model: nn.Module, x: Tensor, setting: Callable = contextlib.nullcontext) -> None:
-    """One forward and backward pass."""
+    """Run one forward and backward pass."""
     model.zero_grad()
     with setting():
         sum(out.sum() for out in model(x)).backward()
 
 
 def kept_for_backward(model: nn.Module, x: Tensor, setting: Callable = contextlib.nullcontext) -> int:
-    """Bytes that autograd keeps of one forward pass, each storage once, without the parameters."""
+    """Return the bytes that autograd keeps of one forward pass, without the parameters."""
     parameters = {parameter.data_ptr() for parameter in model.parameters()}
     storages = {}
 
@@ -140,7 +140,7 @@ def kept_for_backward(model: nn.Module, x: Tensor, setting: Callable = contextli
 
 
 def inference(arch: str) -> dict[str, tuple]:
-    """Variants of a forward pass: model and what is set around it."""
+    """Return the variants of a forward pass: a model, and a context manager to run it in."""
     trained = EfficientViM(arch).eval()
     deployed = copy.deepcopy(trained)
     deployed.switch_to_deploy()
@@ -154,7 +154,7 @@ def inference(arch: str) -> dict[str, tuple]:
         'timm, reparameterised': (peer,),
         'timm, reparameterised, in parts': (InParts(peer),),
         'as trained': (trained,),
-        # Each its own copy: what is packed in one turn would be there in another.
+        # separate copies, as packed weights would persist between variants
         'deployed, no weights packed': (copy.deepcopy(deployed), unpacked),
         'deployed, weights of 1×1 convolutions packed': (pack_pointwise(deployed),),
         'deployed, hidden states as rows': (copy.deepcopy(deployed), rows),
@@ -167,7 +167,7 @@ def inference(arch: str) -> dict[str, tuple]:
 
 
 def training(arch: str) -> dict[str, tuple]:
-    """Variants of training with BatchNorm's statistics fixed."""
+    """Return the variants of training with fixed BatchNorm statistics."""
     peer = timm.create_model(f'efficientvim_{arch}', features_only=True).train()
     for module in peer.modules():
         if isinstance(module, _BatchNorm):
@@ -185,7 +185,7 @@ def training(arch: str) -> dict[str, tuple]:
 
 
 def measure(step: Callable, variants: dict[str, tuple], x: Any, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant."""
+    """Return the seconds of each variant by round."""
     calls = {name: partial(step, model, x, *setting) for name, (model, *setting) in variants.items()}
     for call in calls.values():
         warm_up(call)
@@ -196,7 +196,7 @@ def measure(step: Callable, variants: dict[str, tuple], x: Any, rounds: int) -> 
 
 
 def compare(seconds: list[float], reference: list[float]) -> tuple[float, float, float]:
-    """The median of the ratios to the reference, round by round, and the ends of its interval of 95 %."""
+    """Return the median of the ratios to the reference by round, and its 95 % interval."""
     ratios = [time / other for time, other in zip(seconds, reference, strict=True)]
     interval = quantile_test(ratios).confidence_interval()
     return statistics.median(ratios), interval.low, interval.high
@@ -206,19 +206,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--arch', default='m4', choices=list(EfficientViM.arch_settings))
     parser.add_argument('--size', type=int, default=512, help='side of the images in pixels')
-    parser.add_argument('--batch-size', type=int, nargs='+', default=[1, 16], help='of a forward pass')
+    parser.add_argument('--batch-size', type=int, nargs='+', default=[1, 16], help='images per forward pass')
     parser.add_argument('--train-batch-size', type=int, default=8)
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
     parser.add_argument(
         '--rounds',
         type=int,
         default=15,
-        help='how often each takes its turn; with n images, fewer than 8, 8 // n times as often',
+        help='rounds; with n < 8 images per pass, 8 // n times as many',
     )
     parser.add_argument('--json', type=Path, help='write all times to this file')
     args = parser.parse_args()
 
-    keep_kernels()
+    enlarge_kernel_cache()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
@@ -233,7 +233,7 @@ def main() -> None:
     for task, step, make, x in track(steps):
         variants = make(args.arch)
         batch_size = len(x)
-        # A short call is disturbed more easily, and costs less to repeat.
+        # short calls are noisier and cheaper to repeat
         times = measure(step, variants, x, args.rounds * max(8 // batch_size, 1))
         reference = times[next(iter(variants))]
         for name, seconds in times.items():
