@@ -7,7 +7,7 @@ import timm
 import torch
 from command_line import ROOT, run, scalars, succeed
 
-CONFIG = ROOT / 'configs/demo/evm_m1_digits.py'
+CONFIG = ROOT / 'configs/demo/efficientvim-m1_digits.py'
 DETECTOR = ROOT / 'configs/demo/maskrcnn_evm_m1_shapes.py'
 
 pytestmark = pytest.mark.slow
@@ -99,7 +99,7 @@ def test_fine_tuning_on_other_classes_at_a_higher_resolution(digits, trained, tm
             (tmp_path / 'own' / split / name).symlink_to(digits / split / name)
     config = tmp_path / 'fine_tuning.py'
     config.write_text(f"""
-_base_ = '{ROOT / 'configs/demo/evm_m1_finetune.py'}'
+_base_ = '{ROOT / 'configs/demo/efficientvim-m1_finetune.py'}'
 model = dict(init_cfg=dict(checkpoint='{trained / 'epoch_2.pth'}'), head=dict(num_classes=7))
 data_preprocessor = dict(num_classes=7)
 train_pipeline = _base_.train_pipeline
@@ -133,7 +133,7 @@ def test_two_processes_learn_and_evaluate(digits, tmp_path):
 
 
 def test_distillation_from_a_network_of_timm_s(digits, tmp_path):
-    """As evm_m1_distill_in1k.py, with a small teacher."""
+    """As efficientvim-m1-distilled_300e_in1k.py, with a small teacher."""
     torch.save(timm.create_model('test_resnet', num_classes=10).state_dict(), tmp_path / 'teacher.pth')
     config = derived(
         tmp_path / 'distill.py',

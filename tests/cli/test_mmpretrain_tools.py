@@ -14,7 +14,7 @@ from command_line import ROOT, succeed
 from mmengine.utils.dl_utils import is_norm
 
 TOOLS = Path(mmpretrain.__file__).parent / '.mim' / 'tools'
-CONFIG = ROOT / 'configs' / 'classification' / 'evm_m1_in1k.py'
+CONFIG = ROOT / 'configs' / 'classification' / 'efficientvim-m1_300e_in1k.py'
 
 
 @pytest.fixture(scope='module')

@@ -237,6 +237,6 @@ def test_scaling_needs_the_batch_of_the_config(tmp_path):
 
 
 def test_format_only_is_for_detectors(tmp_path):
-    config = ROOT / 'configs/classification/evm_m1_in1k.py'
+    config = ROOT / 'configs/classification/efficientvim-m1_300e_in1k.py'
     result = run(ROOT / 'tools/test.py', config, 'none.pth', '--format-only', 'results', cwd=tmp_path)
     assert '--format-only is for detectors' in the_sentence(result)

@@ -20,11 +20,22 @@ ITERATIONS = 10  # of an epoch
 
 # name: arch, size, epochs, batch size of 8 GPUs, learning rate, whether distilled, whose weights it begins with
 RECIPES = {
-    **{f'evm_{arch}_in1k': (arch, size, 300, 256, 2e-3, False, None) for arch, size in SIZES.items()},
-    **{f'evm_{arch}_450e_in1k': (arch, size, 450, 256, 2e-3, False, None) for arch, size in SIZES.items()},
-    **{f'evm_{arch}_distill_in1k': (arch, size, 300, 256, 2e-3, True, None) for arch, size in SIZES.items()},
-    'evm_m4_ft384_in1k': ('m4', 384, 30, 128, 1e-3, False, 'timm://efficientvim_m4.e300_in1k'),
-    'evm_m4_ft512_in1k': ('m4', 512, 30, 128, 1e-3, False, 'work_dirs/evm_m4_ft384_in1k/epoch_30.pth'),
+    **{f'efficientvim-{arch}_300e_in1k': (arch, size, 300, 256, 2e-3, False, None) for arch, size in SIZES.items()},
+    **{f'efficientvim-{arch}_450e_in1k': (arch, size, 450, 256, 2e-3, False, None) for arch, size in SIZES.items()},
+    **{
+        f'efficientvim-{arch}-distilled_300e_in1k': (arch, size, 300, 256, 2e-3, True, None)
+        for arch, size in SIZES.items()
+    },
+    'efficientvim-m4_ft30e_in1k-384px': ('m4', 384, 30, 128, 1e-3, False, 'timm://efficientvim_m4.e300_in1k'),
+    'efficientvim-m4_ft30e_in1k-512px': (
+        'm4',
+        512,
+        30,
+        128,
+        1e-3,
+        False,
+        'work_dirs/efficientvim-m4_ft30e_in1k-384px/epoch_30.pth',
+    ),
 }
 
 

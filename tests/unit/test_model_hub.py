@@ -28,20 +28,20 @@ ROOT = Path(__file__).parents[2]
 
 # Top-1 accuracy, as the paper has it: Table 3 (300 and 450 epochs), Table 6 (distilled), Table 5 (fine-tuned).
 PAPER = {
-    'efficientvim-m1_3rdparty-300e_in1k': 72.9,
-    'efficientvim-m2_3rdparty-300e_in1k': 75.4,
-    'efficientvim-m3_3rdparty-300e_in1k': 77.6,
-    'efficientvim-m4_3rdparty-300e_in1k': 79.4,
-    'efficientvim-m1_3rdparty-450e_in1k': 73.5,
-    'efficientvim-m2_3rdparty-450e_in1k': 75.8,
-    'efficientvim-m3_3rdparty-450e_in1k': 77.9,
-    'efficientvim-m4_3rdparty-450e_in1k': 79.6,
-    'efficientvim-m1_3rdparty-distill_in1k': 74.6,
-    'efficientvim-m2_3rdparty-distill_in1k': 76.7,
-    'efficientvim-m3_3rdparty-distill_in1k': 79.1,
-    'efficientvim-m4_3rdparty-distill_in1k': 80.7,
-    'efficientvim-m4_ft384_in1k': 80.9,
-    'efficientvim-m4_ft512_in1k': 81.9,
+    'efficientvim-m1_300e_in1k': 72.9,
+    'efficientvim-m2_300e_in1k': 75.4,
+    'efficientvim-m3_300e_in1k': 77.6,
+    'efficientvim-m4_300e_in1k': 79.4,
+    'efficientvim-m1_450e_in1k': 73.5,
+    'efficientvim-m2_450e_in1k': 75.8,
+    'efficientvim-m3_450e_in1k': 77.9,
+    'efficientvim-m4_450e_in1k': 79.6,
+    'efficientvim-m1-distilled_300e_in1k': 74.6,
+    'efficientvim-m2-distilled_300e_in1k': 76.7,
+    'efficientvim-m3-distilled_300e_in1k': 79.1,
+    'efficientvim-m4-distilled_300e_in1k': 80.7,
+    'efficientvim-m4_ft30e_in1k-384px': 80.9,
+    'efficientvim-m4_ft30e_in1k-512px': 81.9,
 }
 # Millions of multiply-adds, of the same tables.
 PAPER_MFLOPS = {224: dict(m1=239, m2=355, m3=656), 256: dict(m4=1111), 384: dict(m4=2379), 512: dict(m4=4154)}
@@ -212,7 +212,7 @@ def test_every_pretrained_tensor_arrives_and_an_image_is_classified_as_by_timm(t
 
 
 def test_random_weights_classify_too(image):
-    (result,) = ImageClassificationInferencer('efficientvim-m1_3rdparty-300e_in1k', pretrained=False)(str(image))
+    (result,) = ImageClassificationInferencer('efficientvim-m1_300e_in1k', pretrained=False)(str(image))
     assert result['pred_scores'].shape == (1000,)
     assert result['pred_scores'].sum() == pytest.approx(1, abs=1e-5)
     assert result['pred_class'] == ImageNet.METAINFO['classes'][result['pred_label']]
@@ -242,7 +242,7 @@ def test_either_may_be_imported_first(imports):
     code = f"""
 {imports}
 assert len(mmpretrain.list_models('efficientvim*')) == {len(PAPER)}
-print(type(mmpretrain.get_model('efficientvim-m1_3rdparty-300e_in1k').backbone))
+print(type(mmpretrain.get_model('efficientvim-m1_300e_in1k').backbone))
 """
     assert 'mmevm.models.efficientvim.EfficientViM' in run(code, ROOT)
 
@@ -376,7 +376,7 @@ import mmevm, mmpretrain
 from mmpretrain.apis import ModelHub
 for name in mmpretrain.list_models('efficientvim*'):
     print('listed', name, ModelHub.get(name).config.filename)
-print(type(mmpretrain.get_model('efficientvim-m1_3rdparty-300e_in1k')))
+print(type(mmpretrain.get_model('efficientvim-m1_300e_in1k')))
 """
     printed = run(code, site)
     listed = [line.split()[1:] for line in printed.splitlines() if line.startswith('listed')]

@@ -40,7 +40,7 @@ def classifier(tmp_path):
         (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
         image = np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)
         cv2.imwrite(str(tmp_path / split / name / f'{i}.png'), image)
-    cfg = replace_data_root(Config.fromfile(ROOT / 'configs/demo/evm_m1_digits.py'), str(tmp_path))
+    cfg = replace_data_root(Config.fromfile(ROOT / 'configs/demo/efficientvim-m1_digits.py'), str(tmp_path))
     for split in ('train', 'val', 'test'):
         cfg[f'{split}_dataloader'].update(num_workers=0, persistent_workers=False, batch_size=4)
     cfg.val_evaluator.topk = cfg.test_evaluator.topk = (1,)

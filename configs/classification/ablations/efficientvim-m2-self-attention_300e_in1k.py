@@ -1,5 +1,5 @@
-# (D) of Table C: self-attention in place of HSM-SSD, which has no hidden states that could be fused.
-_base_ = '../evm_m2_in1k.py'
+# Paper, Table C (D): self-attention replaces HSM-SSD. It has no hidden states, so there is no fusion.
+_base_ = '../efficientvim-m2_300e_in1k.py'
 
 model = dict(
     backbone=dict(mixer_cfg=dict(type='mmevm.SelfAttention', head_dim=32), out_hidden_states=False),

@@ -1,6 +1,6 @@
-# EfficientViM-M3 on ImageNet-1k, distilled from RegNetY-160 for 300 epochs (paper, Sec. 4.2 and Table 6).
+# EfficientViM-M3 on ImageNet-1k: 300 epochs with hard distillation from RegNetY-160 (paper, Section 4.2 and Table 6).
 _base_ = [
-    './_base_/evm_m3.py',
+    './_base_/efficientvim-m3.py',
     './_base_/imagenet_224.py',
     './_base_/schedule_300e.py',
     './_base_/distill_regnety160.py',

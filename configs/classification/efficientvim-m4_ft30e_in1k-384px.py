@@ -1,6 +1,7 @@
-# EfficientViM-M4 fine-tuned at 384² for 30 epochs, from 300 epochs at 256² (paper, Sec. 4.2 and Table 5).
+# EfficientViM-M4 on ImageNet-1k: 30 epochs of fine-tuning at 384² from the 300-epoch weights (paper, Section 4.2 and
+# Table 5).
 _base_ = [
-    './_base_/evm_m4.py',
+    './_base_/efficientvim-m4.py',
     './_base_/imagenet_384.py',
     './_base_/schedule_finetune_30e.py',
     './_base_/mesa_ema.py',

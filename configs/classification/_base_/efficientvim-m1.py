@@ -1,6 +1,6 @@
-# EfficientViM-M1 as the authors classify with it: hidden states of the three stages and the last map, fused.
+# EfficientViM-M1 classifier: the head fuses the hidden states of the three stages and the last feature map.
 model = dict(
-    type='mmevm.DistillationClassifier',  # mmpretrain's ImageClassifier, which a hook may give a teacher in training
+    type='mmevm.DistillationClassifier',  # ImageClassifier with an optional distillation teacher
     backbone=dict(type='mmevm.EfficientViM', arch='m1', out_indices=(2,), out_hidden_states=True),
     head=dict(
         type='mmevm.FusionClsHead',
