@@ -6,7 +6,7 @@ Nothing needs to be imported from here by hand: configs name ``mmevm.EfficientVi
 
 import warnings
 
-from . import mmcv_ops, model_hub
+from . import config_path, mmcv_ops, model_hub
 from .distributions import check_distributions
 from .version import __version__
 
@@ -17,6 +17,7 @@ warnings.filterwarnings('ignore', 'pkg_resources is deprecated', UserWarning)
 
 check_distributions()
 mmcv_ops.register()
+config_path.register()
 model_hub.register()
 
 __all__ = ['__version__']

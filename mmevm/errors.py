@@ -1,13 +1,13 @@
-"""Errors whose message is written for the user. The command lines print it alone and exit with status 1."""
+"""Errors for the user. The message says what is wrong, where and what to do; the tools print it without a traceback."""
 
 
 class UserError(RuntimeError):
-    """The message says what is wrong, where, and what to do."""
+    """Base class. The tools print the message and exit with status 1."""
 
 
 class ConfigError(UserError):
-    """A config, a command line or its data cannot be used. The message names the key and what to change."""
+    """A config, a command line or a dataset cannot be used. The message names the key and what to change."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint cannot be read, is not recognised or does not hold what it must; the message says what to do."""
+    """A checkpoint cannot be read, has an unknown format or lacks tensors."""

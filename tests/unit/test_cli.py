@@ -131,7 +131,7 @@ def test_replace_data_root_takes_what_a_shell_would_and_urls(monkeypatch, data_r
 
 @pytest.mark.parametrize('entries', [dict(), dict(data_root=None), dict(data_root='')])
 def test_replace_data_root_needs_one(entries):
-    with pytest.raises(ConfigError, match='this config has none'):
+    with pytest.raises(ConfigError, match='the config has no data_root'):
         replace_data_root(Config(dict(entries, path='data/x')), '/new')
 
 
@@ -208,7 +208,7 @@ run(main)
 def test_replace_data_root_that_changes_nothing():
     """Its paths do not begin with its data_root: evaluating on other data than meant would be the result."""
     cfg = Config(dict(data_root='data/coco', train_dataloader=dict(dataset=dict(data_root='/data/coco'))))
-    with pytest.raises(ConfigError, match=r'^--data-root /new changed nothing'):
+    with pytest.raises(ConfigError, match=r'^--data-root /new: no path of the config begins with'):
         replace_data_root(cfg, '/new')
 
 

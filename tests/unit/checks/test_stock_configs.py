@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from mmevm.checks import check_config
 from mmevm.checks.config import iter_datasets
-from mmevm.checks.data import different_classes, summarize_all
+from mmevm.checks.data import compare_class_order, summarize_all
 from mmevm.checks.model import FeatureTracer, check_topk, compare_class_counts
 
 ARCH = 'm1'
@@ -103,7 +103,7 @@ def test_no_stock_config_is_refused(package, tmp_path, monkeypatch):
                     else:
                         built[key] = result
             summaries = summarize_all(built)
-            warnings += [*different_classes(summaries), *(line for summary in summaries for line in summary.warnings)]
+            warnings += [*compare_class_order(summaries), *(line for summary in summaries for line in summary.warnings)]
 
             model, error = models(cfg.model) if 'type' in (cfg.get('model') or {}) else (None, None)
             if model is not None:
