@@ -1,4 +1,4 @@
-"""Evaluate a detector or a classifier: metrics, pictures of its predictions, or files with them."""
+"""Evaluate a detector or a classifier. Optionally write its predictions as images or files."""
 
 import argparse
 from pathlib import Path
@@ -14,22 +14,22 @@ from mmevm.errors import ConfigError
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file, a URL or, of a classifier, a timm:// name')
+    parser.add_argument('checkpoint', help='checkpoint file, URL or, for a classifier, a timm:// name')
     parser.add_argument('--out', help='write all predictions to this pickle file')
     parser.add_argument(
         '--show-dir',
         type=Path,
-        help='write pictures with predictions here (of detections: on the right, with the ground truth on the left)',
+        help='write images with predictions to this folder (for a detector, ground truth left and predictions right)',
     )
     parser.add_argument(
         '--format-only',
         metavar='PREFIX',
-        help="evaluate nothing, but write PREFIX.bbox.json (and PREFIX.segm.json) in the format of COCO's server",
+        help='do not evaluate; write PREFIX.bbox.json (and PREFIX.segm.json) in the format of the COCO server',
     )
     add_common_arguments(parser)
     args = parser.parse_args()
     if args.out and not args.out.endswith(('.pkl', '.pickle')):
-        parser.error(f'--out {args.out}: it is a pickle file, so its name has to end in .pkl or .pickle.')
+        parser.error(f'--out {args.out} must end in .pkl or .pickle, because it is a pickle file.')
     return args
 
 
@@ -41,9 +41,7 @@ def main() -> None:
     if args.format_only:
         formatting = [evaluator for evaluator in evaluators if type_name(evaluator) == 'CocoMetric']
         if not formatting:
-            raise ConfigError(
-                '--format-only is for detectors: there is no CocoMetric in test_evaluator of this config.'
-            )
+            raise ConfigError('--format-only is for detectors: test_evaluator of the config has no CocoMetric.')
         for evaluator in formatting:
             evaluator.update(format_only=True, outfile_prefix=args.format_only)
     if args.out:
@@ -54,7 +52,7 @@ def main() -> None:
         cfg.default_hooks.visualization.update(
             dict(draw=True, test_out_dir=folder) if detection else dict(enable=True, interval=1, out_dir=folder)
         )
-    cfg.load_from, cfg.resume = None, False  # the checkpoint of the command line, and all of it
+    cfg.load_from, cfg.resume = None, False  # only the checkpoint of the command line counts
 
     def test(runner: Runner) -> None:
         load_trained_weights(runner, args.checkpoint)

@@ -1,4 +1,4 @@
-"""The configs of Table C against the paper's figures, and docs/ablations.md against both."""
+"""Compare the configs of Table C with the paper and with docs/ablations.md."""
 
 import functools
 from pathlib import Path
@@ -38,7 +38,7 @@ def read(letter):
 
 @pytest.fixture(scope='module')
 def model(letter):
-    """Pytest runs together the tests that share one, so there is one at a time in memory."""
+    """Pytest groups the tests of a module-scoped fixture, so only one model is in memory."""
     return build_without_weights(read(letter)).eval()
 
 
@@ -126,7 +126,7 @@ def test_importances_per_token(model, expected):
     ],
 )
 @torch.no_grad()
-def test_what_is_fused(model, expected):
+def test_fusion(model, expected):
     outs = model.extract_feat(torch.randn(1, 3, 64, 96))
     assert [tuple(out.shape[1:]) for out in outs] == expected
     assert model.head(outs).shape == (1, 1000)
