@@ -80,7 +80,7 @@ def test_backbone_without_delete(check, detector):
         ConfigError, match=r'^model\.backbone has arguments that EfficientViM does not accept: depth, num_stages, style'
     ) as error:
         check(detector)
-    assert 'add _delete_=True to model.backbone' in str(error.value)
+    assert 'Add _delete_=True to model.backbone' in str(error.value)
 
 
 def test_missing_file_is_named_with_its_absolute_path(check, detector, tmp_path, monkeypatch):

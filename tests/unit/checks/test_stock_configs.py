@@ -110,7 +110,7 @@ def test_no_stock_config_is_refused(package, tmp_path, monkeypatch):
                 counts['models'] += 1
                 check_topk(cfg, model, ['val', 'test'])
                 with FeatureTracer(model, cfg.model) as tracer:
-                    assert not tracer.warnings()
+                    assert not list(tracer.warnings())
                 for key, dataset in built.items():
                     warnings += compare_class_counts(model, dataset, key)
             elif error:
