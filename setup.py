@@ -1,7 +1,7 @@
 import shutil
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Command, find_packages, setup
 from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
@@ -10,20 +10,41 @@ exec((here / 'mmevm' / 'version.py').read_text(), version)
 
 
 class BuildWithConfigs(build_py):
-    """Put the configs and tools into the package too, as mmevm/.mim, where OpenMMLab's packages have theirs.
-
-    An editable install has them beside the package.
-    """
+    """Copy configs and tools to mmevm/.mim, as other OpenMMLab packages do. An editable install uses the repository."""
 
     def run(self):
         super().run()
         if self.editable_mode:
             return
         mim = Path(self.build_lib, 'mmevm', '.mim')
-        shutil.rmtree(mim, ignore_errors=True)  # of a build before, with what has been renamed since
+        shutil.rmtree(mim, ignore_errors=True)  # files of an earlier build may have been renamed since
         for folder in ('configs', 'tools'):
             shutil.copytree(here / folder, mim / folder, ignore=shutil.ignore_patterns('__pycache__'))
         shutil.copy(here / 'model-index.yml', mim)
+
+
+class InstallStartupFile(Command):
+    """Put mmevm.pth into site-packages (see mmevm_startup.py).
+
+    It replaces the command install_headers, which setuptools runs for wheels and for editable installs. Both have a
+    folder NAME.data, of which pip copies the subfolder purelib to site-packages.
+    """
+
+    user_options = []
+
+    def initialize_options(self):
+        self.install_dir = None
+
+    def finalize_options(self):
+        self.set_undefined_options('install', ('install_headers', 'install_dir'))
+
+    def run(self):
+        purelib = Path(self.install_dir).parent / 'purelib'
+        purelib.mkdir(parents=True, exist_ok=True)
+        (purelib / 'mmevm.pth').write_text('import mmevm_startup\n')
+
+    def get_outputs(self):
+        return []
 
 
 setup(
@@ -38,7 +59,9 @@ setup(
     # named mmevm, Python imports the clone's folder as an empty namespace package instead.
     package_dir={'': '.'},
     packages=find_packages(include=['mmevm', 'mmevm.*']),
-    cmdclass={'build_py': BuildWithConfigs},
+    py_modules=['mmevm_startup'],
+    headers=['mmevm.pth'],  # makes setuptools run install_headers
+    cmdclass={'build_py': BuildWithConfigs, 'install_headers': InstallStartupFile},
     install_requires=[
         'torch>=2.1',
         'torchvision>=0.16',
@@ -48,8 +71,8 @@ setup(
         'pycocotools>=2.0.7',
         'rich',
     ],
-    # The two families of OpenMMLab packages share their import names, so mmevm requires neither: it would overwrite
-    # the one that is there.
+    # The two distributions of OpenMMLab packages have the same import names, so mmevm requires neither: pip would
+    # install one over the other.
     extras_require={
         'onedl': [
             'torch>=2.3',  # onedl-mmengine 0.10.12 imports torch.amp.GradScaler

@@ -9,7 +9,7 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from . import mmcv_ops, model_hub
+from . import config_path, mmcv_ops, model_hub
 from .distributions import check_distributions
 from .version import __version__
 
@@ -46,6 +46,7 @@ warnings.filterwarnings('ignore', 'pkg_resources is deprecated', UserWarning)
 
 check_distributions()
 mmcv_ops.register()
+config_path.register()
 model_hub.register()
 
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 SHAPES = 'configs/demo/maskrcnn_evm_m1_shapes.py'
-DIGITS = 'configs/demo/evm_m1_digits.py'
+DIGITS = 'configs/demo/efficientvim-m1_digits.py'
 
 
 def run(*command: str) -> None:

@@ -4,7 +4,7 @@ import pytest
 from command_line import ROOT, run, run_here
 
 TOOL = ROOT / 'tools' / 'get_flops.py'
-CLASSIFIER = ROOT / 'configs' / 'classification' / 'evm_m1_in1k.py'
+CLASSIFIER = ROOT / 'configs' / 'classification' / 'efficientvim-m1_300e_in1k.py'
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from command_line import ENVIRONMENT, ROOT, run, succeed, the_sentence
 from mmevm.engine.training_state import check_training_checkpoint
 
 SHAPES = ROOT / 'configs/demo/maskrcnn_evm_m1_shapes.py'
-DIGITS = ROOT / 'configs/demo/evm_m1_digits.py'
+DIGITS = ROOT / 'configs/demo/efficientvim-m1_digits.py'
 SEED = ['randomness.seed=0', 'randomness.deterministic=True']
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

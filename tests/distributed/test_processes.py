@@ -14,7 +14,7 @@ from command_line import ENVIRONMENT, ROOT, scalars, succeed
 from pycocotools.coco import COCO
 
 SHAPES = ROOT / 'configs/demo/maskrcnn_evm_m1_shapes.py'
-DIGITS = ROOT / 'configs/demo/evm_m1_digits.py'
+DIGITS = ROOT / 'configs/demo/efficientvim-m1_digits.py'
 TRAIN, TEST = ROOT / 'tools/train.py', ROOT / 'tools/test.py'
 NUM_SHAPES, NUM_DIGITS = 5, 13  # to evaluate on: no multiples of 2 or 4
 SEED = ['randomness.seed=0', 'randomness.deterministic=True']

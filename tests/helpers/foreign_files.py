@@ -16,7 +16,7 @@ from mmevm.models import EfficientViM
 ARCH = dict(embed_dims=(16, 24), depths=(1, 1), state_dims=(4, 4))
 # Small, with an EMAHook, schedulers whose states hold objects, and a learning rate of 0, which keeps the weights.
 CONFIG = f"""
-_base_ = '{ROOT}/configs/demo/evm_m1_digits.py'
+_base_ = '{ROOT}/configs/demo/efficientvim-m1_digits.py'
 model = dict(
     backbone=dict(arch=dict(_delete_=True, **{ARCH!r}), out_indices=(1,)),
     head=dict(num_classes=2, in_channels=[16, 24, 24]),

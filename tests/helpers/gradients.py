@@ -21,7 +21,7 @@ from mmpretrain.structures import DataSample
 from mmevm.cli import build_runner, read_config
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
-DIGITS = CONFIGS / 'demo/evm_m1_digits.py'
+DIGITS = CONFIGS / 'demo/efficientvim-m1_digits.py'
 BATCH, SIZE = 8, 64
 OBJECTS = [6, 4, 1, 2, 1, 1, 2, 1]
 

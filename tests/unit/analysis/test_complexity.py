@@ -22,12 +22,12 @@ CONFIGS = Path(__file__).parents[3] / 'configs'
 
 # Input size, parameters (M) and MFLOPs of the paper; parameters of the models with distillation heads.
 PAPER = {
-    'evm_m1_in1k': (224, 6.679458, 238.93),
-    'evm_m2_in1k': (224, 13.903842, 355.13),
-    'evm_m3_in1k': (224, 16.604174, 656.04),
-    'evm_m4_in1k': (256, 19.606505, 1111.93),
-    'evm_m4_ft384_in1k': (384, 19.606505, 2379.49),
-    'evm_m4_ft512_in1k': (512, 19.606505, 4154.08),
+    'efficientvim-m1_300e_in1k': (224, 6.679458, 238.93),
+    'efficientvim-m2_300e_in1k': (224, 13.903842, 355.13),
+    'efficientvim-m3_300e_in1k': (224, 16.604174, 656.04),
+    'efficientvim-m4_300e_in1k': (256, 19.606505, 1111.93),
+    'efficientvim-m4_ft30e_in1k-384px': (384, 19.606505, 2379.49),
+    'efficientvim-m4_ft30e_in1k-512px': (512, 19.606505, 4154.08),
 }
 DISTILLED = {'m1': 7.643462, 'm2': 15.315846, 'm3': 18.176178, 'm4': 21.178509}
 
@@ -71,7 +71,7 @@ def test_classifiers_have_the_flops_of_the_paper(name):
 
 @pytest.mark.parametrize('arch', DISTILLED)
 def test_distilled_classifiers_cost_what_those_of_timm_cost(arch):
-    ours = cost_of_classifier(f'evm_{arch}_distill_in1k')
+    ours = cost_of_classifier(f'efficientvim-{arch}-distilled_300e_in1k')
     timms = measure_complexity(timm.create_model(f'efficientvim_{arch}_dist'), ours.input_shape)
     assert ours.params == timms.params == round(DISTILLED[arch] * 1e6)
     for operator in ('conv', 'batch_norm', 'layer_norm', 'linear', 'matmul'):
@@ -79,7 +79,7 @@ def test_distilled_classifiers_cost_what_those_of_timm_cost(arch):
     assert ours.flops == pytest.approx(timms.flops, rel=1e-4)  # they differ in how logits are summed
 
 
-@pytest.mark.parametrize('name', [*PAPER, *(f'evm_{arch}_distill_in1k' for arch in DISTILLED)])
+@pytest.mark.parametrize('name', [*PAPER, *(f'efficientvim-{arch}-distilled_300e_in1k' for arch in DISTILLED)])
 def test_what_classifiers_cost_is_in_the_list_of_models(name):
     listed = mmengine.load(CONFIGS / 'classification' / 'metafile.yml')['Models']
     (costs,) = [model['Metadata'] for model in listed if model['Config'] == f'configs/classification/{name}.py']

@@ -28,7 +28,7 @@ pytest.importorskip('onnxscript')
 onnxruntime = pytest.importorskip('onnxruntime')
 
 TOOL = ROOT / 'tools' / 'export_onnx.py'
-CLASSIFIER = ROOT / 'configs' / 'classification' / 'evm_m1_in1k.py'
+CLASSIFIER = ROOT / 'configs' / 'classification' / 'efficientvim-m1_300e_in1k.py'
 RETINANET = ROOT / 'configs' / 'retinanet_evm_m1.py'
 ARCH = dict(embed_dims=(16, 32, 48), depths=(1, 2, 1), state_dims=(9, 4, 4))
 SIZES = [(1, 3, 97, 131), (3, 3, 64, 160), (2, 3, 33, 32)]  # none is used by the export or its verification

@@ -13,7 +13,7 @@ from mmevm.models import EfficientViM
 
 RETINANET = str(ROOT / 'configs/retinanet_evm_m1.py')
 MASK_RCNN = str(ROOT / 'configs/maskrcnn_evm_m1.py')
-CLASSIFIER = str(ROOT / 'configs/classification/evm_m1_in1k.py')
+CLASSIFIER = str(ROOT / 'configs/classification/efficientvim-m1_300e_in1k.py')
 TIMM_CLASSIFIER = """
 model = dict(type='mmpretrain.TimmClassifier', model_name='resnet18', loss=dict(type='mmpretrain.CrossEntropyLoss'))
 default_scope = 'mmpretrain'
