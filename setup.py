@@ -37,8 +37,8 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.10',
-    # With package_dir, an editable install adds a path. Without it, setuptools installs an import hook, and in the parent
-    # folder of a clone named mmevm, Python would import the clone as an empty namespace package.
+    # With package_dir, an editable install adds a path. Without it, setuptools installs an import hook, and in the
+    # parent folder of a clone named mmevm, Python would import the clone as an empty namespace package.
     package_dir={'': '.'},
     packages=find_packages(include=['mmevm', 'mmevm.*']),
     cmdclass={'build_py': BuildWithConfigs},
