@@ -10,17 +10,14 @@ exec((here / 'mmevm' / 'version.py').read_text(), version)
 
 
 class BuildWithConfigs(build_py):
-    """Copy configs and tools into the wheel, to mmevm/.mim, as OpenMMLab's packages do.
-
-    An editable install finds them beside the package.
-    """
+    """Copy configs and tools to mmevm/.mim, as other OpenMMLab packages do. An editable install uses the repository."""
 
     def run(self):
         super().run()
         if self.editable_mode:
             return
         mim = Path(self.build_lib, 'mmevm', '.mim')
-        shutil.rmtree(mim, ignore_errors=True)  # an earlier build may contain files that were renamed since
+        shutil.rmtree(mim, ignore_errors=True)  # files of an earlier build may have been renamed since
         for folder in ('configs', 'tools'):
             shutil.copytree(here / folder, mim / folder, ignore=shutil.ignore_patterns('__pycache__'))
         shutil.copy(here / 'model-index.yml', mim)
@@ -51,8 +48,8 @@ setup(
         'pycocotools>=2.0.7',
         'rich',
     ],
-    # The OpenMMLab packages have two distributions with the same import names. mmevm requires neither, because it would
-    # overwrite the one that is installed.
+    # The two distributions of OpenMMLab packages have the same import names, so mmevm requires neither: pip would
+    # install one over the other.
     extras_require={
         'onedl': [
             'torch>=2.3',  # onedl-mmengine 0.10.12 imports torch.amp.GradScaler
@@ -75,7 +72,6 @@ setup(
         'dev': [
             *DEMO,
             *EXPORT,
-            'coremltools',
             'hypothesis',
             'mypy',
             'pip-audit',
