@@ -1,7 +1,7 @@
 import shutil
 from pathlib import Path
 
-from setuptools import Command, find_packages, setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
@@ -23,29 +23,8 @@ class BuildWithConfigs(build_py):
         shutil.copy(here / 'model-index.yml', mim)
 
 
-class InstallStartupFile(Command):
-    """Put mmevm.pth into site-packages (see mmevm_startup.py).
-
-    It replaces the command install_headers, which setuptools runs for wheels and for editable installs. Both have a
-    folder NAME.data, of which pip copies the subfolder purelib to site-packages.
-    """
-
-    user_options = []
-
-    def initialize_options(self):
-        self.install_dir = None
-
-    def finalize_options(self):
-        self.set_undefined_options('install', ('install_headers', 'install_dir'))
-
-    def run(self):
-        purelib = Path(self.install_dir).parent / 'purelib'
-        purelib.mkdir(parents=True, exist_ok=True)
-        (purelib / 'mmevm.pth').write_text('import mmevm_startup\n')
-
-    def get_outputs(self):
-        return []
-
+DEMO = ['matplotlib', 'scikit-learn']
+EXPORT = ['onnx', 'onnxscript', 'onnxruntime', 'openvino']
 
 setup(
     name='mmevm',
@@ -55,13 +34,11 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.10',
-    # Makes an editable install add a path. Otherwise setuptools adds an import hook, and from the parent of a clone
-    # named mmevm, Python imports the clone's folder as an empty namespace package instead.
+    # With package_dir, an editable install adds a path. Without it, setuptools installs an import hook, and in the
+    # parent folder of a clone named mmevm, Python would import the clone as an empty namespace package.
     package_dir={'': '.'},
     packages=find_packages(include=['mmevm', 'mmevm.*']),
-    py_modules=['mmevm_startup'],
-    headers=['mmevm.pth'],  # makes setuptools run install_headers
-    cmdclass={'build_py': BuildWithConfigs, 'install_headers': InstallStartupFile},
+    cmdclass={'build_py': BuildWithConfigs},
     install_requires=[
         'torch>=2.1',
         'torchvision>=0.16',
@@ -89,15 +66,14 @@ setup(
             'mmpretrain>=1.2.0',
             'setuptools<81',  # mmengine 0.10 imports pkg_resources
         ],
-        'export': ['onnx', 'onnxscript', 'onnxruntime', 'openvino'],
+        'demo': DEMO,
+        'export': EXPORT,
+        'docs': ['furo', 'myst-parser', 'sphinx', 'sphinx-copybutton'],
         'dev': [
+            *DEMO,
+            *EXPORT,
             'hypothesis',
-            'matplotlib',
             'mypy',
-            'onnx',
-            'onnxruntime',
-            'onnxscript',
-            'openvino',
             'pip-audit',
             'psutil',
             'pytest',
@@ -105,10 +81,8 @@ setup(
             'pytest-timeout',
             'pytest-xdist',
             'ruff',
-            'scikit-learn',
             'setuptools>=64',
             'tensorboard',
-            'tqdm',
         ],
     },
     classifiers=[

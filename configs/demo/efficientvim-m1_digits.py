@@ -1,5 +1,6 @@
-# EfficientViM-M1 from random weights on the digits of tools/make_digits.py, for two CPU cores. Uses MESA, EMA and mixup
-# as on ImageNet. `make demo-classification` runs it. Also an example of a config for your own data.
+# Train EfficientViM-M1 from random weights on the digits of tools/make_digits.py, with MESA, EMA and mixup as on
+# ImageNet. `make demo-classification` runs it, in minutes on two CPU cores. Also an example of a config for your own
+# data.
 _base_ = '../classification/efficientvim-m1_300e_in1k.py'
 
 data_root = 'work_dirs/demo-classification/digits/'
@@ -7,7 +8,7 @@ num_classes = 10
 
 model = dict(
     head=dict(num_classes=num_classes, topk=(1,)),
-    # Mix half of the batches only: a short training also needs unmixed images.
+    # Half of the batches are not mixed, because a short training needs some plain images.
     train_cfg=dict(probs=[0.25, 0.25]),
 )
 data_preprocessor = dict(num_classes=num_classes)
@@ -49,12 +50,12 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', eta_min=2e-5, by_epoch=True, begin=3, end=max_epochs, convert_to_iter_based=True),
 ]
 custom_hooks = [
-    # momentum=0.0005 would average over more iterations than the training has.
+    # The 0.0005 of ImageNet would average over more iterations than this training has.
     dict(type='EMAHook', momentum=0.1, update_buffers=True),
     dict(type='mmevm.MESAHook', begin=0.25),
 ]
 default_hooks = dict(
     logger=dict(interval=10),
     checkpoint=dict(interval=3, max_keep_ckpts=2),
-    visualization=dict(rescale_factor=4),  # to 256²
+    visualization=dict(rescale_factor=4),  # predictions are drawn with 256² pixels
 )

@@ -1,5 +1,5 @@
-# EfficientViM-M1 fine-tuned on your own images, in one folder per class: data/own/{train,val}/CLASS/*.
-# Copy this file; the settings that you will most likely change come first.
+# Fine-tune EfficientViM-M1 on your own images, with one folder per class: data/own/{train,val}/CLASS/*.
+# Copy this file and change the first three settings.
 _base_ = '../classification/efficientvim-m1_300e_in1k.py'
 
 data_root = 'data/own'
@@ -8,7 +8,7 @@ max_epochs = 30
 
 model = dict(
     init_cfg=dict(type='Pretrained', checkpoint='timm://efficientvim_m1.e450_in1k'),
-    head=dict(num_classes=num_classes, topk=(1,)),  # classifiers are initialized randomly
+    head=dict(num_classes=num_classes, topk=(1,)),  # the linear classifiers start from random weights
 )
 data_preprocessor = dict(num_classes=num_classes)
 train_dataloader = dict(
@@ -42,7 +42,8 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', eta_min=2e-6, by_epoch=True, begin=2, end=max_epochs, convert_to_iter_based=True),
 ]
 custom_hooks = [
-    # A constant momentum would keep the random classifiers in the average for thousands of iterations.
+    # The EMA of ImageNet averages thousands of iterations. In a short training it would contain the random classifiers,
+    # so the momentum is larger in the first iterations.
     dict(type='EMAHook', ema_type='MomentumAnnealingEMA', momentum=0.0005, update_buffers=True),
     dict(type='mmevm.MESAHook', begin=0.25),
 ]
