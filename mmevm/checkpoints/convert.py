@@ -301,7 +301,7 @@ def check_values(state: StateDict, exempt: Iterable[str]) -> None:
 @lru_cache
 def _backbone_shapes() -> dict[str, Shapes]:
     backbone: Any = MODELS.get('mmevm.EfficientViM')
-    with torch.random.fork_rng(devices=[]), torch.device('meta'):  # do not advance the RNG
+    with torch.random.fork_rng(devices=[]):  # do not advance the RNG
         return {
             arch: {f'backbone.{name}': shape for name, shape in state_shapes(backbone(arch)).items()}
             for arch in backbone.arch_settings
