@@ -10,9 +10,9 @@ exec((here / 'mmevm' / 'version.py').read_text(), version)
 
 
 class BuildWithConfigs(build_py):
-    """Put the configs and tools into the package too, as mmevm/.mim, where OpenMMLab's packages have theirs.
+    """Copy configs and tools into the wheel, to mmevm/.mim, as OpenMMLab's packages do.
 
-    An editable install has them beside the package.
+    An editable install finds them beside the package.
     """
 
     def run(self):
@@ -20,11 +20,14 @@ class BuildWithConfigs(build_py):
         if self.editable_mode:
             return
         mim = Path(self.build_lib, 'mmevm', '.mim')
-        shutil.rmtree(mim, ignore_errors=True)  # of a build before, with what has been renamed since
+        shutil.rmtree(mim, ignore_errors=True)  # an earlier build may contain files that were renamed since
         for folder in ('configs', 'tools'):
             shutil.copytree(here / folder, mim / folder, ignore=shutil.ignore_patterns('__pycache__'))
         shutil.copy(here / 'model-index.yml', mim)
 
+
+DEMO = ['matplotlib', 'scikit-learn']
+EXPORT = ['onnx', 'onnxscript', 'onnxruntime', 'openvino']
 
 setup(
     name='mmevm',
@@ -34,8 +37,8 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.10',
-    # Makes an editable install add a path. Otherwise setuptools adds an import hook, and from the parent of a clone
-    # named mmevm, Python imports the clone's folder as an empty namespace package instead.
+    # With package_dir, an editable install adds a path. Without it, setuptools installs an import hook, and in the parent
+    # folder of a clone named mmevm, Python would import the clone as an empty namespace package.
     package_dir={'': '.'},
     packages=find_packages(include=['mmevm', 'mmevm.*']),
     cmdclass={'build_py': BuildWithConfigs},
@@ -48,8 +51,8 @@ setup(
         'pycocotools>=2.0.7',
         'rich',
     ],
-    # The two families of OpenMMLab packages share their import names, so mmevm requires neither: it would overwrite
-    # the one that is there.
+    # The OpenMMLab packages have two distributions with the same import names. mmevm requires neither, because it would
+    # overwrite the one that is installed.
     extras_require={
         'onedl': [
             'torch>=2.3',  # onedl-mmengine 0.10.12 imports torch.amp.GradScaler
@@ -66,16 +69,15 @@ setup(
             'mmpretrain>=1.2.0',
             'setuptools<81',  # mmengine 0.10 imports pkg_resources
         ],
-        'export': ['onnx', 'onnxscript', 'onnxruntime', 'openvino'],
+        'demo': DEMO,
+        'export': EXPORT,
+        'docs': ['furo', 'myst-parser', 'sphinx', 'sphinx-copybutton'],
         'dev': [
+            *DEMO,
+            *EXPORT,
             'coremltools',
             'hypothesis',
-            'matplotlib',
             'mypy',
-            'onnx',
-            'onnxruntime',
-            'onnxscript',
-            'openvino',
             'pip-audit',
             'psutil',
             'pytest',
@@ -83,10 +85,8 @@ setup(
             'pytest-timeout',
             'pytest-xdist',
             'ruff',
-            'scikit-learn',
             'setuptools>=64',
             'tensorboard',
-            'tqdm',
         ],
     },
     classifiers=[

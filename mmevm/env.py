@@ -10,7 +10,7 @@ import torch
 from . import __file__ as init_file
 from . import __version__
 from .distributions import DISTRIBUTIONS
-from .mmcv_ops.stub import status
+from .mmcv_ops.install import status
 
 _PACKAGES = ('torch', 'torchvision', 'timm', 'numpy', 'opencv-python', 'pycocotools', 'onnxruntime', 'openvino')
 

@@ -19,7 +19,7 @@ TRAIN, TEST = ROOT / 'tools/train.py', ROOT / 'tools/test.py'
 NUM_SHAPES, NUM_DIGITS = 5, 13  # to evaluate on: no multiples of 2 or 4
 SEED = ['randomness.seed=0', 'randomness.deterministic=True']
 
-pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1200)]
 
 
 def torchrun(count, *arguments, cwd, options=('--standalone',), start=subprocess.run):
