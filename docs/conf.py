@@ -6,12 +6,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-version = {}
-exec((ROOT / 'mmevm' / 'version.py').read_text(), version)
+package = {}
+exec((ROOT / 'mmevm' / 'version.py').read_text(), package)
 
 project = 'mmevm'
 author = 'mmevm contributors'
-release = version['__version__']
+version = release = package['__version__']
 
 extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx_copybutton']
 exclude_patterns = ['_build', 'benchmarks']
