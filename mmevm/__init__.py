@@ -2,14 +2,14 @@
 
 Configs need no import of this package: they name ``mmevm.EfficientViM``, and mmengine imports ``mmevm.registry``. In
 Python, the names below are imported on first use. ``import mmevm`` imports neither PyTorch nor the OpenMMLab packages;
-it registers the fallback operators of mmcv and the classifiers for ``mmpretrain.list_models('efficientvim*')``.
+it extends these when they are imported: see ``import_hooks.py``.
 """
 
 import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from . import config_path, mmcv_ops, model_hub
+from . import checkpoint_schemes, config_path, mmcv_ops, model_hub
 from .distributions import check_distributions
 from .version import __version__
 
@@ -47,6 +47,7 @@ warnings.filterwarnings('ignore', 'pkg_resources is deprecated', UserWarning)
 check_distributions()
 mmcv_ops.register()
 config_path.register()
+checkpoint_schemes.register()
 model_hub.register()
 
 

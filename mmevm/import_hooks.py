@@ -1,12 +1,13 @@
 """Extend mmengine and mmpretrain when they are imported. Importing mmevm imports neither, so it takes milliseconds.
 
-mmevm changes how Python imports in four places, because the libraries have no extension point for them:
+mmevm extends four modules, because the libraries have no extension point for plugins that are not imported yet:
 
-- ``mmevm.pth`` in site-packages imports mmevm when a program first imports mmengine. Other tools, such as MMDetection's
-  tools/train.py, read a config before anything in it can import mmevm. See ``mmevm_startup.py``.
-- ``mmengine.config``: ``_base_ = 'mmevm::maskrcnn_evm_m4.py'`` is resolved. See ``config_path.py``.
+- ``mmengine.config.config``: ``_base_ = 'mmevm::maskrcnn_evm_m4.py'`` is resolved. See ``config_path.py``.
+- ``mmengine.runner.checkpoint``: the schemes ``timm://``, ``safe://`` and ``resume://``. See ``checkpoint_schemes.py``.
 - ``mmpretrain.apis.model``: ``mmpretrain.list_models`` and ``get_model`` find the classifiers. See ``model_hub.py``.
 - ``mmcv._ext``: fallback operators where mmcv has no compiled ones. See ``mmcv_ops/finder.py``.
+
+``mmevm.registry`` needs no hook: mmengine imports it when a config names ``mmevm.X``.
 """
 
 import sys

@@ -13,7 +13,6 @@ import timm
 import torch
 from mmengine.dist import barrier, get_rank
 from mmengine.fileio import get_local_path
-from mmengine.runner.checkpoint import CheckpointLoader
 
 from mmevm.errors import CheckpointError
 
@@ -73,7 +72,6 @@ def _download(url: str) -> Path:
     return path
 
 
-@CheckpointLoader.register_scheme(prefixes='safe://', force=True)
 def load_safe(filename: str, map_location: str | None = None) -> Any:
     """Load a checkpoint for mmengine without running anything from it: ``load_from='safe://epoch_12.pth'``.
 
@@ -99,7 +97,6 @@ def strip_scheme(load_from: str) -> str:
     return load_from.removeprefix('safe://').removeprefix('resume://')
 
 
-@CheckpointLoader.register_scheme(prefixes='timm://', force=True)
 def load_from_timm(filename: str, map_location: str | None = None) -> dict[str, Any]:
     """Download EfficientViM weights from the Hugging Face Hub, or take them from its cache, and convert them.
 

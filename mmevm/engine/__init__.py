@@ -2,8 +2,7 @@
 
 Checkpoints are written completely or not at all (``atomic_backend``), ``--resume`` continues from the latest valid one
 (``resume``, ``training_state``), and the random numbers of an iteration do not depend on the iterations before it
-(``loops``). Importing this package registers the schemes ``safe://``, ``resume://`` and ``timm://`` of mmengine's
-``load_from``.
+(``loops``).
 """
 
 from .atomic_backend import AtomicBackend

@@ -20,7 +20,6 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
-from mmengine.runner.checkpoint import CheckpointLoader
 
 from mmevm.checkpoints.read import (
     SAFE_GLOBALS,
@@ -101,7 +100,6 @@ class TrainingUnpickler(RestrictedUnpickler):
 _WEIGHTS_ONLY = 'holds weights only: a training can start from it (init_cfg or load_from), but not be resumed'
 
 
-@CheckpointLoader.register_scheme(prefixes='resume://', force=True)
 def load_from_training(filename: str, map_location: str | None = None) -> dict[str, Any]:
     """Load a training checkpoint for mmengine: ``load_from='resume://epoch_3.pth', resume=True``.
 

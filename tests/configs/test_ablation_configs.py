@@ -1,4 +1,4 @@
-"""Compare the configs of Table C with the paper and with docs/ablations.md."""
+"""Compare the configs of Table C with the paper and with docs/dev/ablations.md."""
 
 import functools
 from pathlib import Path
@@ -47,8 +47,8 @@ def with_letters(*arguments):
 
 
 def rows_of_the_docs():
-    lines = (ROOT / 'docs' / 'ablations.md').read_text(encoding='utf-8').splitlines()
-    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines if '](../configs/' in line]
+    lines = (ROOT / 'docs' / 'dev' / 'ablations.md').read_text(encoding='utf-8').splitlines()
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines if '](../../configs/' in line]
     return {cells[0][0]: cells for cells in rows if len(cells) > 1}
 
 
@@ -69,7 +69,7 @@ def test_parameters_and_flops_match_paper_and_docs(letter, model):
         assert round(flops - complexity.by_operator.get('layer_norm', 0) / 1e6) == paper_flops
 
     _, link, *cells = rows_of_the_docs()[letter]
-    assert link == f'[{Path(name).name}](../configs/classification/{name}.py)'
+    assert link == f'[{Path(name).name}](../../configs/classification/{name}.py)'
     deviations = [
         f'{round((ours / paper - 1) * 100, 1) + 0:+.1f} %'.replace('-', '−')
         for ours, paper in ((params, paper_params), (flops, paper_flops))

@@ -1,1 +1,0 @@
-"""Replace mmevm's own module of this name, so that a test can start Python without importing mmevm with mmengine."""
