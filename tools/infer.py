@@ -62,8 +62,9 @@ def main() -> None:
     count = predictor.run(inputs)
     print(f'{count} images or frames written to {args.out_dir}')
     if predictor.skipped:
+        total = len(inputs.images) + len(inputs.videos)
         raise UserError(
-            f'{len(predictor.skipped)} inputs could not be read and were skipped: '
+            f'{len(predictor.skipped)} of {total} inputs could not be read and were skipped: '
             f'{", ".join(map(str, predictor.skipped))}. Check that they are complete images or videos.'
         )
 

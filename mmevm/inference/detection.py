@@ -1,11 +1,13 @@
 """Objects in images: MMDetection's inferencer with safe, strict loading and class names in its results."""
 
 import copy
+import warnings
 from typing import Any
 
 import numpy as np
 from mmdet.apis import DetInferencer
 from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
 from torch import nn
 
 from mmevm.checkpoints import load_strict
@@ -46,6 +48,10 @@ class DetectionInferencer(DetInferencer):
             palette=palette if is_usable else 'random'
         )
 
+    def _init_collate(self, cfg: Any) -> Any:
+        # mmengine warns about the scope before it finds that there is no collate_fn.
+        return super()._init_collate(cfg) if 'collate_fn' in cfg.test_dataloader else pseudo_collate
+
     def visualize(self, inputs: Any, preds: Any, **kwargs: Any) -> Any:
         """Draw as for paths: DetInferencer takes arrays for RGB here, but for BGR in its pipeline."""
         inputs = [image[..., ::-1] if isinstance(image, np.ndarray) else image for image in inputs]
@@ -72,6 +78,8 @@ class DetectionInferencer(DetInferencer):
             draw: Whether to draw the objects.
             score_thr: Objects of lower scores are not drawn; the results hold all.
         """
-        results = self(images, batch_size=len(images), return_vis=draw, pred_score_thr=score_thr)
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', '.* is out of bounds', UserWarning)  # objects at the border
+            results = self(images, batch_size=len(images), return_vis=draw, pred_score_thr=score_thr)
         pictures = [np.ascontiguousarray(picture[..., ::-1]) for picture in results['visualization']]
         return list(zip(results['predictions'], pictures if draw else [None] * len(images), strict=True))

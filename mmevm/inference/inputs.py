@@ -131,7 +131,8 @@ def open_video(source: str | int) -> Iterator[Video]:
         if not reader.opened or not reader.width:
             raise OSError('OpenCV cannot open this video')
         total = reader.frame_cnt if reader.frame_cnt > 0 else None
-        yield Video(iter(reader), reader.fps or 25, total)
+        # A generator, because each iter(reader) goes back to the first frame.
+        yield Video((frame for frame in reader), reader.fps or 25, total)
 
 
 def _camera_frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:
