@@ -117,7 +117,7 @@ def test_options_out_of_range(options, monkeypatch, capsys):
 
 
 def test_missing_input_is_found_before_the_model_is_built(monkeypatch):
-    with pytest.raises(SystemExit, match='ConfigError: INPUT none.jpg: there is no such file'):
+    with pytest.raises(SystemExit, match=r'ConfigError: INPUT none\.jpg: there is no such file'):
         run_here(monkeypatch, TOOL, 'config.py', 'checkpoint.pth', 'none.jpg')
 
 
