@@ -1,6 +1,7 @@
 """Find and read images and videos."""
 
 import glob
+import http.client
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.t
 VIDEO_EXTENSIONS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv')
 
 # What reading a damaged file or an unreachable URL raises in mmcv, mmengine and OpenCV.
-READ_ERRORS = (AssertionError, OSError, ValueError, cv2.error)
+READ_ERRORS = (AssertionError, OSError, ValueError, cv2.error, http.client.HTTPException)
 
 
 @dataclass

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -107,28 +107,30 @@ class Predictor:
     def _run_video(self, source: str | int) -> int:
         count = 0
         is_camera = isinstance(source, int)
-        try:
-            with open_video(source) as video, self._progress() as progress:
-                stem = self._new_stem(source)
-                task = progress.add_task(file_name(source), total=video.total)
-                with _video_writer(self.out_dir / 'vis' / f'{stem}.mp4', video.fps) as write:
-                    for frames in _chunks(video.frames, 1 if is_camera else self.batch_size):
-                        for result, picture in self._infer(frames):
-                            _write_json(self.out_dir / 'preds' / stem / f'{count:06d}.json', result)
-                            if picture is not None and self.save_vis:
-                                write(picture)
-                            self._show(picture, wait=1)
-                            count += 1
-                        progress.advance(task, len(frames))
-                        if self._is_stopped:
-                            break
-                if not count:
-                    raise OSError('it has no frame that OpenCV can read')
-        except OSError as error:
-            self._skip(source, error)
-        except KeyboardInterrupt:
-            if not is_camera:  # Ctrl-C is how a recording ends
-                raise
+        with ExitStack() as stack:
+            try:
+                video = stack.enter_context(open_video(source))
+            except READ_ERRORS as error:
+                self._skip(source, error)
+                return 0
+            stem = self._new_stem(source)
+            progress = stack.enter_context(self._progress())
+            task = progress.add_task(file_name(source), total=video.total)
+            write = stack.enter_context(_video_writer(self.out_dir / 'vis' / f'{stem}.mp4', video.fps))
+            if is_camera:
+                stack.enter_context(suppress(KeyboardInterrupt))  # Ctrl-C is how a recording ends
+            for frames in _chunks(video.frames, 1 if is_camera else self.batch_size):
+                for result, picture in self._infer(frames):
+                    _write_json(self.out_dir / 'preds' / stem / f'{count:06d}.json', result)
+                    if picture is not None and self.save_vis:
+                        write(picture)
+                    self._show(picture, wait=1)
+                    count += 1
+                progress.advance(task, len(frames))
+                if self._is_stopped:
+                    break
+        if not count:
+            self._skip(source, OSError('OpenCV can read no frame of it'))
         return count
 
     def _read(self, source: str) -> np.ndarray | None:

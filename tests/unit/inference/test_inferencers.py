@@ -9,6 +9,7 @@ import pytest
 import torch
 from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
 from mmpretrain import ImageClassificationInferencer
 from tiny_models import DIGITS, write_classifier
 
@@ -150,13 +151,22 @@ def test_unusable_devices(detector, device):
         build_inferencer(Config.fromfile(detector[0]), str(detector[1]), device)
 
 
-@pytest.mark.parametrize('prefix', ['', 'safe://'])
-def test_init_detector_takes_configs_and_checkpoints(detector, built, images, prefix):
-    config, checkpoint = detector
-    model = init_detector(str(config), f'{prefix}{checkpoint}', device='cpu')
+def test_init_detector_takes_configs_and_checkpoints(detector, built, images):
+    model = init_detector(*map(str, detector), device='cpu')
     found = inference_detector(model, str(images / 'a.png')).pred_instances
     ((expected, _),) = built.infer([built.read(str(images / 'a.png'))])
     assert found.bboxes.tolist() == expected['bboxes']
+
+
+@pytest.mark.parametrize('load', [init_detector, DetInferencer])
+def test_mmdet_loads_checkpoints_of_a_training_safely(detector, tmp_path, load):
+    """With ``safe://``. Without it, MMEngine 0.10.7 cannot read them on torch 2.6 and later."""
+    config, checkpoint = detector
+    content = torch.load(checkpoint) | dict(message_hub=dict(loss=HistoryBuffer([1.0], [1])))
+    torch.save(content, tmp_path / 'epoch_1.pth')
+    model = load(str(config), f'safe://{tmp_path}/epoch_1.pth', device='cpu')
+    state = getattr(model, 'model', model).state_dict()
+    assert all(state[name].equal(tensor) for name, tensor in content['state_dict'].items())
 
 
 def test_classes_equal_those_of_ImageClassificationInferencer(classifier, images):
