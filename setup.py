@@ -10,21 +10,21 @@ exec((here / 'mmevm' / 'version.py').read_text(), version)
 
 
 class BuildWithConfigs(build_py):
-    """Put the configs and tools into the package too, as mmevm/.mim, where OpenMMLab's packages have theirs.
-
-    An editable install has them beside the package.
-    """
+    """Copy configs and tools to mmevm/.mim, as other OpenMMLab packages do. An editable install uses the repository."""
 
     def run(self):
         super().run()
         if self.editable_mode:
             return
         mim = Path(self.build_lib, 'mmevm', '.mim')
-        shutil.rmtree(mim, ignore_errors=True)  # of a build before, with what has been renamed since
+        shutil.rmtree(mim, ignore_errors=True)  # files of an earlier build may have been renamed since
         for folder in ('configs', 'tools'):
             shutil.copytree(here / folder, mim / folder, ignore=shutil.ignore_patterns('__pycache__'))
         shutil.copy(here / 'model-index.yml', mim)
 
+
+DEMO = ['matplotlib', 'scikit-learn']
+EXPORT = ['onnx', 'onnxscript', 'onnxruntime', 'openvino']
 
 setup(
     name='mmevm',
@@ -34,8 +34,8 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.10',
-    # Makes an editable install add a path. Otherwise setuptools adds an import hook, and from the parent of a clone
-    # named mmevm, Python imports the clone's folder as an empty namespace package instead.
+    # With package_dir, an editable install adds a path. Without it, setuptools installs an import hook, and in the
+    # parent folder of a clone named mmevm, Python would import the clone as an empty namespace package.
     package_dir={'': '.'},
     packages=find_packages(include=['mmevm', 'mmevm.*']),
     cmdclass={'build_py': BuildWithConfigs},
@@ -48,8 +48,8 @@ setup(
         'pycocotools>=2.0.7',
         'rich',
     ],
-    # The two families of OpenMMLab packages share their import names, so mmevm requires neither: it would overwrite
-    # the one that is there.
+    # The two distributions of OpenMMLab packages have the same import names, so mmevm requires neither: pip would
+    # install one over the other.
     extras_require={
         'onedl': [
             'torch>=2.3',  # onedl-mmengine 0.10.12 imports torch.amp.GradScaler
@@ -66,16 +66,14 @@ setup(
             'mmpretrain>=1.2.0',
             'setuptools<81',  # mmengine 0.10 imports pkg_resources
         ],
-        'export': ['onnx', 'onnxscript', 'onnxruntime', 'openvino'],
+        'demo': DEMO,
+        'export': EXPORT,
+        'docs': ['furo', 'myst-parser', 'sphinx', 'sphinx-copybutton'],
         'dev': [
-            'coremltools',
+            *DEMO,
+            *EXPORT,
             'hypothesis',
-            'matplotlib',
             'mypy',
-            'onnx',
-            'onnxruntime',
-            'onnxscript',
-            'openvino',
             'pip-audit',
             'psutil',
             'pytest',
@@ -83,10 +81,8 @@ setup(
             'pytest-timeout',
             'pytest-xdist',
             'ruff',
-            'scikit-learn',
             'setuptools>=64',
             'tensorboard',
-            'tqdm',
         ],
     },
     classifiers=[

@@ -1,12 +1,11 @@
-"""Whether memory grows while images of changing sizes come in: in training, and in inference.
+"""Check that memory does not grow with images of changing sizes, in training and inference.
 
     python benchmarks/memory_growth.py --json docs/benchmarks/memory_growth.json
 
-Each subject has a process of its own, whose resident set is read after each step. In a warm-up caches fill: oneDNN's
-keeps up to 1024 plans, one for each layer and shape. Through the steps that follow goes a line, Theil's and Sen's: its
-slope is the median of the slopes between any two readings, so that single large images do not tilt it. What it rises,
-in percent of where it starts, is the growth. Ends with 1 if that of any subject is more than is allowed. timm's
-backbone, which has nothing of mmevm's, is there to compare with.
+Each case runs in a process of its own, whose resident memory is read after each step. Caches fill during a warm-up:
+oneDNN keeps up to 1024 plans, one for each layer and shape. A Theil-Sen line is fitted to the steps after it, as its
+slope is robust to single large images. The growth is the rise of that line in percent of its start. The exit status is
+1 if any case grows by more than --allowed. timm's backbone is included for comparison.
 """
 
 import argparse
@@ -35,22 +34,22 @@ from mmevm.cli import build_runner, read_config, replace_data_root
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / 'configs/demo/maskrcnn_evm_m1_shapes.py'
 SMALLEST, LARGEST = 64, 320  # pixels of a side
-KEPT = 100  # readings in the file, evenly spread
+KEPT = 100  # readings written to the file, evenly spaced
 
 
 def resident() -> float:
-    """Megabytes of this process in memory."""
+    """Return the resident memory of this process in megabytes."""
     return psutil.Process().memory_info().rss / 1e6
 
 
 class Readings(Hook):
-    """The resident set after each iteration of a training."""
+    """Record the resident memory after each training iteration."""
 
     def __init__(self) -> None:
         self.megabytes: list[float] = []
 
     def after_train_iter(self, *args: Any, **kwargs: Any) -> None:
-        """Read it."""
+        """Record it."""
         self.megabytes.append(resident())
 
 
@@ -61,7 +60,7 @@ def read_demo(folder: str) -> Config:
 
 
 def train(steps: int) -> list[float]:
-    """The demo's Mask R-CNN, on its images resized at random; two at a time, padded to the larger."""
+    """Train the demo's Mask R-CNN on batches of two randomly resized images."""
     with tempfile.TemporaryDirectory(prefix='mmevm-memory-') as folder:
         data = f'{folder}/shapes'
         subprocess.run(
@@ -84,7 +83,7 @@ def train(steps: int) -> list[float]:
 
 
 def infer(call: Callable[[int, int], Any], steps: int) -> list[float]:
-    """Call with random heights and widths."""
+    """Call with random heights and widths, and return the readings."""
     draw = np.random.default_rng(0)
     readings = []
     for _ in range(steps):
@@ -95,14 +94,14 @@ def infer(call: Callable[[int, int], Any], steps: int) -> list[float]:
 
 
 def infer_backbone(steps: int, name: str) -> list[float]:
-    subject = ModelSpec(name)
-    model = subject.deploy(subject.build())
+    spec = ModelSpec(name)
+    model = spec.deploy(spec.build())
     with torch.no_grad():
         return infer(lambda height, width: model(torch.rand(1, 3, height, width)), steps)
 
 
 def infer_detector(steps: int) -> list[float]:
-    """MMDetection's inference, images of these sizes as they are."""
+    """Run MMDetection's inference without resizing the images."""
     from mmcv.transforms import Compose
     from mmdet.apis import inference_detector, init_detector
 
@@ -120,8 +119,8 @@ def infer_detector(steps: int) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What is done again and again, and how often before and while memory is looked at."""
+class Case:
+    """A function to repeat, and its steps before and during the measurement."""
 
     function: Callable[[int], list[float]]
     unit: str
@@ -129,17 +128,17 @@ class Work:
     steps: int
 
 
-SUBJECTS = {
-    'training': Work(train, 'iterations', warm_up=300, steps=300),
-    'backbone': Work(partial(infer_backbone, name='m1@trained'), 'images', warm_up=2000, steps=2000),
-    'deployed backbone': Work(partial(infer_backbone, name='m1'), 'images', warm_up=2000, steps=2000),
-    "timm's backbone": Work(partial(infer_backbone, name='efficientvim_m1'), 'images', warm_up=2000, steps=2000),
-    'detector': Work(infer_detector, 'images', warm_up=1000, steps=1000),
+CASES = {
+    'training': Case(train, 'iterations', warm_up=300, steps=300),
+    'backbone': Case(partial(infer_backbone, name='m1@trained'), 'images', warm_up=2000, steps=2000),
+    'deployed backbone': Case(partial(infer_backbone, name='m1'), 'images', warm_up=2000, steps=2000),
+    "timm's backbone": Case(partial(infer_backbone, name='efficientvim_m1'), 'images', warm_up=2000, steps=2000),
+    'detector': Case(infer_detector, 'images', warm_up=1000, steps=1000),
 }
 
 
-def summarise(readings: list[float], warm_up: int) -> dict[str, Any]:
-    """The line through what follows the warm-up, and readings evenly spread over all steps."""
+def summarize(readings: list[float], warm_up: int) -> dict[str, Any]:
+    """Fit a line to the readings after the warm-up, and select evenly spaced readings."""
     at = np.unique(np.linspace(warm_up, len(readings) - 1, 500).round().astype(int))
     slope, intercept, low, high = theilslopes(np.array(readings)[at], at)
     start = intercept + slope * warm_up
@@ -153,40 +152,40 @@ def summarise(readings: list[float], warm_up: int) -> dict[str, Any]:
     )
 
 
-def measure(subject: str, share: float) -> dict[str, Any]:
-    """Of one subject, in a process of its own."""
-    work = SUBJECTS[subject]
-    warm_up, steps = (max(int(share * number), 4) for number in (work.warm_up, work.steps))
+def measure(name: str, share: float) -> dict[str, Any]:
+    """Measure one case in a process of its own."""
+    case = CASES[name]
+    warm_up, steps = (max(int(share * number), 4) for number in (case.warm_up, case.steps))
     with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
-        readings = pool.submit(work.function, warm_up + steps).result()
-    return dict(subject=subject, unit=work.unit, warm_up=warm_up, steps=steps) | summarise(readings, warm_up)
+        readings = pool.submit(case.function, warm_up + steps).result()
+    return dict(case=name, unit=case.unit, warm_up=warm_up, steps=steps) | summarize(readings, warm_up)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--json', type=Path, help='where to write everything')
-    parser.add_argument('--subjects', nargs='+', choices=SUBJECTS, default=list(SUBJECTS), help='(default: all)')
-    parser.add_argument('--share', type=float, default=1.0, help='of warm-up and steps that each has (default: all)')
-    parser.add_argument('--allowed', type=float, default=3.0, help='growth in percent (default: 3)')
+    parser.add_argument('--json', type=Path, help='write all results to this file')
+    parser.add_argument('--cases', nargs='+', choices=CASES, default=list(CASES), help='(default: all)')
+    parser.add_argument('--share', type=float, default=1.0, help='fraction of warm-up and steps to run (default: 1)')
+    parser.add_argument('--allowed', type=float, default=3.0, help='allowed growth in percent (default: 3)')
     args = parser.parse_args()
 
     results = []
-    for subject in args.subjects:
-        result = measure(subject, args.share)
+    for name in args.cases:
+        result = measure(name, args.share)
         results.append(result)
         print(
-            f'{subject}: {result["growth_percent"]:+.2f} % in {result["steps"]} {result["unit"]}, from '
+            f'{name}: {result["growth_percent"]:+.2f} % in {result["steps"]} {result["unit"]}, from '
             f'{result["megabytes_after_warm_up"]:.0f} MB by {result["megabytes_per_1000"]:+.2f} MB per 1000',
             flush=True,
         )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        sizes = f'sides of {SMALLEST} to {LARGEST} pixels, drawn at random'
+        sizes = f'random sides of {SMALLEST} to {LARGEST} pixels'
         parts = dict(
             images=sizes, fit='Theil-Sen', allowed_percent=args.allowed, environment=environment(), results=results
         )
         args.json.write_text(json.dumps(parts, indent=1) + '\n')
-    if growing := [result['subject'] for result in results if result['growth_percent'] > args.allowed]:
+    if growing := [result['case'] for result in results if result['growth_percent'] > args.allowed]:
         sys.exit(f'Memory grows by more than {args.allowed:g} %: {", ".join(growing)}.')
 
 

@@ -1,6 +1,6 @@
 # RetinaNet with EfficientViM-M4 on COCO, 1x schedule (paper, Supplement B and Table B).
 #
-# What you will most likely change, in a config of your own that has this file as its `_base_`:
+# What you will most likely change in your own config with `_base_ = 'mmevm::retinanet_evm_m4.py'`:
 #   data:     train_dataloader.dataset and val_dataloader.dataset (data_root, ann_file, data_prefix, metainfo.classes),
 #             val_evaluator.ann_file, and model.bbox_head.num_classes
 #   memory:   train_dataloader.batch_size, with `tools/train.py --auto-scale-lr`
@@ -20,7 +20,7 @@ model = dict(
         norm_eval=True,  # BatchNorm keeps ImageNet's statistics; its weights and biases are trained
         init_cfg=dict(type='Pretrained', checkpoint='timm://efficientvim_m4.e450_in1k'),
     ),
-    # The backbone's strides are 16, 32, 64; the stock anchors are for 8, 16, 32, 64, 128.
+    # The backbone returns strides 16, 32, 64; the anchors are made for strides 8, 16, 32, 64, 128.
     neck=dict(
         _delete_=True,
         type='mmevm.UpsampleFPN',
@@ -32,4 +32,4 @@ model = dict(
     ),
 )
 
-train_dataloader = dict(batch_size=16, num_workers=8)  # for one GPU; `batch_size=2` for eight
+train_dataloader = dict(batch_size=16, num_workers=8)  # for one GPU; use batch_size=2 on eight

@@ -1,22 +1,60 @@
-"""EfficientViM as a backbone for the OpenMMLab libraries.
+"""EfficientViM as a backbone for MMDetection and MMPretrain.
 
-Nothing needs to be imported from here by hand: configs name ``mmevm.EfficientViM``, and mmengine imports the package.
-``import mmevm`` also makes mmpretrain list the classifiers: ``mmpretrain.list_models('efficientvim*')``.
+Configs need no import of this package: they name ``mmevm.EfficientViM``, and mmengine imports ``mmevm.registry``. In
+Python, the names below are imported on first use. ``import mmevm`` imports neither PyTorch nor the OpenMMLab packages;
+it registers the fallback operators of mmcv and the classifiers for ``mmpretrain.list_models('efficientvim*')``.
 """
 
+import importlib
 import warnings
+from typing import TYPE_CHECKING, Any
 
-from . import mmcv_ops, model_hub
+from . import config_path, mmcv_ops, model_hub
 from .distributions import check_distributions
 from .version import __version__
 
-# mmengine and mmdet say these on every run. mmevm.checks warns of the first where a config uses that metric; the extra
-# [openmmlab] takes care of the second.
+if TYPE_CHECKING:
+    from .checkpoints import convert_checkpoint
+    from .deployment import deploy
+    from .models import HSMSSD, DistillationClassifier, EfficientViM, FusionClsHead, UpsampleFPN
+
+__all__ = [
+    'HSMSSD',
+    'DistillationClassifier',
+    'EfficientViM',
+    'FusionClsHead',
+    'UpsampleFPN',
+    '__version__',
+    'convert_checkpoint',
+    'deploy',
+]
+
+_PACKAGES = {
+    'HSMSSD': 'models',
+    'DistillationClassifier': 'models',
+    'EfficientViM': 'models',
+    'FusionClsHead': 'models',
+    'UpsampleFPN': 'models',
+    'convert_checkpoint': 'checkpoints',
+    'deploy': 'deployment',
+}
+
+# mmengine and mmdet print these on every run. mmevm.checks warns of the first if a config uses that metric; the extra
+# [openmmlab] avoids the second.
 warnings.filterwarnings('ignore', 'faster_coco_eval is not installed', UserWarning)
 warnings.filterwarnings('ignore', 'pkg_resources is deprecated', UserWarning)
 
 check_distributions()
 mmcv_ops.register()
+config_path.register()
 model_hub.register()
 
-__all__ = ['__version__']
+
+def __getattr__(name: str) -> Any:
+    if name not in _PACKAGES:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(importlib.import_module(f'.{_PACKAGES[name]}', __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,11 +1,11 @@
-"""What the command lines under tools/ share: common arguments, and how a config file becomes the config of a run."""
+"""Code that the scripts in tools/ share: common arguments, reading configs, starting a runner, printing errors."""
 
 import argparse
 import atexit
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,28 +20,36 @@ from mmengine.hub import get_config
 from mmengine.runner import Runner
 
 from .checks import CheckHook, check_config, explain_errors
+from .config_path import PREFIX, find_config
 from .errors import ConfigError, UserError
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command line; of an error that its sentence explains, print the sentence alone and exit with 1."""
+    """Run the main function of a script. Print a :class:`UserError` without a traceback and exit with status 1."""
     if torch.distributed.is_torchelastic_launched():
         from torch.distributed.elastic.multiprocessing.errors import record
 
-        main = record(main)  # torchrun's last words are then the error of the process that failed first
+        main = record(main)  # torchrun then prints the error of the process that failed first
+    print_log = mmengine.logging.print_log
+
+    def print_others(msg: Any, *args: Any, **kwargs: Any) -> None:
+        # onedl's mmdet and mmpretrain print on import that the unrelated package onedl is not installed
+        if not str(msg).startswith('Could not import OneDL'):
+            print_log(msg, *args, **kwargs)
+
+    mmengine.logging.print_log = print_others
     try:
-        with _without_onedl_notice():
-            main()
+        main()
         _end_process_group()
     except UserError as error:
         sys.exit(f'{type(error).__name__}: {error}')
+    finally:
+        mmengine.logging.print_log = print_log
 
 
 def _end_process_group() -> None:
-    """End the process here if gloo's threads outlive their group, which DistributedDataParallel makes them do.
-
-    They abort the interpreter now and then while it shuts down, and torchrun reports a failed run.
-    """
+    # Threads of gloo outlive their process group under DistributedDataParallel. They sometimes abort the interpreter
+    # while it shuts down, and torchrun reports a failure. So exit without shutting down.
     if not torch.distributed.is_initialized():
         return
     is_gloo = torch.distributed.get_backend() == 'gloo'
@@ -53,59 +61,46 @@ def _end_process_group() -> None:
         os._exit(0)
 
 
-@contextmanager
-def _without_onedl_notice() -> Iterator[None]:
-    """Leave out what onedl's mmdet and mmpretrain print on import: that the unrelated package onedl is not installed.
-
-    It has the level DEBUG but names no logger, and mmengine prints that whatever the level.
-    """
-    print_log = mmengine.logging.print_log
-
-    def print_all_else(msg: Any, *args: Any, **kwargs: Any) -> None:
-        if not str(msg).startswith('Could not import OneDL'):
-            print_log(msg, *args, **kwargs)
-
-    mmengine.logging.print_log = print_all_else
-    try:
-        yield
-    finally:
-        mmengine.logging.print_log = print_log
-
-
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that training and testing have in common, named as in MMDetection."""
-    parser.add_argument('--work-dir', help='where logs and checkpoints go (default: work_dirs/NAME_OF_CONFIG)')
-    parser.add_argument('--data-root', help="where the data is, in place of the config's data_root")
+    """Add the arguments of both training and testing, named as in MMDetection."""
+    parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/CONFIG_NAME)')
+    parser.add_argument('--data-root', help='folder of the data; replaces data_root in all paths of the config')
     parser.add_argument(
-        '--tensorboard', action='store_true', help='write scalars and pictures for TensorBoard too, below the work dir'
+        '--tensorboard', action='store_true', help='also write scalars and images for TensorBoard to the work dir'
     )
     parser.add_argument(
         '--check',
         action='store_true',
-        help='do everything up to the first iteration, print a summary, and exit with 0, or with 1 on an error',
+        help='run everything up to the first iteration, print a summary and exit with 0, or with 1 after an error',
     )
     parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
-        help='override entries of the config: key=value, nested keys with dots, lists as key="[a,b]"',
+        help='override config values: key=value, nested keys with dots, lists as key="[a,b]"',
     )
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',
-        help='what started the processes: torchrun is pytorch',
+        help='launcher of the processes; use pytorch for torchrun',
     )
-    # torch.distributed.launch gives it as an argument, torchrun in the environment.
+    # torch.distributed.launch passes an argument, torchrun an environment variable.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
 def read_config(path: str) -> Config:
-    """Read a config file, or one within a package such as ``mmdet::retinanet/….py``.
+    """Read a config.
+
+    Args:
+        path: Path of a file, or the name of a config in a package, such as ``mmevm::maskrcnn_evm_m4.py`` or
+            ``mmdet::retinanet/retinanet_r50_fpn_1x_coco.py``.
 
     Raises:
-        ConfigError: If there is no such file or package, or if the file is not one of a config.
+        ConfigError: If it cannot be read.
     """
+    if path.startswith(PREFIX):
+        path = str(find_config(path))
     try:
         return get_config(path) if '::' in path else Config.fromfile(path)
     except KeyError as error:
@@ -113,25 +108,27 @@ def read_config(path: str) -> Config:
             raise
         raise ConfigError(
             f'{path}: two configs in _base_ define the same keys ({error.args[0].rpartition(": ")[2]}). Keep one of '
-            'them in _base_, and write what you need of the other into this config.'
+            'them in _base_ and copy what you need from the other.'
         ) from error
     except Exception as error:
-        # MMEngine asserts that it knows a package, and raises a TypeError for a dict over a base's string.
-        known = (AssertionError, ImportError, OSError, TypeError, ValueError)
-        if '::' not in path and not isinstance(error, known):
-            raise  # an error in the config's own code
+        # mmengine raises these, an AssertionError for an unknown package; others come from the code of the config.
+        if '::' not in path and not isinstance(error, (AssertionError, ImportError, OSError, TypeError, ValueError)):
+            raise
         where = '' if '::' in path else f' ({os.path.abspath(path)}; the current folder is {os.getcwd()})'
         raise ConfigError(
-            f'{path} cannot be read: {error}{where}. Give the path of a config file, or of one in an installed '
-            'package, such as mmdet::retinanet/retinanet_r50_fpn_1x_coco.py.'
+            f'{path} cannot be read: {error}{where}. Give the path of a config file, or the name of a config in an '
+            'installed package, such as mmdet::retinanet/retinanet_r50_fpn_1x_coco.py.'
         ) from error
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """Read ``args.config`` and apply the common arguments to it.
+    """Read ``args.config`` and apply the common arguments.
 
     Args:
-        args: What a parser with :func:`add_common_arguments` and an argument ``config`` has parsed.
+        args: Arguments of a parser with :func:`add_common_arguments` and an argument ``config``.
+
+    Raises:
+        ConfigError: If the config cannot be read, or ``args.data_root`` changes nothing.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = read_config(args.config)
@@ -149,7 +146,7 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def _set_loader_defaults(cfg: Config) -> None:
-    """MMPretrain's configs leave to its tools what makes loaders fast; a batch of images in one tensor most of all."""
+    """Set the defaults that MMPretrain's own tools set."""
     for loader in filter(None, (cfg.get(f'{split}_dataloader') for split in ('train', 'val', 'test'))):
         loader.setdefault('collate_fn', dict(type='default_collate'))
         loader.setdefault('pin_memory', torch.cuda.is_available())
@@ -157,16 +154,15 @@ def _set_loader_defaults(cfg: Config) -> None:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the runner of a config, be it for several processes without GPUs, for which mmengine's own has no way.
+    """Build the runner of a config, also for several processes without GPUs, which MMEngine does not support.
 
     Raises:
-        ConfigError: If ``cfg.launcher`` is not what has started this process, or if the processes have different
-            configs.
+        ConfigError: If ``cfg.launcher`` did not start this process, or if the processes have different configs.
     """
     _check_launcher(cfg.launcher)
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':
-        timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')  # in seconds, as mmengine has it
-        options: dict[str, Any] = dict(timeout=timedelta(seconds=timeout)) if timeout else {}  # torch 2.1: not None
+        timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')  # seconds, as in MMEngine
+        options: dict[str, Any] = dict(timeout=timedelta(seconds=timeout)) if timeout else {}
         torch.distributed.init_process_group('gloo', **options)
         default = dict(broadcast_buffers=False, find_unused_parameters=cfg.get('find_unused_parameters', False))
         cfg.model_wrapper_cfg = dict(cfg.get('model_wrapper_cfg') or default, device_ids=None)
@@ -176,13 +172,13 @@ def build_runner(cfg: Config) -> Runner:
 
 
 def start(cfg: Config, splits: Sequence[str], run_loop: Callable[[Runner], Any], check_only: bool = False) -> None:
-    """Build the runner of a config and start it, with checks around both.
+    """Check a config, build its runner and start it.
 
     Args:
-        cfg: A config of MMEngine's runner.
-        splits: The splits that are used, out of 'train', 'val' and 'test'.
+        cfg: A config for MMEngine's runner.
+        splits: The splits in use, out of 'train', 'val' and 'test'.
         run_loop: Starts the runner.
-        check_only: Stop before the first iteration with a summary and exit status 0. Nothing is written to work_dir.
+        check_only: Print a summary before the first iteration and exit with status 0. Write nothing to work_dir.
 
     Raises:
         ConfigError: If the config or its data cannot be used.
@@ -204,68 +200,64 @@ def start(cfg: Config, splits: Sequence[str], run_loop: Callable[[Runner], Any],
 
 
 def _check_launcher(launcher: str) -> None:
-    started = os.environ.get('WORLD_SIZE', '1') if torch.distributed.is_torchelastic_launched() else '1'
-    if launcher == 'none' and started != '1':
+    processes = os.environ.get('WORLD_SIZE', '1') if torch.distributed.is_torchelastic_launched() else '1'
+    if launcher == 'none' and processes != '1':
         raise ConfigError(
-            f'torchrun has started {started} processes, but each would work for itself and overwrite the files of the '
-            'others: add --launcher pytorch.'
+            f'--launcher none: torchrun started {processes} processes, which would overwrite the files of each other. '
+            'Add --launcher pytorch.'
         )
     if launcher == 'pytorch' and 'RANK' not in os.environ:
         raise ConfigError(
-            '--launcher pytorch: this process was not started by torchrun. Start torchrun --nproc-per-node N in place '
-            'of python, or leave --launcher out.'
+            '--launcher pytorch: torchrun did not start this process. Use torchrun --nproc-per-node N instead of '
+            'python, or remove --launcher.'
         )
     if launcher in ('slurm', 'mpi') and get_device() == 'cpu':
         raise ConfigError(
-            f'--launcher {launcher} needs GPUs. Without them, let it start one torchrun a node, and give --launcher '
-            'pytorch.'
+            f'--launcher {launcher} needs GPUs. Without GPUs, start one torchrun per node with --launcher pytorch.'
         )
 
 
-# Processes that differ in these would wait for each other, or mix gradients of different models.
+# Processes that differ in these keys would wait for each other, or average gradients of different models.
 _SHARED_KEYS = ('load_from', 'model', 'optim_wrapper', 'param_scheduler', 'resume', 'train_cfg', 'train_dataloader')
 
 
 def _check_same_config(cfg: Config) -> None:
-    """Compare what processes must have in common; names of runs and paths may differ."""
-    shared = {key: cfg.get(key) for key in _SHARED_KEYS}
-    first, *others = all_gather_object(dict(_entries(Config(shared).to_dict())))
+    shared = Config({key: cfg.get(key) for key in _SHARED_KEYS}).to_dict()
+    first, *others = all_gather_object(dict(_flatten(shared)))
     for rank, other in enumerate(others, start=1):
         keys = [key for key in sorted(first.keys() | other.keys()) if first.get(key) != other.get(key)]
         if keys:
+            differences = '; '.join(f'{key} is {other.get(key)}, not {first.get(key)}' for key in keys[:5])
             raise ConfigError(
-                f'Process {rank} has another config than process 0: '
-                + '; '.join(f'{key} is {other.get(key)}, not {first.get(key)}' for key in keys[:5])
-                + ('; and so on' if keys[5:] else '')
-                + '. All nodes need the same config file and command line, and a shared work_dir.'
+                f'Process {rank} has another config than process 0: {differences}{"; …" if keys[5:] else ""}. Use the '
+                'same config file and arguments on all nodes, and a shared work_dir.'
             )
 
 
-def _entries(value: Any, key: str = '') -> Iterator[tuple[str, str]]:
-    """The values of a config by their dotted keys. Folders are left out: a node may have its own for the data."""
+def _flatten(value: Any, key: str = '') -> Iterator[tuple[str, str]]:
+    """Yield dotted keys and values as text. Paths count as equal, because nodes may keep data in different folders."""
     if isinstance(value, (dict, list, tuple)):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _entries(item, f'{key}.{name}' if key else str(name))
+            yield from _flatten(item, f'{key}.{name}' if key else str(name))
     elif key == 'load_from':
         yield key, str(value and Path(value).name)
-    elif isinstance(value, str) and ('/' in value or key in ('data_root', 'work_dir')):
+    elif isinstance(value, str) and '/' in value:
         yield key, 'a path'
     else:
         yield key, repr(value) if isinstance(value, (bool, int, float, str)) else type(value).__name__
 
 
 def replace_data_root(cfg: Config, data_root: str) -> Config:
-    """Point every path of a config that begins with its ``data_root`` to another folder.
+    """Replace ``data_root`` in all paths of a config that begin with it.
 
-    A config repeats the path in its data loaders and evaluators, so overriding ``data_root`` alone would change
-    nothing.
+    Data loaders and evaluators of a config contain the path too, so overriding ``data_root`` alone changes nothing.
 
     Raises:
-        ConfigError: If the config has no ``data_root``, or no path below it.
+        ConfigError: If the config has no ``data_root``, or no other path that begins with it.
     """
     old = (cfg.get('data_root') or '').rstrip('/')
     if not old:
-        raise ConfigError('--data-root replaces the data_root of the config, but this config has none.')
+        raise ConfigError('--data-root: the config has no data_root to replace. Set its paths with --cfg-options.')
     new = os.path.expanduser(data_root).rstrip('/') + '/'
     replaced = 0
 
@@ -283,7 +275,7 @@ def replace_data_root(cfg: Config, data_root: str) -> Config:
     result = Config(replace(cfg.to_dict()), filename=cfg.filename)
     if replaced < 2:  # data_root itself is one
         raise ConfigError(
-            f'--data-root {data_root} changed nothing: no path of the config but data_root={cfg.data_root!r} itself '
-            'begins with it. Correct data_root in the config, or override the paths with --cfg-options.'
+            f'--data-root {data_root}: no path of the config begins with data_root={cfg.data_root!r}, so nothing would '
+            'change. Correct data_root in the config, or override the paths with --cfg-options.'
         )
     return result

@@ -1,4 +1,7 @@
-"""OpenMMLab's packages exist in two families with the same import names; exactly one of them must be installed."""
+"""Check that one distribution of the OpenMMLab packages is installed.
+
+There are two with the same import names: OpenMMLab's own packages and the maintained forks, onedl-*.
+"""
 
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -7,34 +10,31 @@ DISTRIBUTIONS = {
     'onedl': ('onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmpretrain'),
     'openmmlab': ('mmengine', 'mmengine-lite', 'mmcv', 'mmcv-lite', 'mmdet', 'mmpretrain'),
 }
+_INSTALL = "in mmevm's folder, pip install -e '.[onedl]' or pip install -e '.[openmmlab]'"
 
 
 def check_distributions() -> None:
-    """Make sure that the packages under mmevm are there once.
+    """Check that packages of exactly one distribution are installed.
 
     Raises:
-        RuntimeError: If packages of both families are installed, or not all that mmevm needs. It is no ImportError
-            because mmengine's registry swallows these, and the reader of a config would only see that
-            ``mmevm.EfficientViM`` is unknown.
+        RuntimeError: If packages of both are installed, or mmengine or mmcv is missing. Not an ImportError: mmengine's
+            registry ignores those and reports that mmevm.EfficientViM is not registered.
     """
-    installed = {family: [name for name in names if _is_installed(name)] for family, names in DISTRIBUTIONS.items()}
+    installed = {key: [name for name in names if installed_version(name)] for key, names in DISTRIBUTIONS.items()}
     if all(installed.values()):
+        packages = ' '.join(name for names in installed.values() for name in names)
         raise RuntimeError(
-            f'Both families of OpenMMLab packages are installed, and they overwrite each other: {installed}. '
-            'Uninstall all of them (pip uninstall -y …) and install one again: '
-            "in mmevm's folder, pip install -e '.[onedl]' or pip install -e '.[openmmlab]'."
+            f'Both distributions of the OpenMMLab packages are installed, and they overwrite each other: {installed}. '
+            f'Uninstall all of them (pip uninstall -y {packages}) and install one: {_INSTALL}.'
         )
     missing = [name for name in ('mmengine', 'mmcv') if find_spec(name) is None]
     if missing:
-        raise RuntimeError(
-            f'mmevm needs mmengine and mmcv; not installed: {", ".join(missing)}. On a PyTorch of today: '
-            "in mmevm's folder, pip install -e '.[onedl]'; with OpenMMLab's own, pip install -e '.[openmmlab]'."
-        )
+        raise RuntimeError(f'mmevm needs mmengine and mmcv; not installed: {", ".join(missing)}. Run {_INSTALL}.')
 
 
-def _is_installed(name: str) -> bool:
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
     try:
-        version(name)
+        return version(package)
     except PackageNotFoundError:
-        return False
-    return True
+        return None

@@ -1,7 +1,7 @@
 """The registry scope ``mmevm``.
 
-Whenever an OpenMMLab config says ``type='mmevm.X'``, mmengine imports ``mmevm.registry`` by that name and looks for
-``X`` in the children found here. That is all it takes: no ``custom_imports``.
+For ``type='mmevm.X'`` in a config, MMEngine imports ``mmevm.registry`` and looks for ``X`` in the child registries of
+this module. No ``custom_imports`` are needed.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from mmengine.registry import Registry
 
 
 class _ModelRegistry(Registry):
-    """Import the module of a model when it is first asked for: a backbone needs neither MMDetection nor MMPretrain."""
+    """Import the module of a model on first use: the backbone needs neither MMDetection nor MMPretrain."""
 
     def get(self, key: str) -> type | None:
         """Return the class of this name, or None."""

@@ -1,4 +1,4 @@
-"""A model as a function from one tensor to a flat tuple of tensors, which is what tracers and exporters take."""
+"""Wrap a model as a function from one tensor to a flat tuple of tensors, as tracers and exporters need it."""
 
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -33,8 +33,8 @@ class TensorFunction(nn.Module):
     """Call a model with one tensor and return all tensors of its output.
 
     Args:
-        model: A backbone or a model of mmevm, MMDetection, MMPretrain or timm. A detector gets the data samples that it
-            needs.
+        model: A backbone or a model of mmevm, MMDetection, MMPretrain or timm. It also passes a detector the data
+            samples that its forward needs.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -1,10 +1,10 @@
 import pytest
 from mmengine.runner import set_random_seed
 
-import mmevm  # noqa: F401 - before anything that imports mmcv.ops, as in tools/
+import mmevm  # noqa: F401 - registers the fallback operators before other modules import mmcv.ops
 
 
 @pytest.fixture(autouse=True)
 def seed():
-    """The same random numbers in a test, whichever ran before it."""
+    """Make random numbers independent of the order of the tests."""
     set_random_seed(0)

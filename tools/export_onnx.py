@@ -1,11 +1,8 @@
-"""Write an ONNX file of a classifier, a detector or a part of it, or a backbone, for any number and size of images.
+"""Export a backbone, a classifier, a detector or a part of it to ONNX, for any batch size and image size.
 
-The input of the file, `image`, is what the data preprocessor makes of pixels: (B, C, H, W) in float32, with channels
-in the order of `channel_order`, minus `image_mean`, divided by `image_std`; the file's metadata says what these are. It
-is compared with PyTorch in ONNX Runtime, at three sizes unless --shape names one, before it is written.
-
-A name that ends in .mlpackage asks for CoreML in place of ONNX, of one --shape. It is converted by coremltools, and its
-outputs are not compared, which takes a Mac.
+The input of the file, `image`, is a batch of preprocessed images: (B, C, H, W) in float32, channels in the order of
+`channel_order`, minus `image_mean`, divided by `image_std`; the metadata of the file contains these values. The file is
+compared with PyTorch in ONNX Runtime before it is written, at three sizes unless --shape gives one.
 """
 
 import argparse
@@ -17,11 +14,12 @@ from mmengine.config import DictAction
 from torch import nn
 
 from mmevm import __version__
-from mmevm.analysis.complexity import build_without_weights
+from mmevm.analysis import build_without_weights
 from mmevm.checkpoints import load_pretrained, load_strict
 from mmevm.cli import read_config, run
 from mmevm.deployment import deploy
-from mmevm.deployment.export import EXAMPLE_SIZE, OPSET, PARTS, ModelPart, export_coreml, export_onnx, preprocessing
+from mmevm.deployment.export import OPSET, export_onnx
+from mmevm.deployment.model_part import EXAMPLE_SIZE, PARTS, ModelPart, preprocessing
 from mmevm.errors import ConfigError
 
 
@@ -31,44 +29,45 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         'checkpoint',
         nargs='?',
-        help='what the model was trained to, a file or URL; of a classifier, or of a backbone alone, also a timm:// '
-        'name (default: random weights, for measuring speed)',
+        help='checkpoint of the model, a file or URL; for a classifier or a backbone also a timm:// name (default: '
+        'random weights, for measuring speed)',
     )
-    parser.add_argument('out', type=Path, help='the file to write, such as retinanet_evm_m4.onnx')
+    parser.add_argument('out', type=Path, help='file to write, such as retinanet_evm_m4.onnx')
     parser.add_argument(
         '--part',
         choices=PARTS,
-        help="backbone: its maps; neck: a detector's pyramid; model: a classifier's logits, or the scores and boxes of "
-        "a one-stage detector's heads; detections: the boxes, scores and labels that these become (default: model of a "
-        'classifier, neck of a detector)',
+        help='backbone: its maps; neck: the pyramid of a detector; model: the logits of a classifier, or the raw '
+        'outputs of the heads of a one-stage detector; detections: boxes, scores and labels after post-processing '
+        '(default: model for a classifier, neck for a detector)',
     )
     parser.add_argument(
         '--shape',
         type=int,
         nargs='+',
         metavar='PIXELS',
-        help='for one image of this height and width, or side of a square, and no other (default: any number and size)',
+        help='export for one image of this height and width, or of this side (default: any batch size and image size)',
     )
     parser.add_argument(
-        '--deploy', action=argparse.BooleanOptionalAction, default=True, help='whether constants are multiplied out'
+        '--deploy',
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help='whether to switch the model to deploy mode first',
     )
     parser.add_argument('--opset', type=int, default=OPSET, help=f"version of ONNX's operators (default: {OPSET})")
     parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
-        help='override entries of the config, as in tools/train.py; model.backbone.deploy=True is for a checkpoint '
-        'that was saved in the deploy form',
+        help='override entries of the config, as in tools/train.py; use model.backbone.deploy=True for a checkpoint '
+        'saved in deploy mode',
     )
     args = parser.parse_intermixed_args()  # options may stand between the three
-    if args.out.suffix not in ('.onnx', '.mlpackage'):
-        parser.error(f'{args.out}: the file to write comes last, and its name has to end in .onnx, or .mlpackage.')
-    if args.out.suffix == '.mlpackage' and not args.shape:
-        parser.error(f'{args.out}: a CoreML package is of one size: name it with --shape.')
+    if args.out.suffix != '.onnx':
+        parser.error(f'out={args.out}: expected a name that ends in .onnx, as the last argument.')
     if args.shape and (len(args.shape) > 2 or min(args.shape) < 1):
-        parser.error(f'--shape takes a height and a width, or one side, in pixels: not {args.shape}.')
+        parser.error(f'--shape {args.shape}: expected a height and a width, or one side, in pixels.')
     if args.opset < OPSET:
-        parser.error(f'--opset {args.opset}: the exporter writes {OPSET} and later ones.')
+        parser.error(f'--opset {args.opset}: expected {OPSET} or later.')
     return args
 
 
@@ -79,15 +78,15 @@ def load(part: ModelPart, checkpoint: str) -> None:
         load_strict(part.model, checkpoint)
 
 
-def deployed(model: nn.Module) -> nn.Module:
+def deploy_copy(model: nn.Module) -> nn.Module:
     try:
         return deploy(copy.deepcopy(model))
-    except ValueError as error:
-        raise ConfigError(f'{error} --no-deploy exports the model as it is.') from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f'{error} Use --no-deploy to export the model as it is.') from error
 
 
 def name_of(source: str) -> str:
-    """A URL or a file within a package as it is, of a file on this disk the name alone."""
+    """Return a URL or a file of a package as it is, and the name of a local file without its folder."""
     return source if ':' in source else Path(source).name
 
 
@@ -112,26 +111,31 @@ def main() -> None:
         'strides': ' '.join(dict.fromkeys(name.partition('stride')[2] for name in names if 'stride' in name)),
         **preprocessing(cfg),
     }
-    part = ModelPart(deployed(trained.model), trained.part) if args.deploy else trained
-    example, about = torch.randn(shape), dict(output_names=names, metadata=metadata)
-    if args.out.suffix == '.mlpackage':
-        export_coreml(part, args.out, example, **about)
-        check = 'not compared with PyTorch: CoreML runs on a Mac only'
-    else:
-        about |= dict(opset=args.opset, reference=trained, compare=part.compare, constants=part.lift_threshold())
-        trained.lift_threshold()
-        difference = export_onnx(part, args.out, example, dynamic=not args.shape, **about)
-        check = f'largest difference from PyTorch, relative to the largest value of an output: {difference:.1e}'
+    part = ModelPart(deploy_copy(trained.model), trained.part) if args.deploy else trained
+    constants = part.disable_score_threshold()
+    trained.disable_score_threshold()
+    difference = export_onnx(
+        part,
+        args.out,
+        torch.randn(shape),
+        dynamic=not args.shape,
+        output_names=names,
+        metadata=metadata,
+        opset=args.opset,
+        reference=trained,
+        compare=part.compare,
+        constants=constants,
+    )
 
     for name, value in metadata.items():
         print(f'{name}: {value}')
     sizes = '×'.join(map(str, shape)) if args.shape else f'batch×{channels}×height×width, any but channels'
     print(f'input: image, {sizes}')
     print(f'outputs: {", ".join(names)}')
-    print(check)
+    print(f'largest difference from PyTorch, relative to the largest value of an output: {difference:.1e}')
     if not args.checkpoint:
-        print('WARNING: no checkpoint was named, so the weights are random: the file is for measuring speed only.')
-    print(f'written: {args.out}')
+        print('WARNING: no checkpoint was given, so the weights are random: use the file to measure speed only.')
+    print(f'wrote {args.out}')
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
-"""Write scikit-learn's handwritten digits in ImageNet's folder layout: ``ROOT/{train,val}/{0..9}/*.png``.
+"""Write scikit-learn's handwritten digits in the folder layout of ImageNet: ``ROOT/{train,val}/{0..9}/*.png``.
 
-1797 grey images of 8×8 pixels, by 43 people; each fifth image is held out. Same arguments, same files.
+The dataset has 1797 gray images of 8×8 pixels, written by 43 people. Every fifth image belongs to the validation set.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('root', type=Path, help='folder to write')
+    parser.add_argument('root', type=Path, help='output folder')
     args = parser.parse_args()
     digits = load_digits()
     counts = dict(train=0, val=0)
@@ -21,10 +21,11 @@ def main() -> None:
         split = 'train' if i % 5 else 'val'
         folder = args.root / split / str(label)
         folder.mkdir(parents=True, exist_ok=True)
-        if not cv2.imwrite(str(folder / f'{i:04d}.png'), np.uint8(image * 255 / 16)):
-            raise OSError(f'{folder} cannot be written: is the disk full?')
+        name = f'{i:04d}.png'
+        if not cv2.imwrite(str(folder / name), np.uint8(image * 255 / 16)):
+            raise OSError(f'Cannot write {folder / name}. Check that the disk is not full.')
         counts[split] += 1
-    print(f'{args.root}: {counts["train"]} digits to train on, {counts["val"]} to evaluate on')
+    print(f'{args.root}: {counts["train"]} training images and {counts["val"]} validation images')
 
 
 if __name__ == '__main__':

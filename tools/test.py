@@ -5,7 +5,6 @@ from pathlib import Path
 
 from mmengine.runner import Runner
 
-from mmevm.checkpoints import load_trained_weights
 from mmevm.checks.config import type_name
 from mmevm.cli import add_common_arguments, load_config, run, start
 from mmevm.errors import ConfigError
@@ -54,14 +53,9 @@ def main() -> None:
         cfg.default_hooks.visualization.update(
             dict(draw=True, test_out_dir=folder) if detection else dict(enable=True, interval=1, out_dir=folder)
         )
-    cfg.load_from, cfg.resume = None, False  # the checkpoint of the command line, and all of it
-
-    def test(runner: Runner) -> None:
-        load_trained_weights(runner, args.checkpoint)
-        runner.cfg.load_from = args.checkpoint  # for the summary of --check
-        runner.test()
-
-    start(cfg, ['test'], test, args.check)
+    cfg.load_from, cfg.resume = f'safe://{args.checkpoint}', False
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='mmevm.CheckpointCheckHook', strict=True)]
+    start(cfg, ['test'], Runner.test, args.check)
 
 
 if __name__ == '__main__':

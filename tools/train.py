@@ -13,22 +13,22 @@ from mmevm.errors import ConfigError
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
-    parser.add_argument('--amp', action='store_true', help='train with automatic mixed precision (on a GPU)')
+    parser.add_argument('--amp', action='store_true', help='train with automatic mixed precision; needs a GPU')
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
-        help="scale the learning rate to the batch, as the config's auto_scale_lr says",
+        help='scale the learning rate to the total batch size, from base_batch_size of auto_scale_lr',
     )
     parser.add_argument(
         '--resume',
         nargs='?',
         const='auto',
-        help='continue from this checkpoint or, without a value, from the last whole one in the work dir',
+        help='resume from this checkpoint; without a value, from the latest valid checkpoint in the work dir',
     )
     add_common_arguments(parser)
     args = parser.parse_args()
     if args.amp and not torch.cuda.is_available():
-        parser.error("--amp needs a GPU: mmengine's AmpOptimWrapper has no CPU mode. Leave it out to train in float32.")
+        parser.error("--amp needs a GPU, because MMEngine's AmpOptimWrapper does. Remove it to train in float32.")
     return args
 
 
@@ -40,8 +40,8 @@ def main() -> None:
     if args.auto_scale_lr:
         if 'auto_scale_lr' not in cfg:
             raise ConfigError(
-                '--auto-scale-lr needs to know the batch that the learning rate belongs to, but this config does not '
-                'say: add auto_scale_lr=dict(base_batch_size=…) to it.'
+                '--auto-scale-lr: the config does not say which batch size its learning rate is for. Add '
+                'auto_scale_lr=dict(base_batch_size=…) to it.'
             )
         cfg.auto_scale_lr.enable = True
     make_resumable(cfg)

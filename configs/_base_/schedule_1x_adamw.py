@@ -1,4 +1,4 @@
-# The 1x schedule as the authors of EfficientViM trained it: 12 epochs of AdamW at batch 16, without gradient clipping.
+# 1x schedule of the authors: 12 epochs of AdamW at batch 16, no gradient clipping.
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=12, val_interval=1)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

@@ -1,11 +1,11 @@
-# Mask R-CNN with EfficientViM-M1 from random weights on the synthetic data of tools/make_shapes.py, small enough for
-# two CPU cores. `make demo` runs it. It also is an example of a config for data of your own.
+# Train Mask R-CNN with EfficientViM-M1 from random weights on the synthetic data of tools/make_shapes.py.
+# `make demo` runs it, in minutes on two CPU cores. Also an example of a config for your own data.
 _base_ = '../maskrcnn_evm_m1.py'
 
 data_root = 'work_dirs/demo-detection/shapes/'
 metainfo = dict(classes=('shape',), palette=[(220, 20, 60)])
 
-# The pyramid and heads of the COCO config have 256 and 1024 channels.
+# Smaller neck and heads: in the COCO config they have 256 and 1024 channels.
 model = dict(
     backbone=dict(norm_eval=False, init_cfg=None),
     neck=dict(out_channels=64),

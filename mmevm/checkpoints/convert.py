@@ -1,8 +1,7 @@
-"""Other people's names and shapes become mmevm's, and each of their tensors is accounted for."""
+"""Convert checkpoints from the authors and timm to the names and shapes of mmevm, accounting for every tensor."""
 
 import re
-from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -11,27 +10,26 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmevm.errors import CheckpointError
 from mmevm.registry import MODELS
 
-StateDict = dict[str, Tensor]
-Shapes = dict[str, tuple[int, ...]]
+from .state_dict import Shapes, StateDict, check_values, find_mismatches, preview, state_shapes, unwrap
 
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What ``convert_checkpoint`` recognised, and where each entry of the file went.
+    """What ``convert_checkpoint`` did with each entry of a file.
 
     Attributes:
-        source: Whose checkpoint of what it is.
-        arch: Name of the architecture.
-        weights: 'ema' or 'model', None if the file does not tell.
-        kept: Names that stayed as they were.
+        source: Kind of the checkpoint, such as "a classifier of the authors'".
+        arch: Name of the architecture, such as 'm4'.
+        weights: 'ema' or 'model'; None if the file does not tell.
+        kept: Names that did not change.
         renamed: Old names and new ones.
-        reshaped: New names of LayerNorms that came with axes of size 1.
-        left_out: Entries that are no weights, or those not chosen, and why they were left out.
+        reshaped: New names of LayerNorm tensors that were flattened to (C,).
+        skipped: Entries that are not the chosen weights, with the reason.
     """
 
     source: str
@@ -40,43 +38,43 @@ class ConversionReport:
     kept: list[str]
     renamed: dict[str, str]
     reshaped: list[str]
-    left_out: dict[str, str]
+    skipped: dict[str, str]
 
     def __str__(self) -> str:
         chosen = f', {self.weights} weights' if self.weights else ''
-        moves = Counter((_group(old), _group(new)) for old, new in self.renamed.items())
+        renamings = Counter((_group(old), _group(new)) for old, new in self.renamed.items())
         lines = [
-            f'recognised: {self.source}, EfficientViM-{self.arch.upper()}{chosen}',
-            f'loaded: {len(self.kept) + len(self.renamed)} tensors, {len(self.reshaped)} of them LayerNorms made 1-D',
+            f'recognized: {self.source}, EfficientViM-{self.arch.upper()}{chosen}',
+            f'converted: {len(self.kept) + len(self.renamed)} tensors, {len(self.reshaped)} LayerNorms flattened',
             f'renamed: {len(self.renamed)}',
-            *(f'  {old} -> {new} ({count})' for (old, new), count in moves.items()),
-            f'left out: {len(self.left_out)}',
-            *(f'  {name}: {reason}' for name, reason in self.left_out.items()),
+            *(f'  {old} -> {new} ({count})' for (old, new), count in renamings.items()),
+            f'skipped: {len(self.skipped)}',
+            *(f'  {name}: {reason}' for name, reason in self.skipped.items()),
         ]
         return '\n'.join(lines)
 
 
 def convert_checkpoint(checkpoint: Any, weights: str | None = None) -> tuple[dict[str, Any], ConversionReport]:
-    """Give the weights of an EfficientViM the names and shapes of mmevm.
+    """Convert the weights of an EfficientViM to the names and shapes of mmevm.
 
-    Recognised are classifiers of the authors and of timm, detectors of the authors (MMDetection 2), and what was
-    converted before, which stays as it is. Every tensor must be there with its shape, and no other one.
+    Classifiers of the authors and of timm, detectors of the authors (MMDetection 2) and converted checkpoints, which do
+    not change, are recognized. Every tensor of the network must be there with its shape, and no other tensor.
 
     Args:
-        checkpoint: The content of a file, as ``read_checkpoint`` gives it.
-        weights: What to take from a file that has both: 'ema', to which the published accuracy belongs, or 'model',
-            from which the authors started their detectors. None is 'ema' where there is one.
+        checkpoint: The content of a file, as ``read_checkpoint`` returns it.
+        weights: Which weights to take from a file that has both: 'ema', whose accuracy is published, or 'model', from
+            which the authors trained their detectors. None takes 'ema' if there are both.
 
     Returns:
-        ``{'state_dict': ..., 'meta': ...}``, whose names begin with ``backbone.`` and ``head.`` or are those of a
+        ``{'state_dict': ..., 'meta': ...}`` with names that begin with ``backbone.`` and ``head.`` or are those of a
         detector, and the report.
 
     Raises:
-        CheckpointError: If it is none of these, if a tensor is missing, unknown or of another shape, or if there are no
-            such weights.
+        CheckpointError: If it is another network, if a tensor is missing, unknown or of another shape, or if there are
+            no such weights.
         ValueError: If ``weights`` is neither of the two.
     """
-    old_state, weights, left_out = unwrap(checkpoint, weights)
+    old_state, weights, skipped = unwrap(checkpoint, weights)
     names = remap_keys(old_state)
     state = {names[old]: flatten_norm(names[old], tensor) for old, tensor in old_state.items()}
     renamed = {old: new for old, new in names.items() if old != new}
@@ -84,25 +82,23 @@ def convert_checkpoint(checkpoint: Any, weights: str | None = None) -> tuple[dic
 
     if not any(name.startswith('backbone.') for name in state):
         raise CheckpointError(
-            f'These are no weights of EfficientViM: their names are {some(state)}, '
-            "but 'patch_embed.…' and 'stages.…' were expected, with or without 'backbone.' before them."
+            f"The tensors are named {preview(state)}, but an EfficientViM has 'patch_embed.…' and 'stages.…', with or "
+            "without the prefix 'backbone.'. Use a checkpoint of an EfficientViM."
         )
     if find_spec('mmdet') is None and any(name.startswith(('neck.', *_DETECTOR_HEADS)) for name in state):
-        raise CheckpointError(
-            'This is a detector, which is checked against the heads of MMDetection: install that first.'
-        )
+        raise CheckpointError('This is a detector, whose heads are checked against MMDetection. Install MMDetection.')
     arch, expected = _expected_backbone(state)
     for shapes in (_expected_head(state, arch), _expected_neck(state, arch), _expected_detector_heads(state)):
         expected.update(shapes)
-    problems = differences(expected, state)
+    problems = find_mismatches(expected, state)
     unknown = [name for name in state if name not in expected]
     if unknown:
-        problems.append(f'{len(unknown)} unknown ({some(unknown)})')
+        problems.append(f'{len(unknown)} unknown ({preview(unknown)})')
     if problems:
         raise CheckpointError(
-            f'The checkpoint is not a complete EfficientViM-{arch.upper()}, the architecture it comes closest to: of '
+            f'The checkpoint is not a complete EfficientViM-{arch.upper()}, the most similar architecture: of '
             f'{len(expected)} tensors, {"; ".join(problems)}. Nothing was converted.'
-            + ('' if renamed or reshaped else " The names are mmevm's own: such a file can be used as it is.")
+            + ('' if renamed or reshaped else ' Its names are those of mmevm: use the file without converting it.')
         )
 
     check_values(state, [name for name in state if name.endswith('num_batches_tracked')])
@@ -120,59 +116,14 @@ def convert_checkpoint(checkpoint: Any, weights: str | None = None) -> tuple[dic
         kept=[name for name in names if name not in renamed],
         renamed=renamed,
         reshaped=reshaped,
-        left_out=left_out,
+        skipped=skipped,
     )
     return {'state_dict': state, 'meta': meta}, report
 
 
-# Entries that hold a state dict, and which weights these are: the first is taken if there is a choice.
-_WRAPPERS = {'model_ema': 'ema', 'state_dict_ema': 'ema', 'model': 'model', 'state_dict': 'model'}
+# Names
 
-
-def unwrap(checkpoint: Any, weights: str | None = None) -> tuple[StateDict, str | None, dict[str, str]]:
-    """Find the state dict in a checkpoint: it, which weights it holds, and what else there was, with the reason."""
-    if weights not in (None, 'ema', 'model'):
-        raise ValueError(f"weights={weights!r}: choose 'ema' or 'model', or None for 'ema' where there is one.")
-    if not isinstance(checkpoint, dict):
-        raise CheckpointError(f'A checkpoint is a dict of tensors, but this file holds a {type(checkpoint).__name__}.')
-    found = {
-        entry: label
-        for entry, label in _WRAPPERS.items()
-        if isinstance(value := checkpoint.get(entry), dict) and any(isinstance(item, Tensor) for item in value.values())
-    }
-    if weights and weights not in found.values():
-        raise CheckpointError(
-            f"There are no '{weights}' weights in this file, which has {some(found) or 'one set without a name'}: "
-            'choose others, or leave the choice out.'
-        )
-    left_out, chosen = {}, None
-    if found:
-        wrapper = next(entry for entry, label in found.items() if weights in (None, label))
-        # A lone 'state_dict' may be either: mmengine's EMAHook puts the averaged weights there.
-        chosen = found[wrapper] if len(found) > 1 or wrapper != 'state_dict' else None
-        for entry, value in checkpoint.items():
-            if entry in found and entry != wrapper:
-                left_out[entry] = f"'{wrapper}' was chosen: {_kind(value)}"
-            elif entry != wrapper:
-                left_out[entry] = f"beside '{wrapper}', which holds the weights: {_kind(value)}"
-        checkpoint = checkpoint[wrapper]
-    metadata = getattr(checkpoint, '_metadata', None)  # versions of layers, which load_state_dict reads
-    state: StateDict = OrderedDict()
-    for name, value in checkpoint.items():
-        if isinstance(value, Tensor) and isinstance(name, str):
-            state[name] = value.detach()
-        else:
-            left_out[str(name)] = f'not a named tensor, but {_kind(value)}'
-    if not state:
-        raise CheckpointError(f'There are no tensors in this file, only {some(left_out) or "an empty dict"}.')
-    if all(name.startswith('module.') for name in state):  # of DistributedDataParallel
-        state = OrderedDict((name.removeprefix('module.'), tensor) for name, tensor in state.items())
-    if isinstance(metadata, dict) and all(isinstance(layer, dict) for layer in metadata.values()):
-        state._metadata = metadata  # type: ignore[attr-defined]
-    return state, chosen, left_out
-
-
-_OUR_PREFIXES = {
+_PREFIXES = {
     'patch_embed.': 'backbone.patch_embed.',
     'stages.': 'backbone.stages.',
     'norm.': 'head.norm.',
@@ -186,27 +137,34 @@ _OUR_PREFIXES = {
 
 
 def remap_keys(state: StateDict) -> dict[str, str]:
-    """Our name of each of their names."""
+    """Return the name in mmevm for each name of the authors, of timm or of mmevm.
+
+    Raises:
+        CheckpointError: If two names become the same.
+    """
     indices = [int(match[1]) for name in state if (match := re.match(r'neck\.extra_(?:trans|fpn)_convs\.(\d)\.', name))]
-    names = {name: _our_name(name, upsamples=max(indices, default=-1) + 1) for name in state}
+    names = {name: _remap_key(name, upsamples=max(indices, default=-1) + 1) for name in state}
     twice = [name for name, count in Counter(names.values()).items() if count > 1]
     if twice:
-        raise CheckpointError(f'{len(twice)} tensors are in the file under two names, theirs and ours: {some(twice)}.')
+        raise CheckpointError(
+            f'{len(twice)} tensors are in the file twice, under old names and as {preview(twice)}. Remove the old ones.'
+        )
     return names
 
 
-def _our_name(name: str, upsamples: int) -> str:
-    # The authors count these from the finest level, but extra_trans_convs and both of ours from the coarsest.
+def _remap_key(name: str, upsamples: int) -> str:
+    # The authors count extra_fpn_convs from the finest level. Their extra_trans_convs and both in mmevm count from the
+    # coarsest.
     if match := re.match(r'neck\.extra_fpn_convs\.(\d)\.', name):
         return f'neck.upsample_fpn_convs.{upsamples - 1 - int(match[1])}.{name[match.end() :]}'
-    for theirs, ours in _OUR_PREFIXES.items():
-        if name == theirs or (theirs.endswith('.') and name.startswith(theirs)):
-            return ours + name[len(theirs) :]
+    for old, new in _PREFIXES.items():
+        if name == old or (old.endswith('.') and name.startswith(old)):
+            return new + name[len(old) :]
     return name
 
 
 def flatten_norm(name: str, tensor: Tensor) -> Tensor:
-    """The authors store LayerNorms as (1, C, 1) or (1, C, 1, 1), to be broadcast; everyone else as (C,)."""
+    """Flatten a LayerNorm of the authors, (1, C, 1) or (1, C, 1, 1), to (C,); return other tensors as they are."""
     is_norm = re.search(r'(blocks\.\d+\.norm|head\.norm\.\d+|neck\.pre_norms\.\d+)\.(weight|bias)$', name)
     shapes = ((1, tensor.numel(), 1), (1, tensor.numel(), 1, 1))
     return tensor.flatten() if is_norm and tensor.shape in shapes else tensor
@@ -220,7 +178,7 @@ def _source(old_state: StateDict, reshaped: bool) -> str:
 
 
 def _dataset_meta(meta: dict[str, Any]) -> dict[str, Any]:
-    """The names of a detector's classes, as MMDetection 2 or 3 keeps them; later versions read 'dataset_meta'."""
+    """Return the class names of MMDetection 2 or 3 under 'dataset_meta', which MMDetection 3 reads."""
     dataset = meta.get('dataset_meta', {key.lower(): meta[key] for key in ('CLASSES', 'PALETTE') if key in meta})
     if not (isinstance(dataset, dict) and isinstance(dataset.get('classes'), list | tuple)):
         return {}
@@ -232,18 +190,8 @@ def _is_plain(value: Any) -> bool:
     return all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, str | int)
 
 
-def _kind(value: Any) -> str:
-    return f'{len(value)} entries' if isinstance(value, dict | list | tuple) else type(value).__name__
-
-
-def some(names: Iterable[str]) -> str:
-    """The first few names, for a sentence."""
-    names = list(names)
-    return ', '.join(names[:4]) + (', …' if len(names) > 4 else '')
-
-
 def _group(name: str) -> str:
-    """Shorten a name for the report: 'stages.0.blocks.1.alpha' to 'stages.*', but keep an index that changes."""
+    """Shorten a name for the report: 'stages.0.blocks.1.alpha' to 'stages.*'. Keep an index that is remapped."""
     parts = name.split('.')
     if name.startswith(('neck.extra_fpn_convs.', 'neck.upsample_fpn_convs.')):
         depth = 3
@@ -252,64 +200,24 @@ def _group(name: str) -> str:
     return '.'.join([*parts[:depth], '*']) if len(parts) > depth else name
 
 
-def state_shapes(module: nn.Module) -> Shapes:
-    """The shapes of what a module's state dict holds."""
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
-
-
-def differences(expected: Shapes, state: StateDict) -> list[str]:
-    """What of the expected names and shapes is missing or different, in words; empty if nothing is."""
-    missing = [name for name in expected if name not in state]
-    wrong = [name for name in expected if name in state and tuple(state[name].shape) != expected[name]]
-    problems = []
-    if missing:
-        problems.append(f'{len(missing)} missing ({some(missing)})')
-    if wrong:
-        shapes = [f'{name}: {expected[name]} expected, {tuple(state[name].shape)} in the file' for name in wrong]
-        problems.append(f'{len(wrong)} of another shape ({some(shapes)})')
-    return problems
-
-
-def check_values(state: StateDict, exempt: Iterable[str]) -> None:
-    """Refuse integers in place of learned weights, and weights that are NaN or infinite.
-
-    Args:
-        state: Tensors that a model is to receive.
-        exempt: Names of tensors that may hold anything, such as counters and masks.
-    """
-    exempt = set(exempt)
-    state = {name: tensor for name, tensor in state.items() if name not in exempt}
-    whole = [name for name, tensor in state.items() if not (tensor.is_floating_point() or tensor.is_complex())]
-    if whole:
-        raise CheckpointError(
-            f'{len(whole)} tensors are of type {state[whole[0]].dtype}, where floating-point numbers are needed '
-            f'({some(whole)}): take the file as it was before it was quantised.'
-        )
-    # float: models are float32, in which larger numbers of a float64 file are infinite.
-    values = ((name, tensor if tensor.is_complex() else tensor.float()) for name, tensor in state.items())
-    infinite = [name for name, tensor in values if not tensor.isfinite().all()]
-    if infinite:
-        raise CheckpointError(
-            f'{len(infinite)} tensors hold NaN or infinite numbers ({some(infinite)}), as after a training that '
-            'diverged: take an earlier checkpoint of it.'
-        )
-
-
-# What an architecture must hold
+# Expected shapes
 
 
 @lru_cache
 def _backbone_shapes() -> dict[str, Shapes]:
     backbone: Any = MODELS.get('mmevm.EfficientViM')
-    with torch.random.fork_rng(devices=[]):  # do not advance the RNG
-        return {
-            arch: {f'backbone.{name}': shape for name, shape in state_shapes(backbone(arch)).items()}
-            for arch in backbone.arch_settings
-        }
+    cfg: dict[str, Any] = dict(prefix='backbone.', device='cpu', type='mmevm.EfficientViM')
+    return {arch: _build_shapes(**cfg, arch=arch) for arch in backbone.arch_settings}
+
+
+def _build_shapes(prefix: str, device: str = 'meta', **cfg: Any) -> Shapes:
+    """Return the shapes of a model. It is built on the meta device where its size depends on the file."""
+    with torch.random.fork_rng(devices=[]), torch.device(device):  # do not advance the RNG
+        return {prefix + name: shape for name, shape in state_shapes(MODELS.build(cfg)).items()}
 
 
 def _expected_backbone(state: StateDict) -> tuple[str, Shapes]:
-    """The architecture with which most tensors agree, and what it must hold."""
+    """Return the architecture that matches the most tensors, and its shapes."""
 
     def agreement(arch: str) -> int:
         shapes = _backbone_shapes()[arch]
@@ -320,7 +228,7 @@ def _expected_backbone(state: StateDict) -> tuple[str, Shapes]:
 
 
 def _expected_head(state: StateDict, arch: str) -> Shapes:
-    """The fusion head: LayerNorm and Linear for each stage's hidden states and for the last map, and their weights."""
+    """Return the shapes of the fusion head: LayerNorm and Linear per stage and for the last map, fusion weights."""
     if not any(name.startswith('head.') for name in state):
         return {}
     channels = _channels(arch)
@@ -348,28 +256,25 @@ def _expected_neck(state: StateDict, arch: str) -> Shapes:
     finer, levels = count('upsample_convs'), max(count('fpn_convs'), len(channels))
     coarser = state.get(f'neck.fpn_convs.{len(channels)}.conv.weight')
     on_input = coarser is not None and coarser.shape[1:2] == (channels[-1],)
-    with torch.random.fork_rng(devices=[]), torch.device('meta'):  # a file may claim any size
-        neck = MODELS.build(
-            dict(
-                type='mmevm.UpsampleFPN',
-                in_channels=channels,
-                out_channels=_size(state, 'neck.lateral_convs.0.conv.bias', default=256),
-                num_outs=finer + levels,
-                num_upsamples=finer,
-                add_extra_convs=levels > len(channels) and ('on_input' if on_input else 'on_output'),
-            ),
-        )
-    return {f'neck.{name}': tuple(tensor.shape) for name, tensor in neck.state_dict().items()}
+    return _build_shapes(
+        'neck.',
+        type='mmevm.UpsampleFPN',
+        in_channels=channels,
+        out_channels=_size(state, 'neck.lateral_convs.0.conv.bias', default=256),
+        num_outs=finer + levels,
+        num_upsamples=finer,
+        add_extra_convs=levels > len(channels) and ('on_input' if on_input else 'on_output'),
+    )
 
 
 _DETECTOR_HEADS = ('rpn_head.', 'roi_head.', 'bbox_head.')
 
 
 def _expected_detector_heads(state: StateDict) -> Shapes:
-    """The heads of mmdet's stock Mask R-CNN, Faster R-CNN or RetinaNet, with as many classes as the file has."""
+    """Return the shapes of mmdet's stock Mask R-CNN, Faster R-CNN or RetinaNet heads for the classes of the file."""
     if not any(name.startswith(_DETECTOR_HEADS) for name in state):
         return {}
-    import mmdet  # here, because a classifier shall not need it
+    import mmdet  # not needed for classifiers
 
     two_stage = not any(name.startswith('bbox_head.') for name in state)
     base = 'mask-rcnn_r50_fpn.py' if two_stage else 'retinanet_r50_fpn.py'
@@ -380,12 +285,10 @@ def _expected_detector_heads(state: StateDict) -> Shapes:
     else:
         anchors = model.bbox_head.anchor_generator.scales_per_octave * len(model.bbox_head.anchor_generator.ratios)
         model.bbox_head.num_classes = _size(state, 'bbox_head.retina_cls.bias', default=80 * anchors) // anchors
-    with torch.random.fork_rng(devices=[]), torch.device('meta'):
-        stock = MODELS.build(dict(model, _scope_='mmdet')).state_dict()
     has_masks = any(name.startswith('roi_head.mask_head.') for name in state)
     return {
-        name: tuple(tensor.shape)
-        for name, tensor in stock.items()
+        name: shape
+        for name, shape in _build_shapes('', **model, _scope_='mmdet').items()
         if name.startswith(_DETECTOR_HEADS) and (has_masks or not name.startswith('roi_head.mask_head.'))
     }
 

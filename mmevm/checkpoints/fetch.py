@@ -1,4 +1,4 @@
-"""Checkpoints from wherever they are: local files, URLs, ``timm://`` names."""
+"""Find checkpoints: local files, URLs, ``timm://`` names and mmengine's file backends."""
 
 import contextlib
 import hashlib
@@ -17,22 +17,23 @@ from mmengine.runner.checkpoint import CheckpointLoader
 
 from mmevm.errors import CheckpointError
 
-from .convert import convert_checkpoint, unwrap
+from .convert import convert_checkpoint
 from .read import prefix_errors, read_checkpoint
+from .state_dict import unwrap
 
 
 def fetch_checkpoint(checkpoint: str, map_location: str | None = None) -> Any:
-    """Read a checkpoint from wherever it is.
+    """Read a checkpoint, and download it first if necessary.
 
     Args:
-        checkpoint: A local file, a URL, a ``timm://`` name, or what a file backend of mmengine has, such as ``s3://``.
+        checkpoint: A local file, a URL, a ``timm://`` name, or a path of mmengine's file backends, such as ``s3://``.
         map_location: Device of the tensors; None is the CPU.
 
     Returns:
         The content of the file; for ``timm://``, the converted checkpoint.
 
     Raises:
-        CheckpointError: If there is no such file, or it cannot be fetched or read.
+        CheckpointError: If the file does not exist, or cannot be downloaded or read.
     """
     if checkpoint.startswith(('http://', 'https://')):
         return read_checkpoint(_download(checkpoint), map_location)
@@ -47,17 +48,17 @@ def _read_from_backend(uri: str, map_location: str | None) -> Any:
     with contextlib.ExitStack() as stack:
         try:
             path = stack.enter_context(get_local_path(uri))
-        except Exception as error:  # of a backend or of what it is made of
+        except Exception as error:  # of the backend or its dependencies
             raise CheckpointError(
-                f'{uri} cannot be had by a file backend of mmengine ({type(error).__name__}): fetch it elsewhere and '
-                'name the file.'
+                f'{uri}: download by the file backend of mmengine failed ({type(error).__name__}). Download the file '
+                'by other means and give its path.'
             ) from error
         with prefix_errors(uri):
             return read_checkpoint(path, map_location)
 
 
 def _download(url: str) -> Path:
-    # Every repository of a hub calls its file model.safetensors: the name alone does not tell one from another.
+    # Files of different repositories have the same name, such as model.safetensors.
     name = f'{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(urlparse(url).path).name}'
     path = Path(torch.hub.get_dir(), 'checkpoints', name)
     with _first_process_of_node_first():
@@ -67,30 +68,35 @@ def _download(url: str) -> Path:
                 torch.hub.download_url_to_file(url, str(path), progress=False)
             except OSError as error:
                 raise CheckpointError(
-                    f'{url} cannot be downloaded ({error}): fetch it elsewhere and name the file.'
+                    f'{url}: download failed ({error}). Download the file by other means and give its path.'
                 ) from error
     return path
 
 
 @CheckpointLoader.register_scheme(prefixes='safe://', force=True)
 def load_safe(filename: str, map_location: str | None = None) -> Any:
-    """Read for mmengine what follows ``safe://``, but run nothing of it: ``load_from='safe://epoch_12.pth'``.
+    """Load a checkpoint for mmengine without running anything from it: ``load_from='safe://epoch_12.pth'``.
 
     Args:
-        filename: ``safe://`` and what :func:`fetch_checkpoint` takes.
+        filename: ``safe://`` and an argument of :func:`fetch_checkpoint`.
         map_location: Device of the tensors; None is the CPU.
 
     Returns:
-        The content of the file, with the weights as 'state_dict', where mmengine's hooks look for them.
+        The content of the file, with the weights under 'state_dict', which mmengine's hooks need.
 
     Raises:
-        CheckpointError: If there is no such file, if it cannot be fetched or read, or if it holds no tensors.
+        CheckpointError: If the file does not exist, cannot be downloaded or read, or has no tensors.
     """
-    name = filename.removeprefix('safe://')
+    name = strip_scheme(filename)
     content = fetch_checkpoint(name, map_location)
     with prefix_errors(name):
         state, _, _ = unwrap(content)
-    return content if 'state_dict' in content else {'state_dict': state}
+    return {**content, 'state_dict': state} if 'state_dict' in content else {'state_dict': state}
+
+
+def strip_scheme(load_from: str) -> str:
+    """Return the name of a checkpoint without the scheme that makes mmengine load it by mmevm."""
+    return load_from.removeprefix('safe://').removeprefix('resume://')
 
 
 @CheckpointLoader.register_scheme(prefixes='timm://', force=True)
@@ -98,20 +104,19 @@ def load_from_timm(filename: str, map_location: str | None = None) -> dict[str, 
     """Download EfficientViM weights from the Hugging Face Hub, or take them from its cache, and convert them.
 
     Args:
-        filename: ``timm://`` and what ``timm.create_model`` takes: a name with or without a pretrained tag, such as
+        filename: ``timm://`` and a name of ``timm.create_model``, with or without a pretrained tag, such as
             ``timm://efficientvim_m4.e450_in1k``, or a repository, ``timm://hf-hub:OWNER/NAME@REVISION``.
         map_location: Device of the tensors; None is the CPU.
 
     Returns:
-        ``{'state_dict': ..., 'meta': ...}`` as ``convert_checkpoint`` gives it.
+        ``{'state_dict': ..., 'meta': ...}``, as ``convert_checkpoint`` returns it.
 
     Raises:
-        CheckpointError: If timm has no weights of that name, if they are neither in the cache (``HF_HOME``) nor can be
+        CheckpointError: If timm has no weights of that name, if they are not in the cache (``HF_HOME``) and cannot be
             downloaded, or if they are not those of an EfficientViM.
     """
     repository, revision = _repository(filename.removeprefix('timm://'))
-    # timm uploads both, people sometimes one of them.
-    files: list[dict[str, Any]] = [
+    files: list[dict[str, Any]] = [  # timm uploads both, others may upload one of them
         dict(repo_id=repository, revision=revision, filename=weights)
         for weights in ('model.safetensors', 'pytorch_model.bin')
     ]
@@ -119,14 +124,13 @@ def load_from_timm(filename: str, map_location: str | None = None) -> dict[str, 
         try:
             cached = [path for file in files if isinstance(path := huggingface_hub.try_to_load_from_cache(**file), str)]
             path = cached[0] if cached else _download_from_hub(files)
-        except Exception as error:  # of the hub, of its HTTP library (which has changed) or of the system
+        except Exception as error:  # of the hub, its HTTP library (which has changed) or the system
             raise CheckpointError(
-                f'{filename} is not in the cache of the Hugging Face Hub, and its download failed '
-                f'({type(error).__name__}). Either download model.safetensors of {repository} elsewhere and '
-                "name that file, init_cfg=dict(type='Pretrained', checkpoint='…/model.safetensors'), or copy a "
-                'filled HF_HOME; or train from random weights, with init_cfg=None where this name is: '
-                '--cfg-options model.backbone.init_cfg=None model.backbone.norm_eval=False for a detector, '
-                'model.init_cfg=None for a classifier.'
+                f'{filename}: download failed ({type(error).__name__}), and it is not in the cache of the Hugging Face '
+                f'Hub. Download model.safetensors of {repository} by other means and give its path, '
+                "init_cfg=dict(type='Pretrained', checkpoint='…/model.safetensors'), or copy a filled HF_HOME. Or "
+                'train from random weights: --cfg-options model.backbone.init_cfg=None model.backbone.norm_eval=False '
+                'for a detector, model.init_cfg=None for a classifier.'
             ) from error
     with prefix_errors(filename):
         converted, _ = convert_checkpoint(read_checkpoint(path, map_location))
@@ -141,15 +145,15 @@ def _repository(name: str) -> tuple[str, str | None]:
     if not (name.startswith('efficientvim') and timm.is_model_pretrained(name)):
         names = timm.list_models('efficientvim*', pretrained=True)
         raise CheckpointError(
-            f'timm {timm.__version__} has no weights of the name {name!r}. It has: '
-            f'{", ".join(names) or "none of EfficientViM, which came with timm 1.0.31"}. '
-            'Weights of others on the Hugging Face Hub are timm://hf-hub:OWNER/NAME.'
+            f'timm://{name} is not a name of EfficientViM weights in timm {timm.__version__}, which has '
+            f'{", ".join(names) or "none; install timm>=1.0.31"}. '
+            'For other weights on the Hugging Face Hub, use timm://hf-hub:OWNER/NAME.'
         )
     return str(timm.models.get_pretrained_cfg_value(name, 'hf_hub_id')), None
 
 
 def _download_from_hub(files: list[dict[str, Any]]) -> str:
-    """Download the first of some files that exists."""
+    """Download the first file that exists."""
     for file in files:
         url = huggingface_hub.hf_hub_url(**file)
         try:
@@ -171,6 +175,6 @@ def _first_process_of_node_first() -> Iterator[None]:
         barrier()
     try:
         yield
-    finally:  # also when it failed: the others shall fail with the same sentence, not wait for ever
+    finally:  # also after an error: the others must fail too, not wait forever
         if not waits:
             barrier()

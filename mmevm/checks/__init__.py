@@ -1,9 +1,9 @@
-"""Checks around a run: warn about likely mistakes, and explain the errors that stop it.
+"""Checks before a run: warn about likely mistakes and explain the errors that stop it.
 
-Nothing is built or read only to be checked. :func:`check_config` reads the config; :class:`CheckHook` looks at the data
-sets and the model that MMEngine's runner has built; :func:`explain_errors` turns the errors of building them, and of
-the first iteration, into one line. A run is refused only if it cannot work or would train on nothing. Everything else
-is a warning, and what a check does not understand it skips.
+Nothing is built or read only to be checked. :func:`check_config` reads the config, :class:`CheckHook` inspects the
+datasets and the model that MMEngine's runner has built, and :func:`explain_errors` explains errors of building them and
+of the first iteration. A run is refused only if it cannot work or has nothing to train on; everything else is a
+warning. A check skips what it does not recognize.
 """
 
 from .config import check_config

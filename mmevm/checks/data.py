@@ -1,4 +1,4 @@
-"""What is in the data sets that a run has built: images and objects per class, and what is left out."""
+"""Summarize the datasets that a runner has built: images and objects per class, and what is skipped."""
 
 import json
 import os
@@ -15,68 +15,61 @@ from mmengine.dataset import BaseDataset
 
 from mmevm.errors import ConfigError
 
-# Loading transforms that need a local file for each image, unless they have a backend.
+# Modules whose LoadImageFromFile reads a local file, unless it has a backend.
 _LOADERS = {'mmcv.transforms.loading', 'mmdet.datasets.transforms.loading', 'mmpretrain.datasets.transforms.loading'}
 
 
 @dataclass
 class DatasetSummary:
-    """Images and objects of one data set, as a training or an evaluation sees them.
+    """Number of images and objects of a dataset."""
 
-    Attributes:
-        key: Key of the data set in the config.
-        dataset: The data set.
-        classes: Names of its classes; empty if it has none.
-        images: Number of images.
-        objects: Number of objects (of a classifier, images) of each class.
-        ignored: Number of objects that are regions to ignore.
-        empty: Number of images without an object.
-        is_detection: Whether its images are annotated with objects.
-        unlabeled: Whether there are images without labels of a known kind, which may be all that is wanted.
-        total_images: Number of images in the annotation file; None if it is not known.
-        left_out: Objects of the annotation file that are not used, by the reason.
-        warnings: One line each.
-    """
-
-    key: str
+    key: str  # dotted key in the config
     dataset: BaseDataset
     classes: tuple[str, ...]
     images: int
-    objects: Counter = field(default_factory=Counter)
-    ignored: int = 0
-    empty: int = 0
+    objects: Counter = field(default_factory=Counter)  # by label; for a classifier, images
+    ignored: int = 0  # objects with ignore_flag
+    empty: int = 0  # images without objects
     is_detection: bool = False
-    unlabeled: bool = False
-    total_images: int | None = None
-    left_out: Counter = field(default_factory=Counter)
+    unlabeled: bool = False  # has images without known labels, as for self-supervised training
+    total_images: int | None = None  # in the annotation file
+    skipped: Counter = field(default_factory=Counter)  # objects in the annotation file that are not used, by reason
     warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        left_out = 0 if self.total_images is None else self.total_images - self.images
+        skipped = 0 if self.total_images is None else self.total_images - self.images
         text = f'{self.key} ({type(self.dataset).__name__}): {self.images} images'
-        text += f' of {self.total_images} ({left_out} left out by filter_cfg={self.filter_cfg})' if left_out else ''
+        if skipped:
+            filter_cfg = dict(getattr(self.dataset, 'filter_cfg', None) or {})
+            text += f' of {self.total_images} ({skipped} skipped by filter_cfg={filter_cfg})'
         if self.is_detection:
             text += f'; {self.objects.total()} objects'
-            text += f'; images without an object: {self.empty}' if self.empty else ''
-            text += f'; regions to ignore: {self.ignored}' if self.ignored else ''
-        if self.left_out:
-            text += '; objects left out: ' + ', '.join(f'{n} {why}' for why, n in self.left_out.most_common())
-        return text
+            text += f'; images without objects: {self.empty}' if self.empty else ''
+            text += f'; objects to ignore: {self.ignored}' if self.ignored else ''
+        return text + (f'; skipped objects: {self._reasons()}' if self.skipped else '')
 
-    @property
-    def filter_cfg(self) -> dict:
-        """What leaves images out."""
-        return dict(getattr(self.dataset, 'filter_cfg', None) or {})
+    def _reasons(self) -> str:
+        return ', '.join(f'{number} {reason}' for reason, number in self.skipped.most_common())
 
     def per_class(self) -> str:
-        """Return the number of objects of each class, most frequent first."""
-        counts = [(self.objects[i], name) for i, name in enumerate(self.classes)]
-        shown = [f'{name} {count}' for count, name in sorted(counts, reverse=True)[:20]]
-        return ', '.join(shown) + (f', and {len(counts) - 20} more classes' if len(counts) > 20 else '')
+        """Return the number of objects per class, most frequent first."""
+        counts = sorted(((self.objects[i], name) for i, name in enumerate(self.classes)), reverse=True)
+        shown = ', '.join(f'{name} {count}' for count, name in counts[:20])
+        return shown + (f', and {len(counts) - 20} more classes' if len(counts) > 20 else '')
+
+    def describe_empty(self) -> str:
+        """Return why there is nothing to train on."""
+        file = os.path.abspath(self.dataset.ann_file or self.dataset.data_root or '')
+        if not self.total_images:
+            return f'{self.key} has no images; {file} lists none. Correct {self.key}.ann_file and data_prefix.'
+        reasons = f' (skipped objects: {self._reasons()})' if self.skipped else ''
+        advice = f'Correct the annotations, {self.key}.metainfo.classes or {self.key}.filter_cfg.'
+        text = f'{self.key}: none of the {self.total_images} images of {file} has an object to train on{reasons}.'
+        return f'{text} {(self.warnings or [advice])[0]}'
 
 
 def leaf_datasets(dataset: Any, key: str) -> Iterator[tuple[str, BaseDataset]]:
-    """Yield the data sets within wrappers such as ``RepeatDataset`` and ``ConcatDataset``, with their keys."""
+    """Yield datasets, also those in wrappers such as ``RepeatDataset``, with their dotted keys."""
     if isinstance(getattr(dataset, 'datasets', None), (list, tuple)):
         for i, item in enumerate(dataset.datasets):
             yield from leaf_datasets(item, f'{key}.datasets.{i}')
@@ -86,91 +79,19 @@ def leaf_datasets(dataset: Any, key: str) -> Iterator[tuple[str, BaseDataset]]:
         yield key, dataset
 
 
-def summarize(key: str, dataset: BaseDataset, training: bool) -> DatasetSummary:
-    """Count what is in a data set, and look for what cannot be trained on.
-
-    Args:
-        key: Key of the data set in the config.
-        dataset: The data set, loaded.
-        training: Whether it is trained on.
-
-    Returns:
-        The counts, and warnings.
-
-    Raises:
-        ConfigError: If an image file is missing or empty, or an object has no mask where masks are loaded.
-    """
-    classes = dataset.metainfo.get('classes') or ()
-    summary = DatasetSummary(key, dataset, () if isinstance(classes, str) else tuple(classes), len(dataset))
-    infos = [info for i in range(len(dataset)) for info in _images(dataset.get_data_info(i))]
-    outside = boxes = flat = 0
-    for info in infos:
-        labels = info.get('gt_label')
-        instances = info.get('instances')
-        if instances is None and labels is not None:
-            summary.objects.update([int(labels)] if not hasattr(labels, '__iter__') else map(int, labels))
-            continue
-        summary.is_detection |= instances is not None
-        summary.unlabeled |= instances is None
-        used = [instance for instance in instances or () if not instance.get('ignore_flag')]
-        summary.objects.update(instance['bbox_label'] for instance in used if 'bbox_label' in instance)
-        summary.ignored += len(instances or ()) - len(used)
-        summary.empty += instances is not None and not used
-        if 'width' in info and 'height' in info:
-            for instance in used:
-                if len(instance.get('bbox', ())) == 4:
-                    boxes += 1
-                    left, top, right, bottom = instance['bbox']
-                    flat += right <= left or bottom <= top
-                    outside += right > 1.02 * info['width'] + 1 or bottom > 1.02 * info['height'] + 1
-    if outside > 0.2 * boxes:
-        summary.warnings.append(
-            f'{key}: {outside} of {boxes} boxes leave their image. In COCO format a bbox is x, y, width, height; these '
-            'look like x1, y1, x2, y2.'
-        )
-    filters = any(type(step).__name__ == 'FilterAnnotations' for step in _steps(dataset))
-    if flat and training and not filters and getattr(dataset, 'bbox_min_size', None) is None:
-        summary.warnings.append(
-            f'{key}: {flat} of {boxes} boxes have no area, of which losses become infinite. Correct them, or put '
-            "dict(type='FilterAnnotations', min_gt_bbox_wh=(1, 1)) behind LoadAnnotations."
-        )
-    _check_image_files(key, dataset, infos)
-    if training:
-        _check_masks(key, dataset, infos)
-    _compare_with_file(summary, training)
-    return summary
-
-
-def describe_empty(key: str, dataset: BaseDataset) -> str:
-    """Say why a data set has no image that can be trained on."""
-    summary = DatasetSummary(key, dataset, tuple(dataset.metainfo.get('classes') or ()), 0)
-    _compare_with_file(summary, training=True)
-    file = os.path.abspath(dataset.ann_file or dataset.data_root or '')
-    if not summary.total_images:
-        return f'{key} has no images: none are listed in {file}. Correct {key}.ann_file and {key}.data_prefix.'
-    advice = f'Correct the annotations, {key}.metainfo.classes or {key}.filter_cfg.'
-    reasons = ', '.join(f'{n} {why}' for why, n in summary.left_out.most_common())
-    return ' '.join(
-        [
-            f'{key}: none of the {summary.total_images} images of {file} is left to train on'
-            + (f' (objects left out: {reasons}).' if reasons else '.'),
-            (summary.warnings or [advice])[0],
-        ]
-    )
-
-
 def summarize_all(datasets: dict[str, Any], max_images: int | None = None) -> list[DatasetSummary]:
-    """Summarize the data sets of a run, as far as they are understood.
+    """Summarize the datasets of a run. Skip those of an unknown kind.
 
     Args:
-        datasets: Built data sets, wrappers included, by their keys in the config; those to train on begin with 'train'.
-        max_images: Larger data sets are passed over; None for none.
+        datasets: Built datasets or wrappers, by their dotted keys in the config. Keys of training data start with
+            'train'.
+        max_images: Skip larger datasets.
 
     Returns:
-        A summary of each data set within them.
+        A summary of each dataset, including those in wrappers.
 
     Raises:
-        ConfigError: If there is no object to train on, or as :func:`summarize` says.
+        ConfigError: If there are no objects to train on, or a dataset cannot be used (see :func:`summarize`).
     """
     summaries = []
     for key, dataset in datasets.items():
@@ -183,32 +104,80 @@ def summarize_all(datasets: dict[str, Any], max_images: int | None = None) -> li
                 of_key.append(summarize(leaf_key, leaf, training))
             except ConfigError:
                 raise
-            except Exception:  # a data set of other rules than those that are known here
+            except Exception:  # a user's dataset may return anything
                 unknown = True
         summaries += of_key
         if training and of_key and not unknown and not any(summary.objects or summary.unlabeled for summary in of_key):
-            raise ConfigError(describe_empty(of_key[0].key, of_key[0].dataset))
+            raise ConfigError(of_key[0].describe_empty())
     return summaries
 
 
-def different_classes(summaries: list[DatasetSummary]) -> Iterator[str]:
-    """Warn if training and evaluation number their classes differently."""
+def summarize(key: str, dataset: BaseDataset, training: bool) -> DatasetSummary:
+    """Count images and objects of a dataset and look for mistakes.
+
+    Args:
+        key: Dotted key of the dataset in the config.
+        dataset: The dataset, fully initialized.
+        training: Whether it is used for training.
+
+    Raises:
+        ConfigError: If an image file is missing or empty, or the pipeline loads masks and an object has none.
+    """
+    classes = dataset.metainfo.get('classes') or ()
+    summary = DatasetSummary(key, dataset, () if isinstance(classes, str) else tuple(classes), len(dataset))
+    entries = [dataset.get_data_info(i) for i in range(len(dataset))]
+    # an entry is an image, or a video with a list of images
+    infos = [
+        info for entry in entries for info in (entry['images'] if isinstance(entry.get('images'), list) else [entry])
+    ]
+    outside = flat = boxes = 0
+    for info in infos:
+        labels, instances = info.get('gt_label'), info.get('instances')
+        if instances is None and labels is not None:
+            summary.objects.update([int(labels)] if not hasattr(labels, '__iter__') else map(int, labels))
+            continue
+        summary.is_detection |= instances is not None
+        summary.unlabeled |= instances is None
+        used = [instance for instance in instances or () if not instance.get('ignore_flag')]
+        summary.objects.update(instance['bbox_label'] for instance in used if 'bbox_label' in instance)
+        summary.ignored += len(instances or ()) - len(used)
+        summary.empty += instances is not None and not used
+        if 'width' in info and 'height' in info:
+            for left, top, right, bottom in (item['bbox'] for item in used if len(item.get('bbox', ())) == 4):
+                boxes += 1
+                flat += right <= left or bottom <= top
+                outside += right > 1.02 * info['width'] + 1 or bottom > 1.02 * info['height'] + 1
+    if outside > 0.2 * boxes:
+        summary.warnings.append(
+            f'{key}: {outside} of {boxes} boxes exceed their image. A COCO bbox is x, y, width, height; these look '
+            'like x1, y1, x2, y2.'
+        )
+    filters = any(type(step).__name__ == 'FilterAnnotations' for step in _steps(dataset))
+    if flat and training and not filters and getattr(dataset, 'bbox_min_size', None) is None:
+        summary.warnings.append(
+            f'{key}: {flat} of {boxes} boxes have no area, which can make losses infinite. Correct them, or add '
+            "dict(type='FilterAnnotations', min_gt_bbox_wh=(1, 1)) after LoadAnnotations."
+        )
+    _check_image_files(key, dataset, infos)
+    if training:
+        _check_masks(key, dataset, infos)
+    compare_with_file(summary, training)
+    return summary
+
+
+def compare_class_order(summaries: list[DatasetSummary]) -> Iterator[str]:
+    """Warn if training and evaluation data give the same label to different classes."""
     train = [summary for summary in summaries if summary.key.startswith('train')]
     others = [summary for summary in summaries if not summary.key.startswith('train')]
-    if len(train) == len(others) == 1:  # of several, each has labels of its own
-        first, second = train[0], others[0]
-        labels = enumerate(zip(first.classes, second.classes, strict=False))
-        different = next(((label, *names) for label, names in labels if names[0] != names[1]), None)
-        if type(first.dataset) is type(second.dataset) and different:
+    if len(train) != 1 or len(others) != 1 or type(train[0].dataset) is not type(others[0].dataset):
+        return
+    for label, (first, second) in enumerate(zip(train[0].classes, others[0].classes, strict=False)):
+        if first != second:
             yield (
-                '{} and {} number their classes differently: {} is {!r} in one and {!r} in the other. Give both the '
-                'same metainfo.classes (of image folders: the same folders).'.format(first.key, second.key, *different)
+                f'{train[0].key} and {others[0].key} number their classes differently: {label} is {first!r} in one and '
+                f'{second!r} in the other. Set the same metainfo.classes, or use the same class folders.'
             )
-
-
-def _images(info: dict) -> list[dict]:
-    """The images of an entry: one, or the frames of a video."""
-    return info['images'] if isinstance(info.get('images'), list) else [info]
+            return
 
 
 def _steps(dataset: BaseDataset) -> list[Any]:
@@ -216,65 +185,54 @@ def _steps(dataset: BaseDataset) -> list[Any]:
 
 
 def _check_image_files(key: str, dataset: BaseDataset, infos: list[dict]) -> None:
-    steps = _steps(dataset)
-    loader = steps[0] if steps else None
+    loader = next(iter(_steps(dataset)), None)
     if (
         type(loader).__name__ != 'LoadImageFromFile'
         or type(loader).__module__ not in _LOADERS
         or getattr(loader, 'ignore_empty', False)
-        or _is_remote(getattr(loader, 'backend_args', None))
         or getattr(loader, 'file_client_args', None)
+        or dict(getattr(loader, 'backend_args', None) or {}).get('backend', 'local') != 'local'
     ):
         return
     missing, empty = [], []
     for path in {info['img_path']: None for info in infos if isinstance(info.get('img_path'), str)}:
-        if '://' in path:
-            continue
         try:
-            if not os.stat(path).st_size:
+            if '://' not in path and not os.stat(path).st_size:
                 empty.append(path)
         except OSError:
             missing.append(path)
-    for files, what in ((missing, 'missing'), (empty, 'empty')):
-        if files:
-            path = Path(files[0])
-            other = next((file for file in path.parent.glob(f'{escape(path.stem)}.*') if what == 'missing'), None)
-            found = f' (there is {other.name}, but {type(dataset).__name__} looks for {path.name})' if other else ''
-            raise ConfigError(
-                f'{key}: {len(files)} of its {len(infos)} image files are {what}: '
-                f'{_preview(map(os.path.abspath, files))}{found}. Restore them, '
-                f'remove them from the annotations, or correct {key}.data_prefix.'
-            )
-
-
-def _is_remote(backend_args: Any) -> bool:
-    return bool(backend_args) and dict(backend_args).get('backend', 'local') != 'local'
+    for files, problem in ((missing, 'missing'), (empty, 'empty')):
+        if not files:
+            continue
+        path = Path(files[0])
+        similar = next(path.parent.glob(f'{escape(path.stem)}.*'), path)
+        hint = f' (found {similar.name}, but {type(dataset).__name__} reads {path.name})' if similar != path else ''
+        raise ConfigError(
+            f'{key}: {len(files)} of {len(infos)} image files are {problem}: {_preview(map(os.path.abspath, files))}'
+            f'{hint}. Restore them, remove them from the annotations, or correct {key}.data_prefix.'
+        )
 
 
 def _check_masks(key: str, dataset: BaseDataset, infos: list[dict]) -> None:
-    # Exactly this transform: those for panoptic or empty annotations have with_mask too, and need no masks of objects.
-    loads_masks = any(
-        getattr(step, 'with_mask', False)
-        and (type(step).__module__, type(step).__name__) == ('mmdet.datasets.transforms.loading', 'LoadAnnotations')
+    # Exactly this transform: those for panoptic or empty annotations also have with_mask, but read no instance masks.
+    transform = ('mmdet.datasets.transforms.loading', 'LoadAnnotations')
+    if not any(
+        getattr(step, 'with_mask', False) and (type(step).__module__, type(step).__name__) == transform
         for step in _steps(dataset)
-    )
-    if not loads_masks:
+    ):
         return
-    without = [info.get('img_path') for info in infos for item in info.get('instances') or () if 'mask' not in item]
-    if without and len(without) == sum(len(info.get('instances') or ()) for info in infos):
-        raise ConfigError(
-            f'{key}: its objects have no segmentation, but the pipeline loads masks (with_mask=True). Use a detector '
-            'without a mask head, or annotate masks.'
-        )
+    objects = [(info.get('img_path'), item) for info in infos for item in info.get('instances') or ()]
+    without = [str(path) for path, item in objects if 'mask' not in item]
     if without:
         raise ConfigError(
-            f'{key}: {len(without)} objects have no segmentation, but the pipeline loads masks (with_mask=True): '
-            f'{_preview(dict.fromkeys(map(str, without)))}. Add their masks, or set "ignore": 1.'
+            f'{key}: {len(without)} of {len(objects)} objects have no segmentation, but the pipeline loads masks '
+            f'(with_mask=True): {_preview(dict.fromkeys(without))}. Add segmentations, set "ignore": 1, or use a '
+            'detector without a mask head.'
         )
 
 
-def _compare_with_file(summary: DatasetSummary, training: bool) -> None:
-    """Count what the annotation files hold beyond the data set, if they are of COCO's or Pascal VOC's format."""
+def compare_with_file(summary: DatasetSummary, training: bool) -> None:
+    """Add to a summary what its annotation files contain beyond the dataset, for COCO and Pascal VOC formats."""
     dataset = summary.dataset
     file = getattr(dataset, 'ann_file', None)
     if not isinstance(file, str) or not os.path.isfile(file) or getattr(dataset, '_indices', None) is not None:
@@ -282,23 +240,15 @@ def _compare_with_file(summary: DatasetSummary, training: bool) -> None:
     if hasattr(dataset, 'cat_ids') and file.endswith('.json'):
         _compare_with_coco(summary, json.loads(Path(file).read_bytes()), training)
     elif hasattr(dataset, 'ann_subdir'):
-        _compare_with_voc(summary, _voc_files(dataset), training)
+        _compare_with_voc(summary, voc_files(dataset), training)
 
 
-def _voc_files(dataset: Any) -> list[Path]:
-    names = Path(dataset.ann_file).read_text().split('\n')
-    return [Path(dataset.sub_data_root, dataset.ann_subdir, f'{name.strip()}.xml') for name in names if name.strip()]
-
-
-def find_unreadable_xml(dataset: Any) -> Path | None:
-    """Return the first annotation file, in Pascal VOC's format, that the data set cannot read."""
-    for file in _voc_files(dataset) if hasattr(dataset, 'ann_subdir') else ():
-        try:
-            image = os.path.join(dataset.img_subdir, f'{file.stem}.jpg')
-            dataset.parse_data_info(dict(img_id=file.stem, file_name=image, xml_path=str(file)))
-        except Exception:
-            return file
-    return None
+def voc_files(dataset: Any) -> list[Path]:
+    """Return the XML files of a dataset in Pascal VOC format; none for other datasets."""
+    if not hasattr(dataset, 'ann_subdir'):
+        return []
+    names = filter(None, map(str.strip, Path(dataset.ann_file).read_text().split('\n')))
+    return [Path(dataset.sub_data_root, dataset.ann_subdir, f'{name}.xml') for name in names]
 
 
 def _compare_with_coco(summary: DatasetSummary, coco: dict, training: bool) -> None:
@@ -309,26 +259,26 @@ def _compare_with_coco(summary: DatasetSummary, coco: dict, training: bool) -> N
     summary.total_images = len(coco.get('images') or [])
     if not training:
         return
-    for what, entries in (('image', coco.get('images')), ('annotation', coco.get('annotations'))):
-        twice = [id_ for id_, n in Counter(entry.get('id') for entry in entries or []).items() if n > 1]
-        if twice:
+    for kind in ('images', 'annotations'):
+        ids = Counter(entry.get('id') for entry in coco.get(kind) or [])
+        if repeated := [id_ for id_, number in ids.items() if number > 1]:
             summary.warnings.append(
-                f'{key}: {len(twice)} {what} ids occur more than once ({_preview(twice)}), and only the last entry of '
-                'each is read. Give each a number of its own.'
+                f'{key}: {len(repeated)} ids of {kind} occur more than once ({_preview(repeated)}); only the last '
+                'entry is read. Make the ids unique.'
             )
-    reasons = Counter(_coco_reason(ann, images.get(ann.get('image_id')), wanted) for ann in coco['annotations'])
-    reasons.pop('', None)
     ordered = [name for name in names if name in summary.classes]
     if ordered != [name for name in summary.classes if name in ordered]:
         summary.warnings.append(
-            f'{key}.metainfo.classes is not in the order of the categories in the annotation file '
-            f'({_preview(ordered)}), by which MMDetection numbers them: names will be wrong. Use that order.'
+            f'{key}.metainfo.classes has another order than the categories of the annotation file '
+            f'({_preview(ordered)}). MMDetection numbers classes by the file, so names would be wrong. Use its order.'
         )
-    summary.left_out = _known(reasons, len(coco['annotations']), summary)
+    reasons = Counter(_skip_reason(ann, images.get(ann.get('image_id')), wanted) for ann in coco['annotations'])
+    reasons.pop('', None)
+    _set_skipped(summary, reasons, len(coco['annotations']))
 
 
-def _coco_reason(ann: dict, image: dict | None, wanted: set) -> str:
-    """Why MMDetection's CocoDataset does not read an annotation; nothing if it does."""
+def _skip_reason(ann: dict, image: dict | None, wanted: set) -> str:
+    """Return why MMDetection's CocoDataset skips an annotation; an empty string if it does not."""
     if image is None:
         return 'of images that are not listed'
     if ann.get('ignore'):
@@ -337,44 +287,38 @@ def _coco_reason(ann: dict, image: dict | None, wanted: set) -> str:
         return 'of other classes'
     x, y, width, height = ann['bbox']
     inside = min(x + width, image['width']) > max(x, 0) and min(y + height, image['height']) > max(y, 0)
-    if not inside:
-        return 'outside their image or without area'
-    if ann['area'] <= 0 or width < 1 or height < 1:
-        return 'without area or thinner than a pixel'
-    return ''
+    return (
+        '' if inside and ann['area'] > 0 and min(width, height) >= 1 else 'outside their image or smaller than a pixel'
+    )
 
 
 def _compare_with_voc(summary: DatasetSummary, files: list[Path], training: bool) -> None:
     summary.total_images = len(files)
-    objects = Counter(
-        (found.text or '') for file in files for found in ET.parse(file).getroot().iterfind('object/name')
-    )
-    _compare_names(summary, list(objects), of_objects=objects)
+    objects = Counter(found.text or '' for file in files for found in ET.parse(file).iterfind('object/name'))
+    _compare_names(summary, list(objects), objects)
     if training:
         others = sum(number for name, number in objects.items() if name not in summary.classes)
-        summary.left_out = _known(Counter({'of other classes': others} if others else {}), objects.total(), summary)
+        _set_skipped(summary, Counter({'of other classes': others}), objects.total())
 
 
-def _known(reasons: Counter, total: int, summary: DatasetSummary) -> Counter:
-    """The reasons, and as a further one what is left out with its image."""
+def _set_skipped(summary: DatasetSummary, reasons: Counter, total: int) -> None:
     rest = total - summary.objects.total() - summary.ignored - reasons.total()
-    return reasons + Counter({'in images that are left out': rest} if rest > 0 else {})
+    summary.skipped = +(reasons + Counter({'in skipped images': max(0, rest)}))
 
 
-def _compare_names(summary: DatasetSummary, names: list[str], of_objects: Counter | None = None) -> None:
+def _compare_names(summary: DatasetSummary, names: list[str], objects: Counter | None = None) -> None:
     unknown = [name for name in summary.classes if name not in names]
     others = [name for name in names if name not in summary.classes]
-    if unknown and (others or of_objects is None):
-        annotated = _preview(f'{name} ({of_objects[name]})' if of_objects else name for name in names)
+    if unknown and (others or objects is None):
+        annotated = _preview(f'{name} ({objects[name]})' if objects else name for name in names)
         summary.warnings.append(
-            f'{summary.key}: no object is annotated as {_preview(unknown)}, {len(unknown)} of its '
-            f'{len(summary.classes)} classes; the annotations have {annotated}. Set {summary.key}.metainfo.classes to '
-            'these names.'
+            f'{summary.key}: no object is annotated as {_preview(unknown)} ({len(unknown)} of {len(summary.classes)} '
+            f'classes); the annotations have {annotated}. Set {summary.key}.metainfo.classes to these names.'
         )
 
 
 def _preview(names: Iterable[Any], limit: int = 5) -> str:
-    """The first few of many names."""
+    """Join the first few of many names."""
     names = iter(names)
     first = [str(name) for name in islice(names, limit)]
     return ', '.join(first) + (', …' if next(names, None) is not None else '')

@@ -1,7 +1,7 @@
-"""The hook that looks at what the runner has built, before the first iteration, and at the model during it."""
+"""The hook that inspects what the runner has built, before the first iteration and during it."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from textwrap import shorten
 from typing import Any
 
@@ -12,21 +12,21 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
-from mmevm.checkpoints import unwrap_model
+from mmevm.checkpoints import strip_scheme, unwrap_model
 
 from .config import iter_dicts, type_name
-from .data import DatasetSummary, different_classes, leaf_datasets, summarize_all
+from .data import DatasetSummary, compare_class_order, leaf_datasets, summarize_all
 from .model import FeatureTracer, check_topk, compare_class_counts
 
-# Larger data sets are read by --check only: their annotations would be read twice.
+# --check alone inspects larger datasets, because it reads their annotations again.
 _MAX_IMAGES = 20_000
 
 
 class CheckHook(Hook):
-    """Warn about data, schedule and model before a run, and watch its first iteration.
+    """Warn about data, schedule and model before a run, and trace its first iteration.
 
     Args:
-        check_only: Print a summary after the first batch has passed through the model, and exit with status 0.
+        check_only: Pass the first batch through the model, print a summary and exit with status 0.
     """
 
     priority = 'VERY_LOW'
@@ -38,41 +38,33 @@ class CheckHook(Hook):
         self.error: TypeError | None = None
 
     def before_train(self, runner: Runner) -> None:
-        """Look at the data sets, the schedule and the heads."""
+        """Check datasets, schedule and heads."""
         self._check(runner, 'train', runner.train_dataloader, runner.val_loop and runner.val_dataloader)
 
     def before_test(self, runner: Runner) -> None:
-        """Look at the data set."""
+        """Check dataset and heads."""
         self._check(runner, 'test', runner.test_dataloader)
 
     def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        """Watch the first iteration."""
+        """Trace the first iteration."""
         if not self.finished and self.tracer is None and not runner.cfg.get('compile'):
             self.tracer = FeatureTracer(unwrap_model(runner), runner.cfg.model).__enter__()
 
     def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        """Warn about what the first iteration has shown."""
+        """Warn about the first iteration."""
         if not self.finished:
-            self._finish(runner)
+            self.finished = True
+            if self.tracer is not None:
+                self.tracer.__exit__()
+                _warn(runner, self.tracer.warnings())
 
-    def before_test_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        """Watch the first iteration."""
-        self.before_train_iter(runner)
-
-    def after_test_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        """Warn about what the first iteration has shown."""
-        self.after_train_iter(runner)
+    before_test_iter = before_train_iter
+    after_test_iter = after_train_iter
 
     def explain(self, error: Exception) -> str | None:
-        """Explain why the first iteration failed by the channels that met; None if they are not the cause."""
+        """Explain an error of the first iteration by its channels; None if they are not the cause."""
         explanation = self.tracer and self.tracer.explain(error)
         return f'{explanation} ({type(error).__name__}: {shorten(str(error), 200)})' if explanation else None
-
-    def _finish(self, runner: Runner) -> None:
-        self.finished = True
-        if self.tracer is not None:
-            self.tracer.__exit__()
-            _warn(runner, self.tracer.warnings())
 
     def _check(self, runner: Runner, split: str, loader: Any, val_loader: Any = None) -> None:
         datasets = {f'{split}_dataloader.dataset': loader.dataset}
@@ -82,29 +74,36 @@ class CheckHook(Hook):
         check_topk(runner.cfg, model, ['val', 'test'] if split == 'train' else ['test'])
         if is_main_process():
             summaries = summarize_all(datasets, None if self.check_only else _MAX_IMAGES)
-            for key, dataset in datasets.items():
-                if not self.check_only and any(len(leaf) > _MAX_IMAGES for _, leaf in leaf_datasets(dataset, key)):
-                    runner.logger.info(f'{key} has more than {_MAX_IMAGES:,} images: only --check looks at them.')
+            if not self.check_only:
+                for key, dataset in datasets.items():
+                    if any(len(leaf) > _MAX_IMAGES for _, leaf in leaf_datasets(dataset, key)):
+                        runner.logger.info(f'{key} has more than {_MAX_IMAGES:,} images; only --check inspects it.')
             for summary in summaries:
                 _warn(runner, summary.warnings)
                 if not self.check_only and summary.key.startswith('train'):
                     runner.logger.info(str(summary))
-            _warn(runner, different_classes(summaries))
+            _warn(runner, compare_class_order(summaries))
             _warn(runner, compare_class_counts(model, loader.dataset, f'{split}_dataloader.dataset'))
             if split == 'train':
                 _warn(runner, _schedule(runner))
         if self.check_only:
             try:
                 self._try_batch(runner, split, loader)
-            except TypeError as error:  # MMEngine hides where those within hooks come from
+            except TypeError as error:  # MMEngine replaces the traceback of a TypeError in a hook
                 self.error = error
                 raise
             if is_main_process():
-                _print_summary(runner, split, summaries, self.tracer)
+                lines = [
+                    '',
+                    'Check passed. Summary of the run:',
+                    *(f'  {line}' for line in self._summary(runner, split, summaries)),
+                    '',
+                ]
+                sys.stdout.write('\n'.join(lines))
             sys.exit(0)
 
     def _try_batch(self, runner: Runner, split: str, loader: Any) -> None:
-        """Pass the first batch through the model, without a gradient."""
+        """Pass the first batch through the model, without gradients."""
         batch = next(iter(loader))
         model: Any = unwrap_model(runner)
         with torch.no_grad(), FeatureTracer(model, runner.cfg.model) as self.tracer:
@@ -117,84 +116,78 @@ class CheckHook(Hook):
                 model.test_step(batch)
         _warn(runner, self.tracer.warnings())
 
+    def _summary(self, runner: Runner, split: str, summaries: list[DatasetSummary]) -> Iterator[str]:
+        for summary in summaries:
+            yield str(summary)
+            if summary.objects and summary.classes:
+                yield f'    per class: {summary.per_class()}'
+        if self.tracer is not None:
+            if self.tracer.image_size:
+                yield 'input: {} × {} pixels (height × width) after the pipeline'.format(*self.tracer.image_size)
+            yield from self.tracer.table()
+        parameters = list(unwrap_model(runner).parameters())
+        total, trained = (sum(p.numel() for p in parameters if p.requires_grad or every) for every in (True, False))
+        yield f'parameters: {total / 1e6:.2f} M, of which {trained / 1e6:.2f} M are trained'
+        yield f'weights: {"; ".join(_weights(runner.cfg)) or "random"}'
+        if split == 'train':
+            yield from _training(runner)
 
-def _warn(runner: Runner, messages: Any) -> None:
+
+def _warn(runner: Runner, messages: Iterable[str]) -> None:
     if is_main_process():
         for message in dict.fromkeys(messages):
             runner.logger.warning(message)
 
 
+def _schedulers(runner: Runner) -> Iterator[tuple[str, Any, list[int]]]:
+    """Yield the key, the scheduler and the sorted milestones of each parameter scheduler."""
+    for i, scheduler in enumerate(runner.param_schedulers if isinstance(runner.param_schedulers, list) else ()):
+        yield f'param_scheduler.{i}', scheduler, sorted(getattr(scheduler, 'milestones', ()))
+
+
 def _schedule(runner: Runner) -> Iterator[str]:
-    schedulers = runner.param_schedulers
-    if not isinstance(schedulers, list):
-        return
-    for i, scheduler in enumerate(schedulers):
+    for key, scheduler, milestones in _schedulers(runner):
         unit, total = ('epochs', runner.max_epochs) if scheduler.by_epoch else ('iterations', runner.max_iters)
-        key = f'param_scheduler.{i} ({type(scheduler).__name__})'
-        milestones = sorted(getattr(scheduler, 'milestones', ()))
+        name = f'{key} ({type(scheduler).__name__})'
         if scheduler.begin >= total:
-            yield f'{key} begins at {scheduler.begin} of {total} {unit}: it never starts.'
+            yield f'{name} begins at {scheduler.begin}, but the training has {total} {unit}; it never starts.'
         elif type(scheduler).__name__.startswith(('LinearLR', 'ConstantLR')) and total < scheduler.end < 10**9:
             yield (
-                f'{key} is a warm-up of {scheduler.end} {unit}, but the training ends after {total}: the learning rate '
-                f'is never reached. Set param_scheduler.{i}.end to a tenth of the training or less.'
+                f'{name} is a warm-up of {scheduler.end} {unit}, but the training has {total}; the full learning rate '
+                f'is never reached. Set {key}.end to a tenth of the training or less.'
             )
         elif milestones and milestones[0] + scheduler.begin >= total:
             yield (
-                f'{key} has its first milestone at {milestones[0]} of {total} {unit}: the learning rate is never '
-                'lowered.'
+                f'{name} has its first milestone at {milestones[0]}, but the training has {total} {unit}; the learning '
+                'rate is never reduced.'
             )
 
 
 def _weights(cfg: Config) -> Iterator[str]:
     if cfg.get('load_from'):
-        yield f'{"resumed from" if cfg.get("resume") else "load_from"} {str(cfg.load_from).removeprefix("safe://")}'
+        yield f'{"resumed from" if cfg.get("resume") else "load_from"} {strip_scheme(str(cfg.load_from))}'
     for key, part in iter_dicts(cfg.model, 'model'):
         if part.get('checkpoint') and type_name(part) == 'Pretrained':
             yield f'{key.removesuffix(".init_cfg")} from {part["checkpoint"]}'
 
 
-def _optimizer(runner: Runner, batch: int) -> Iterator[str]:
+def _training(runner: Runner) -> Iterator[str]:
+    loader = runner.train_dataloader
+    batch = getattr(loader.batch_sampler, 'batch_size', loader.batch_size)
+    by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
+    epochs = f' ({runner.max_epochs} epochs of {len(loader)} iterations)' if by_epoch else ''
+    yield f'training: {runner.max_iters} iterations of {batch} images per process{epochs}'
     if isinstance(runner.optim_wrapper, OptimWrapper):
         rates = [group.get('initial_lr', group['lr']) for group in runner.optim_wrapper.param_groups]
-        rate = f'{max(rates):g}' + (f' (of some parameters down to {min(rates):g})' if min(rates) < max(rates) else '')
-        line = f'optimizer: {type(runner.optim_wrapper.optimizer).__name__}, learning rate {rate}'
-        scaling, batch = runner.cfg.get('auto_scale_lr') or {}, batch * get_world_size()
-        if not scaling.get('enable') and scaling.get('base_batch_size', batch) != batch:
-            line += f' for a batch of {scaling["base_batch_size"]} by auto_scale_lr; --auto-scale-lr makes it {batch}'
+        lowest = f' (down to {min(rates):g} for some parameters)' if min(rates) < max(rates) else ''
+        line = f'optimizer: {type(runner.optim_wrapper.optimizer).__name__}, learning rate {max(rates):g}{lowest}'
+        scaling, total = runner.cfg.get('auto_scale_lr') or {}, batch * get_world_size()
+        if not scaling.get('enable') and scaling.get('base_batch_size', total) != total:
+            line += f' for batch size {scaling["base_batch_size"]}; --auto-scale-lr scales it to {total}'
         yield line
-
-
-def _print_summary(runner: Runner, split: str, summaries: list[DatasetSummary], tracer: FeatureTracer | None) -> None:
-    lines = []
-    for summary in summaries:
-        lines.append(str(summary))
-        if summary.objects and summary.classes:
-            lines.append(f'    per class: {summary.per_class()}')
-    if tracer is not None:
-        if tracer.image_size:
-            lines.append('input: {} × {} pixels (height × width) after the pipeline'.format(*tracer.image_size))
-        lines += tracer.table()
-    model = unwrap_model(runner)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    lines.append(f'parameters: {total / 1e6:.2f} M, of which {trained / 1e6:.2f} M are trained')
-    lines.append(f'weights: {"; ".join(_weights(runner.cfg)) or "random"}')
-    if split == 'train':
-        loader = runner.train_dataloader
-        batch = getattr(loader.batch_sampler, 'batch_size', loader.batch_size)
-        by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
-        lines.append(
-            f'training: {runner.max_iters} iterations of {batch} images per process'
-            + (f' ({runner.max_epochs} epochs of {len(loader)} iterations)' if by_epoch else '')
+    for key, scheduler, milestones in _schedulers(runner):
+        unit = 'epoch' if scheduler.by_epoch else 'iteration'
+        end = 'the end' if scheduler.end >= 10**9 else scheduler.end
+        yield f'    {key}: {type(scheduler).__name__} from {unit} {scheduler.begin} to {end}' + (
+            f', milestones {milestones}' if milestones else ''
         )
-        lines += _optimizer(runner, batch)
-        for i, scheduler in enumerate(runner.param_schedulers if isinstance(runner.param_schedulers, list) else ()):
-            unit = 'epoch' if scheduler.by_epoch else 'iteration'
-            end = 'the end' if scheduler.end >= 10**9 else scheduler.end
-            milestones = sorted(getattr(scheduler, 'milestones', ()))
-            lines.append(
-                f'    param_scheduler.{i}: {type(scheduler).__name__} from {unit} {scheduler.begin} to {end}'
-                + (f', milestones {milestones}' if milestones else '')
-            )
-    sys.stdout.write('\n'.join(['', 'Check passed. This is what would run:', *(f'  {line}' for line in lines), '']))

@@ -1,4 +1,4 @@
-"""Prepare a trained model for inference: fuse its layers, export it to ONNX with or without post-processing."""
+"""Prepare a trained model for inference: deploy mode, and ONNX export with or without post-processing."""
 
 from .deploy import deploy
 

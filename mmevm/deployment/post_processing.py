@@ -1,7 +1,7 @@
-"""From what the head of a one-stage detector puts out to boxes, in a form that can be exported.
+"""Post-processing of one-stage detectors that can be exported: from the outputs of the head to boxes.
 
-MMDetection keeps what exceeds a threshold, so that the sizes of its tensors depend on the image, and goes through the
-images one by one. Here each image has rows of a fixed number, and what falls short of the threshold gets the score 0.
+MMDetection processes the images one by one and keeps what exceeds a threshold, so that the sizes of its tensors depend
+on the image. Here each image gets a fixed number of rows, and rows below the threshold get the score 0.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from mmevm.errors import ConfigError
 
 
 class PostProcessing(nn.Module):
-    """What MMDetection makes of the outputs of a one-stage detector's head, for images that are not padded.
+    """Convert the outputs of a one-stage detector's head to boxes as MMDetection does, for images without padding.
 
     Args:
-        head: A ``bbox_head`` with the post-processing that most have in common (RetinaNet's, FCOS', ATSS', RTMDet's,
-            …), whose ``test_cfg`` has plain non-maximum suppression and says how many objects an image may have.
+        head: A ``bbox_head`` with the post-processing of ``BaseDenseHead`` (as RetinaNet, FCOS, ATSS and RTMDet), whose
+            ``test_cfg`` has plain non-maximum suppression and ``max_per_img``.
 
     Raises:
-        ConfigError: If the head has a post-processing of its own, another suppression, or no such number.
+        ConfigError: If the head has its own post-processing, another suppression, or no ``max_per_img``.
     """
 
     score_thr: Tensor
@@ -45,17 +45,16 @@ class PostProcessing(nn.Module):
         self.register_buffer('score_thr', torch.tensor(float(cfg.get('score_thr', 0))), persistent=False)
 
     def forward(self, outputs: Sequence[Sequence[Tensor]], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Find objects.
+        """Return boxes, scores and labels.
 
         Args:
-            outputs: What the head puts out: for each level of the pyramid scores of classes, boxes, and the factors of
-                the scores if the head has such, (B, …, H', W').
+            outputs: Outputs of the head: for each level of the pyramid class scores, boxes and, if the head has them,
+                factors of the scores, (B, …, H', W').
             size: Height and width of the images in pixels.
 
         Returns:
-            ``dets`` (B, K, 5), of which a row is x1, y1, x2, y2 in pixels and the score, best first, and ``labels``
-            (B, K). K is the ``max_per_img`` of the head's ``test_cfg``. Rows without an object have the score 0 and
-            the label −1.
+            ``dets`` (B, K, 5) with rows of x1, y1, x2, y2 in pixels and score, best first, and ``labels`` (B, K). K is
+            ``max_per_img`` of the head's ``test_cfg``. Rows without an object have score 0 and label −1.
         """
         levels = list(zip(*outputs, strict=True))
         maps = levels[0][0]
@@ -70,8 +69,8 @@ class PostProcessing(nn.Module):
         if self.min_bbox_size >= 0:
             sides = boxes[..., 2:] - boxes[..., :2]
             scores = torch.where((sides > self.min_bbox_size).all(-1), scores, 0)
-        scores = torch.where(self._survive(boxes, scores, labels), scores, 0)
-        # Rows without an object, so that there are K where an image has fewer candidates.
+        scores = torch.where(self._nms(boxes, scores, labels), scores, 0)
+        # Add K rows without an object, for images with fewer candidates.
         boxes = F.pad(boxes, (0, 0, 0, self.max_per_img))
         scores, labels = (F.pad(x, (0, self.max_per_img)) for x in (scores, labels))
         scores, best = scores.topk(self.max_per_img)
@@ -82,14 +81,14 @@ class PostProcessing(nn.Module):
     def _candidates(
         self, cls_score: Tensor, bbox_pred: Tensor, *score_factor: Tensor, priors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes (B, M, 4), scores (B, M) and labels (B, M) of the best M of a level; scores may be 0."""
+        """Return boxes (B, M, 4), scores (B, M) and labels (B, M) of the best M of a level; scores may be 0."""
         logits = _rows(cls_score, self.cls_out_channels)
         scores = logits.sigmoid() if self.use_sigmoid_cls else logits.softmax(-1)[..., :-1]
         classes = scores.shape[-1]
         scores = torch.where(scores > self.score_thr, scores, 0).flatten(1)
         count = torch.sym_min(self.nms_pre, scores.shape[1]) if self.nms_pre > 0 else scores.shape[1]
         scores, index = scores.topk(count)
-        row = index // classes  # of a prior
+        row = index // classes  # index of the prior
         bbox_pred = _rows(bbox_pred, self.bbox_coder.encode_size)
         bbox_pred = bbox_pred.gather(1, row.unsqueeze(-1).expand(-1, -1, bbox_pred.shape[-1]))
         boxes = self.bbox_coder.decode(priors[row].flatten(0, 1), bbox_pred.flatten(0, 1)).unflatten(0, row.shape)
@@ -97,9 +96,9 @@ class PostProcessing(nn.Module):
             scores = scores * _rows(factor, 1).squeeze(-1).sigmoid().gather(1, row)
         return boxes, scores, index % classes
 
-    def _survive(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
-        """Whether no better box of the same image and class overlaps it, (B, M)."""
-        # Shifted apart, boxes of other classes (to the right) and of other images (below) do not overlap.
+    def _nms(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
+        """Return whether no better box of the same image and class overlaps a box, (B, M)."""
+        # One call for all: shift boxes of other classes to the right and of other images down, so that none overlap.
         side = boxes.max() - boxes.min() + 1
         image = torch.arange(len(boxes), device=boxes.device).unsqueeze(1).expand_as(labels)
         column = torch.zeros_like(labels) if self.class_agnostic else labels
@@ -108,19 +107,20 @@ class PostProcessing(nn.Module):
         return torch.zeros_like(scores.flatten()).index_fill(0, kept, 1).view_as(scores) > 0
 
 
-def differences(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
-    """How far detections are from others, whatever their order.
+def compare_detections(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    """Return how far detections are from expected ones, in any order.
 
-    Rounding decides which of two goes first whose scores are the same, and which one stays if they overlap by just the
-    threshold: so one row in twenty may have no counterpart.
+    Rounding decides the order of equal scores, and which box remains when the overlap is close to the threshold. So one
+    row in twenty may have no counterpart.
 
     Args:
         outputs: ``dets`` and ``labels``.
-        expected: The same of the others.
+        expected: The same of the reference.
 
     Returns:
-        Twice, as of each output, the largest distance of a row from its counterpart on the other side, without the
-        largest of each twenty: of scores relative to the largest score, of coordinates relative to the largest.
+        Twice, once for each output, the 95 % quantile of the distances of each row from its counterpart on the other
+        side. A distance is the largest difference of scores relative to the largest score, and of coordinates relative
+        to the largest coordinate.
     """
     (dets, labels), (others, other_labels) = outputs, expected
     scale = others.double().abs().flatten(0, 1).amax(0)
@@ -129,7 +129,7 @@ def differences(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> list[f
     for one, kinds, other, other_kinds in zip(dets, labels, others, other_labels, strict=True):
         apart = ((one.unsqueeze(1) - other.double()) / scale).abs().amax(-1).nan_to_num(nan=torch.inf)
         apart = apart.masked_fill(kinds.unsqueeze(1) != other_kinds, torch.inf)[kinds >= 0][:, other_kinds >= 0]
-        # Where one side has nothing, all of the other has no counterpart.
+        # A column and a row of inf: if one side is empty, no row of the other has a counterpart.
         apart = F.pad(apart, (0, 1, 0, 1), value=torch.inf)
         distances += [apart[:-1].amin(1), apart[:, :-1].amin(0)]
     found = torch.cat(distances)
@@ -140,22 +140,22 @@ def differences(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> list[f
 def _check(head: Any) -> None:
     kind = type(head).__name__
     steps = 'predict_by_feat', '_predict_by_feat_single', '_bbox_post_process'
-    own = [step for step in steps if getattr(type(head), step, None) is not getattr(BaseDenseHead, step)]
-    if own or getattr(head.loss_cls, 'custom_cls_channels', False):
+    overridden = [step for step in steps if getattr(type(head), step, None) is not getattr(BaseDenseHead, step)]
+    if overridden or getattr(head.loss_cls, 'custom_cls_channels', False):
         raise ConfigError(
-            f'--part detections: a {kind} has a post-processing of its own, which is not exported: take model.'
+            f'--part detections: {kind} has its own post-processing, which cannot be exported: choose --part model.'
         )
     cfg = head.test_cfg or {}
     suppression = cfg.get('nms') or {}
     if suppression.get('type', 'nms') != 'nms' or 'iou_threshold' not in suppression:
         raise ConfigError(
-            f'--part detections: model.test_cfg.nms={dict(suppression)} is not exported, only '
-            "dict(type='nms', iou_threshold=…) is."
+            f'--part detections: model.test_cfg.nms={dict(suppression)} cannot be exported: expected '
+            "dict(type='nms', iou_threshold=…)."
         )
     if (cfg.get('max_per_img') or 0) < 1:
         raise ConfigError(
-            f'--part detections: model.test_cfg.max_per_img={cfg.get("max_per_img")} is not how many rows each image '
-            'gets: set it to 1 or more, such as 100.'
+            f'--part detections: model.test_cfg.max_per_img={cfg.get("max_per_img")}: expected the number of rows of '
+            'each image, such as 100.'
         )
 
 

@@ -1,7 +1,9 @@
-"""A training that may be killed at any moment, and ends as if it had not been.
+"""Crash-safe, reproducible training.
 
-Checkpoints are written whole or not at all (``saving``), a training finds the last whole one and goes on from there
-(``resuming``), and what is random in an iteration does not depend on what was before it (``loops``).
+Checkpoints are written completely or not at all (``atomic_backend``), ``--resume`` continues from the latest valid one
+(``resume``, ``training_state``), and the random numbers of an iteration do not depend on the iterations before it
+(``loops``). Importing this package registers the schemes ``safe://``, ``resume://`` and ``timm://`` of mmengine's
+``load_from``.
 """
 
 from .atomic_backend import AtomicBackend

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there."""
+"""Atomic writes of checkpoints."""
 
 import errno
 import os
@@ -12,21 +12,21 @@ from mmevm.errors import CheckpointError
 
 @register_backend('mmevm.atomic', force=True)
 class AtomicBackend(LocalBackend):
-    """mmengine's backend of local files, but what it writes appears at once and whole, and nothing is lost meanwhile.
+    """mmengine backend of local files that writes each file completely or not at all.
 
-    ``CheckpointHook(backend_args=dict(backend='mmevm.atomic'))`` saves with it. A process that dies while it writes
-    leaves ``NAME.part``, which the next one to write that name replaces. On file systems that cannot sync a file or a
-    folder, this holds for a process that dies, but not for a machine that loses its power.
+    Use it by ``CheckpointHook(backend_args=dict(backend='mmevm.atomic'))``. A process that is killed while it writes
+    leaves ``NAME.part``, which the next write of that file replaces. On file systems that cannot sync, this holds if
+    the process is killed, but not if the machine loses power.
     """
 
-    # The hook and the runner have an object each.
+    # shared: the hook and the runner have a backend each
     _outdated: ClassVar[list[Path]] = []
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write a file under another name, bring it to the disk, and then give it its name.
+        """Write and sync a file under another name, then rename it.
 
         Raises:
-            CheckpointError: If it cannot be written. What was there before is there still.
+            CheckpointError: If the file cannot be written. A previous file of that name is unchanged.
         """
         path = Path(filepath)
         part = path.with_name(f'{path.name}.part')
@@ -41,19 +41,19 @@ class AtomicBackend(LocalBackend):
         except OSError as error:
             part.unlink(missing_ok=True)
             raise CheckpointError(
-                f'{path} cannot be written ({error.strerror}); the checkpoints before it are as they were. Mend that, '
-                'and continue with --resume.'
+                f'{path} cannot be written ({error.strerror}). Earlier checkpoints are unchanged. Solve this problem, '
+                'then repeat the command; continue a training with --resume.'
             ) from error
         while self._outdated:
             if (old := self._outdated.pop()) != path:
                 old.unlink(missing_ok=True)
 
     def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
-        """Write a text as :meth:`put` does."""
+        """Write a text file atomically."""
         self.put(obj.encode(encoding), filepath)
 
     def remove(self, filepath: str | Path) -> None:
-        """Remove a file after the next one has been written: ``CheckpointHook`` removes the old checkpoint first."""
+        """Remove a file after the next write: ``CheckpointHook`` removes the old checkpoint before it saves one."""
         self._outdated.append(Path(filepath))
 
 
@@ -71,7 +71,7 @@ def _sync(descriptor: int) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    if not hasattr(os, 'O_DIRECTORY'):  # Windows, which cannot open one
+    if not hasattr(os, 'O_DIRECTORY'):  # Windows cannot open folders
         return
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -79,6 +79,6 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except OSError as error:  # a power failure may then undo the renaming, which leaves the previous file
+    except OSError as error:  # without sync, a power failure may undo the renaming
         if error.errno in _LOST:
             raise

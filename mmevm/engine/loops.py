@@ -1,8 +1,8 @@
-"""mmengine's training loops, but an iteration is the same whether the process began with it or long before it.
+"""Reproducible variants of mmengine's training loops: a resumed training repeats an uninterrupted one.
 
-Random numbers are drawn while a batch is loaded (cropping, flipping) and while it is trained on (sampling of regions,
-drop path, mixup). mmengine seeds once, so they depend on all that the process has done since; here they depend on the
-seed, the process's rank and the number of the iteration.
+Random numbers are drawn while a batch is loaded (cropping, flipping) and while it is trained on (sampling of RoIs, drop
+path, mixup). mmengine seeds them once per process. These loops seed them in every iteration, from the seed of the
+config, the rank of the process and the number of the iteration.
 """
 
 import os
@@ -35,10 +35,10 @@ def _set_seed(seed: int) -> None:
 
 
 def _survive_one_sigterm() -> None:
-    """Let a loader's worker outlive the SIGTERM that a cluster sends to it too; the next one, or its parent's, ends it.
+    """Ignore the first SIGTERM that does not come from the parent process.
 
-    The last iterations need its images, and the training ends with an error if it is gone. Where the system does not
-    say who has sent a signal (macOS, Windows), the worker ends at once.
+    A cluster sends SIGTERM to the loader's workers too, but the training needs their batches until it has saved a
+    checkpoint. Where the system does not tell the sender of a signal (macOS, Windows), the worker ends at once.
     """
     if hasattr(signal, 'sigwaitinfo'):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -46,14 +46,22 @@ def _survive_one_sigterm() -> None:
 
 
 def _await_sigterm() -> None:
-    for told in (False, True):
+    for is_second in (False, True):
         sender = signal.sigwaitinfo([signal.SIGTERM]).si_pid
-        if told or sender == os.getppid():
-            os._exit(128 + signal.SIGTERM if sender != os.getppid() else 0)  # as PyTorch does for a parent
+        if sender == os.getppid():
+            os._exit(0)  # as PyTorch's workers do
+        if is_second:
+            os._exit(128 + signal.SIGTERM)
 
 
 def init_worker(worker: int, init: Callable[[int], None] | None = None, seed: int | None = None) -> None:
-    """What a loader's worker begins with: what was its ``worker_init_fn``, and a seed of its own if there is one."""
+    """Initialize a worker of a data loader.
+
+    Args:
+        worker: Index of the worker.
+        init: The ``worker_init_fn`` of the config.
+        seed: Seed of all workers, combined with the index; None leaves the random numbers as they are.
+    """
     _survive_one_sigterm()
     if seed is not None:
         _set_seed(int(np.random.SeedSequence([seed, worker]).generate_state(1)[0]))
@@ -62,21 +70,21 @@ def init_worker(worker: int, init: Callable[[int], None] | None = None, seed: in
 
 
 class _Workers:
-    """How a loader's workers start: in place of mmengine's seeds, which are the same each time."""
+    """Seeds the workers of a data loader. mmengine's seeds are the same in every epoch and after resuming."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
-        self.init: Callable[[int], None] | None = None  # a user's
+        self.init: Callable[[int], None] | None = None  # the user's worker_init_fn
 
-    def own(self, dataloader: dict | DataLoader, **settings: Any) -> dict | DataLoader:
-        """Let the loader that is built of a config start workers so from the first."""
+    def prepare(self, dataloader: dict | DataLoader, **settings: Any) -> dict | DataLoader:
+        """Return the config of a data loader with a worker_init_fn and further settings."""
         if not isinstance(dataloader, dict):
             return dataloader
         init = dict(type=init_worker, seed=_seed(self.runner, WORKERS, 0))
         return {'worker_init_fn': init} | dataloader | settings
 
     def seed(self, loader: DataLoader, number: int) -> None:
-        """Seed those that the loader starts next. A worker's numbers are then one stream until it ends."""
+        """Seed the workers that the loader starts next. A worker draws from one stream until it ends."""
         start = loader.worker_init_fn
         if not (isinstance(start, partial) and start.func is init_worker):
             self.init = start
@@ -84,7 +92,7 @@ class _Workers:
 
 
 class _Batches:
-    """Batch after batch of an iterator; what is random in one depends on its number alone."""
+    """Iterator of batches that seeds the loading of each batch with its number."""
 
     def __init__(self, batches: Any, number: int, loader: DataLoader, workers: _Workers) -> None:
         self.batches = batches
@@ -101,7 +109,7 @@ class _Batches:
         return next(self.batches)
 
     def skip_iter(self, count: int) -> None:
-        """Pass over batches that were trained on before, as newer versions of mmengine ask for."""
+        """Skip batches without loading them, which newer versions of mmengine call."""
         self.batches.skip_iter(count)
         self.number += count
         self.workers.seed(self.loader, self.number)
@@ -109,32 +117,31 @@ class _Batches:
 
 @LOOPS.register_module()
 class ResumableEpochLoop(EpochBasedTrainLoop):
-    """mmengine's ``EpochBasedTrainLoop`` that may begin within an epoch, and whose iterations repeat.
+    """Reproducible ``EpochBasedTrainLoop`` that can resume within an epoch.
 
-    Workers start anew in each epoch, even where the config says ``persistent_workers``, because a running worker cannot
-    be seeded.
+    The workers of the data loader restart in every epoch, even with ``persistent_workers=True``, because a running
+    worker cannot be seeded.
 
     Attributes:
-        trained: How many batches of the epoch that comes next were trained on before. They are read again, and passed
-            over.
+        batches_done: Number of batches of the next epoch that were trained on before. They are loaded and skipped.
     """
 
     def __init__(self, runner: Runner, dataloader: dict | DataLoader, *args: Any, **kwargs: Any) -> None:
         self.workers = _Workers(runner)
-        super().__init__(runner, self.workers.own(dataloader, persistent_workers=False), *args, **kwargs)
-        self.trained = 0
+        super().__init__(runner, self.workers.prepare(dataloader, persistent_workers=False), *args, **kwargs)
+        self.batches_done = 0
 
     def run_epoch(self) -> None:
-        """Iterate over an epoch, or over what is left of it."""
+        """Train on an epoch, or on the rest of it."""
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
-        first = self._iter - self.trained
+        first = self._iter - self.batches_done
         self.workers.seed(self.dataloader, first)
         batches = _Batches(iter(self.dataloader), first, self.dataloader, self.workers)
         for index, batch in enumerate(batches):
-            if index >= self.trained:
+            if index >= self.batches_done:
                 self.run_iter(index, batch)
-        self.trained = 0
+        self.batches_done = 0
         self.runner.call_hook('after_train_epoch')
         self._epoch += 1
 
@@ -146,17 +153,17 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
 
 @LOOPS.register_module()
 class ResumableIterLoop(IterBasedTrainLoop):
-    """mmengine's ``IterBasedTrainLoop`` whose iterations repeat.
+    """Reproducible ``IterBasedTrainLoop``.
 
-    Where mmengine passes over batches without loading them (0.10.12 does, 0.10.7 does not), workers start from other
-    random numbers than they would have had by then: the same images, in the same order, but flipped otherwise.
+    Where mmengine skips batches without loading them when it resumes (0.10.12 does, 0.10.7 does not), the loader's
+    workers start with other random numbers: the images and their order are the same, but their augmentation is not.
     """
 
     def __init__(self, runner: Runner, dataloader: dict | DataLoader, *args: Any, **kwargs: Any) -> None:
         workers = _Workers(runner)
-        super().__init__(runner, workers.own(dataloader), *args, **kwargs)  # 0.10.7 starts them here
+        super().__init__(runner, workers.prepare(dataloader), *args, **kwargs)  # 0.10.7 starts them here
         workers.seed(self.dataloader, 0)
-        # It begins with a draw, wherever that is: within the first iteration, or the first after resuming.
+        # The iterator draws a number when it starts, which is in the first iteration or the first one after resuming.
         self.dataloader.generator = torch.Generator()
         self.dataloader_iterator: Iterator = _Batches(self.dataloader_iterator, 0, self.dataloader, workers)
 

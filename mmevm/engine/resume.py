@@ -1,4 +1,4 @@
-"""A training goes on from the last checkpoint that is whole, or starts from another's."""
+"""Make a training resumable, and resume it from its latest valid checkpoint."""
 
 import contextlib
 import re
@@ -8,27 +8,36 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-import torch
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
-from mmevm.checkpoints import CheckpointError
+from mmevm.checkpoints import CheckpointError, strip_scheme
 
-from .training_state import check_training_checkpoint, read_training_meta, training_globals
+from .training_state import check_training_checkpoint, read_training_meta
 
-LOOPS = {EpochBasedTrainLoop: 'mmevm.ResumableEpochLoop', IterBasedTrainLoop: 'mmevm.ResumableIterLoop'}
-ZOOS = ('torchvision://', 'modelzoo://', 'open-mmlab://', 'openmmlab://', 'mmcls://', 'safe://', 'timm://')
+_LOOPS = {EpochBasedTrainLoop: 'mmevm.ResumableEpochLoop', IterBasedTrainLoop: 'mmevm.ResumableIterLoop'}
+# Names of model zoos, which mmengine resolves, and schemes of mmevm.
+_SCHEMES = (
+    'torchvision://',
+    'modelzoo://',
+    'open-mmlab://',
+    'openmmlab://',
+    'mmcls://',
+    'safe://',
+    'resume://',
+    'timm://',
+)
 
 
 def make_resumable(cfg: Config) -> None:
-    """Let a config's training survive being killed, in the way that this package's parts describe.
+    """Add resumable loops, atomic checkpoints, and the hooks for SIGTERM and checkpoint checks to a config.
 
-    Loops and hooks of other types than mmengine's own stay as they are.
+    Only loops and checkpoint hooks of mmengine's own types are replaced.
 
     Args:
-        cfg: A config for mmengine's runner, which is changed.
+        cfg: A config for mmengine's runner, which is changed in place.
     """
     train_cfg = cfg.get('train_cfg')
     if train_cfg:
@@ -37,7 +46,7 @@ def make_resumable(cfg: Config) -> None:
             by_epoch = 'max_epochs' in train_cfg
         if by_epoch is not None and not train_cfg.get('type'):
             train_cfg.type = 'EpochBasedTrainLoop' if by_epoch else 'IterBasedTrainLoop'
-        for loop, resumable in LOOPS.items():
+        for loop, resumable in _LOOPS.items():
             if _is_type(train_cfg.get('type'), loop):
                 train_cfg.type = resumable
     if not cfg.get('default_hooks'):
@@ -49,12 +58,12 @@ def make_resumable(cfg: Config) -> None:
         is_remote = '://' in str(checkpoint.get('out_dir') or '')
         if not (is_remote or checkpoint.get('backend_args') or checkpoint.get('file_client_args')):
             checkpoint.backend_args = dict(backend='mmevm.atomic')
-    own = [dict(type='mmevm.CheckpointCheckHook'), dict(type='mmevm.PreemptionHook')]
-    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), *own]
+    hooks = [dict(type='mmevm.CheckpointCheckHook'), dict(type='mmevm.PreemptionHook')]
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), *hooks]
 
 
 def _is_type(kind: Any, cls: type) -> bool:
-    """Whether the ``type`` of a config is a class of MMEngine, given as a class, its name, or its import path."""
+    """Return whether the ``type`` of a config is this class of MMEngine: the class, its name or its import path."""
     if not isinstance(kind, str):
         return kind is cls
     scope, _, name = kind.rpartition('.')
@@ -62,15 +71,15 @@ def _is_type(kind: Any, cls: type) -> bool:
 
 
 def resume(cfg: Config, checkpoint: str | Path | None = None) -> None:
-    """Let a config's training go on from a checkpoint, which is looked at before anything is built.
+    """Let a config resume its training from a checkpoint, which is checked before anything is built.
 
     Args:
-        cfg: A config for mmengine's runner, which is changed: its ``resume`` and ``load_from`` among others.
-        checkpoint: A local file; None is the last whole one that the config's training has left or, if there is none,
-            a training from the start.
+        cfg: A config for mmengine's runner, whose ``resume`` and ``load_from`` among others are changed in place.
+        checkpoint: A local file. None is the latest valid checkpoint in ``work_dir``; if there is none, the training
+            starts from the beginning.
 
     Raises:
-        CheckpointError: If the file is not that of a training, or damaged; of those that were left, if all are.
+        CheckpointError: If the file is damaged or not a training checkpoint, or if all checkpoints in ``work_dir`` are.
     """
     if checkpoint is None:
         hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
@@ -79,52 +88,52 @@ def resume(cfg: Config, checkpoint: str | Path | None = None) -> None:
             folders.append(Path(out_dir, folders[0].absolute().name))
         found = latest_valid_checkpoint(*folders, filename_tmpl=hook.get('filename_tmpl'))
         if found is None:
-            print_log(f'There is nothing in {cfg.work_dir} to resume from: the training starts anew.', level=WARNING)
+            print_log(
+                f'--resume: {cfg.work_dir} has no checkpoint, the training starts from the beginning.', level=WARNING
+            )
             cfg.resume = False
             load_from_safely(cfg)
             return
-        path, meta = found
-        checkpoint = path
-    elif '://' in str(checkpoint):
-        raise CheckpointError(f'{checkpoint}: a training is resumed from a local file. Fetch it first.')
+        checkpoint, meta = found
     else:
+        checkpoint = strip_scheme(str(checkpoint))
+        if '://' in checkpoint:
+            raise CheckpointError(f'--resume {checkpoint} is not a local file. Download it and give its path.')
         meta = check_training_checkpoint(checkpoint)
-    if hasattr(torch.serialization, 'add_safe_globals'):  # OpenMMLab's mmengine leaves it to torch what may be read
-        torch.serialization.add_safe_globals(training_globals())
-    cfg.resume, cfg.load_from = True, str(checkpoint)
-    # mmengine takes the seed over too, but after it has shuffled the data by a new one.
+    cfg.resume, cfg.load_from = True, f'resume://{checkpoint}'
+    # mmengine restores the seed too, but after it has shuffled the data with a new one.
     randomness = cfg.get('randomness') or {}
     if randomness.get('seed') is None:
         cfg.randomness = randomness | {'seed': meta.get('seed')}
     for part in (cfg.model, cfg.model.get('backbone'), cfg.model.get('head')):
         if isinstance(part, dict) and part.get('init_cfg'):
-            part['init_cfg'] = None  # pretrained weights would be fetched, and overwritten
+            part['init_cfg'] = None  # do not download pretrained weights, which would be overwritten
 
 
 def load_from_safely(cfg: Config) -> None:
-    """Let a config's ``load_from`` be read by mmevm, which runs nothing that a file brings.
+    """Let mmevm read the ``load_from`` of a config, without running anything from the file.
 
-    Names within a model zoo of OpenMMLab's or torchvision's stay mmengine's.
+    Names in a model zoo of OpenMMLab or torchvision do not change.
 
     Args:
-        cfg: A config for mmengine's runner, which is changed.
+        cfg: A config for mmengine's runner, which is changed in place.
     """
-    if cfg.get('load_from') and not cfg.load_from.startswith(ZOOS):
+    if cfg.get('load_from') and not cfg.load_from.startswith(_SCHEMES):
         cfg.load_from = f'safe://{cfg.load_from}'
 
 
 def latest_valid_checkpoint(*folders: Path, filename_tmpl: str | None = None) -> tuple[Path, dict[str, Any]] | None:
-    """Find the latest valid checkpoint of a training: the one after the most iterations, by its own metadata.
+    """Find the valid checkpoint with the most iterations, according to its metadata.
 
-    A warning names damaged checkpoints. Other files, the best checkpoints, and weights without a training's state are
-    passed over. mmengine's ``last_checkpoint`` is not asked: it may be cut off, or name a file that was damaged since.
+    Damaged checkpoints are logged. Best checkpoints, files with weights only and other files are skipped. mmengine's
+    ``last_checkpoint`` is not used: it may be cut off, or name a damaged file.
 
     Args:
         folders: Folders of checkpoints.
-        filename_tmpl: That of the ``CheckpointHook``, which may begin with a folder.
+        filename_tmpl: Template of the ``CheckpointHook``, which may begin with a folder.
 
     Returns:
-        Its path and metadata, or None if there is no checkpoint at all.
+        Path and metadata of the checkpoint, or None if there is no checkpoint.
 
     Raises:
         CheckpointError: If there are checkpoints, but none is valid.
@@ -134,31 +143,31 @@ def latest_valid_checkpoint(*folders: Path, filename_tmpl: str | None = None) ->
         try:
             meta = read_training_meta(path)
         except CheckpointError as error:
-            print_log(f'{error} Another checkpoint is tried.', level=WARNING)
+            print_log(f'{error} Skipping this checkpoint.', level=WARNING)
             unreadable.append((path, str(error)))
         else:
             if meta:
-                # After the same iteration, the one of PreemptionHook knows its place within the epoch ('trained').
+                # After the same iteration, prefer PreemptionHook's checkpoint, which has the batches done ('trained').
                 found.append((meta['iter'], meta['epoch'], 'trained' in meta, path))
             else:
-                unreadable.append((path, f'{path} holds no state of a training.'))
+                unreadable.append((path, f'{path} is not a training checkpoint.'))
     for *_, path in sorted(found, reverse=True):
         try:
             return path, check_training_checkpoint(path)
         except CheckpointError as error:
-            print_log(f'{error} The checkpoint before it is tried.', level=WARNING)
+            print_log(f'{error} Trying the checkpoint before it.', level=WARNING)
             refused.append(str(error))
-    refused += [problem for path, problem in reversed(unreadable) if _would_be_replaced(path.name, filename_tmpl)]
+    refused += [problem for path, problem in reversed(unreadable) if _is_checkpoint_name(path.name, filename_tmpl)]
     if refused:
         raise CheckpointError(
-            f'None of the checkpoints in {", ".join(map(str, folders))} can be resumed from; to train from the start, '
-            f'remove them. The last one: {refused[0]}'
+            f'None of the checkpoints in {", ".join(map(str, folders))} can be resumed from. To train from the '
+            f'beginning, remove them. The latest one: {refused[0]}'
         )
     return None
 
 
 def _checkpoints(folders: tuple[Path, ...], filename_tmpl: str | None) -> Iterator[Path]:
-    """Files in torch.save's format, and those that have the name of a checkpoint."""
+    """Yield the zip archives, and other files with the name of a checkpoint."""
     places = {folder / Path(filename_tmpl or '').parent for folder in folders} | set(folders)
     for folder in sorted(place for place in places if place.is_dir()):
         for path in sorted(folder.iterdir()):
@@ -166,12 +175,12 @@ def _checkpoints(folders: tuple[Path, ...], filename_tmpl: str | None) -> Iterat
                 start = b''
                 with contextlib.suppress(OSError), path.open('rb') as file:
                     start = file.read(2)
-                if start == b'PK' or _would_be_replaced(path.name, filename_tmpl):
+                if start == b'PK' or _is_checkpoint_name(path.name, filename_tmpl):
                     yield path
 
 
-def _would_be_replaced(name: str, filename_tmpl: str | None) -> bool:
-    """Whether a training from the start would write a checkpoint of this name."""
+def _is_checkpoint_name(name: str, filename_tmpl: str | None) -> bool:
+    """Return whether a training would write a checkpoint of this name."""
     patterns = [r'(epoch_\d+|iter_\d+|epoch_\d+_iter_\d+)\.pth']
     if filename_tmpl:
         parts = Formatter().parse(Path(filename_tmpl).name)

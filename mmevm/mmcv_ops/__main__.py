@@ -3,26 +3,26 @@
 import argparse
 import sys
 
-from .stub import StubError, install, status, uninstall
+from .install import InstallError, install, status, uninstall
 
 COMMANDS = {'install': install, 'uninstall': uninstall, 'status': status}
 
 
 def main() -> None:
-    """Parse the command and do it; what was done goes to standard output, what hindered it to standard error."""
+    """Run the command. Print its result to standard output and errors to standard error."""
     parser = argparse.ArgumentParser(
         prog='python -m mmevm.mmcv_ops',
-        description="Let programs that never import mmevm use its stand-in for mmcv's compiled operators.",
+        description='Use the fallback operators of mmevm in programs that import mmcv.ops before mmevm.',
     )
     parser.add_argument(
         'command',
         choices=COMMANDS,
-        help='install writes mmcv/_ext.py, uninstall removes it, status says what is in use',
+        help='install writes mmcv/_ext.py, uninstall removes it, status prints which operators mmcv uses',
     )
     command = COMMANDS[parser.parse_args().command]
     try:
         sys.stdout.write(f'{command()}\n')
-    except StubError as error:
+    except InstallError as error:
         sys.exit(str(error))
 
 

@@ -1,4 +1,4 @@
-"""Overlaps of boxes."""
+"""Overlap of bounding boxes."""
 
 import torch
 from torch import Tensor
@@ -7,15 +7,15 @@ from .precision import widen
 
 
 def bbox_overlaps(bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode: int, aligned: bool, offset: int) -> None:
-    """Intersection over union (``mode`` 0) or over the first box (1), written to ``ious``.
+    """Write the intersection over union of boxes (``mode`` 0), or over the first box's area (``mode`` 1), to ``ious``.
 
     Args:
         bboxes1: (M, 4) as x1, y1, x2, y2 in pixels.
-        bboxes2: (N, 4); with ``aligned``, N = M and box i meets box i only.
-        ious: Receives the result, (M, N), or (M,) with ``aligned``.
+        bboxes2: (N, 4); with ``aligned``, N = M and box i is compared with box i only.
+        ious: Output, (M, N), or (M,) with ``aligned``.
         mode: 0 or 1.
-        aligned: Whether the boxes are pairs already.
-        offset: A box's width is ``x2 - x1 + offset``.
+        aligned: Whether the boxes are given as pairs.
+        offset: Added to widths and heights, in pixels: the width of a box is ``x2 - x1 + offset``.
     """
     first, second = widen(bboxes1), widen(bboxes2)
     if not aligned:

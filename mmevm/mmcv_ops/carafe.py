@@ -1,4 +1,4 @@
-"""CARAFE: upsampling in which each new pixel is a weighted sum, with weights of its own, of a window of old ones."""
+"""CARAFE upsampling: each output pixel is a weighted sum of a window of input pixels, with its own weights."""
 
 from collections.abc import Iterator
 
@@ -12,9 +12,9 @@ from .precision import widen
 def carafe_naive_forward(
     features: Tensor, masks: Tensor, output: Tensor, kernel_size: int, group_size: int, scale_factor: int
 ) -> None:
-    """Upsample features (B, C, H, W), written to ``output``, (B, C, H · scale, W · scale).
+    """Upsample features (B, C, H, W) and write them to ``output``, (B, C, H · scale, W · scale).
 
-    ``masks`` are the weights, (B, groups · kernel², H · scale, W · scale); a group of channels shares them.
+    ``masks`` holds the weights, (B, groups · kernel², H · scale, W · scale). The channels of a group share them.
     """
     batch, channels, height, width = features.shape
     grouped = (batch, group_size, channels // group_size, height, 1, width, 1)
@@ -35,7 +35,7 @@ def carafe_naive_backward(
     group_size: int,
     scale_factor: int,
 ) -> None:
-    """Gradients of :func:`carafe_naive_forward`, written to ``bottom_grad`` and ``mask_grad``."""
+    """Write the gradients of :func:`carafe_naive_forward` to ``bottom_grad`` and ``mask_grad``."""
     batch, channels, height, width = features.shape
     grouped = (batch, group_size, channels // group_size, height, 1, width, 1)
     grad = widen(top_grad).reshape(*grouped[:4], scale_factor, width, scale_factor)
@@ -62,7 +62,7 @@ def carafe_forward(
     group_size: int,
     scale_factor: int,
 ) -> None:
-    """The same as :func:`carafe_naive_forward`. mmcv hands ``rfeatures``, filled here, to the backward pass."""
+    """Do the same as :func:`carafe_naive_forward`, and copy the features to ``rfeatures`` for the backward pass."""
     rfeatures.copy_(features)
     carafe_naive_forward(features, masks, output, kernel_size, group_size, scale_factor)
 
@@ -81,14 +81,14 @@ def carafe_backward(
     group_size: int,
     scale_factor: int,
 ) -> None:
-    """Gradients of :func:`carafe_forward`, written to ``bottom_grad`` and ``mask_grad``."""
+    """Write the gradients of :func:`carafe_forward` to ``bottom_grad`` and ``mask_grad``."""
     carafe_naive_backward(top_grad, rfeatures, masks, bottom_grad, mask_grad, kernel_size, group_size, scale_factor)
 
 
 def _taps(kernel_size: int, height: int, width: int) -> Iterator[tuple[int, tuple[slice, ...]]]:
-    """Each place of the window, and the index of the padded features that the old pixels see there.
+    """Yield each position of the window and the index that selects its pixels from the padded features.
 
-    One at a time, because all of them at once are the features kernel² times over.
+    One position at a time, because all positions together need kernel² times the memory of the features.
     """
     for tap in range(kernel_size**2):
         y, x = divmod(tap, kernel_size)
@@ -96,7 +96,7 @@ def _taps(kernel_size: int, height: int, width: int) -> Iterator[tuple[int, tupl
 
 
 def _weights(masks: Tensor, tap: int, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
-    """Weights of one tap, (B, groups, 1, H, scale, W, scale)."""
+    """Return the weights of one window position, (B, groups, 1, H, scale, W, scale)."""
     weights = widen(masks.unflatten(1, (group_size, kernel_size**2))[:, :, tap])
     height, width = weights.shape[2:]
     return weights.reshape(

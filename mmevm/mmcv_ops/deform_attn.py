@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention: each query gathers a few points of every level of a pyramid."""
+"""Multi-scale deformable attention: each query samples a few points of every level of a feature pyramid."""
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +16,15 @@ def ms_deform_attn_forward(
     attention_weights: Tensor,
     im2col_step: int,
 ) -> Tensor:
-    """Weighted sum of bilinear samples.
+    """Return the weighted sum of bilinear samples.
 
     Args:
-        value: (B, keys, heads, channels), the levels one after another.
-        value_spatial_shapes: (levels, 2), their height and width.
-        value_level_start_index: (levels,), their first key.
+        value: (B, keys, heads, channels), the concatenated levels.
+        value_spatial_shapes: (levels, 2), height and width of each level.
+        value_level_start_index: (levels,), index of the first key of each level.
         sampling_locations: (B, queries, heads, levels, points, 2), x and y from 0 to 1.
         attention_weights: (B, queries, heads, levels, points).
-        im2col_step: A tuning hint that stays unused.
+        im2col_step: Unused.
 
     Returns:
         (B, queries, heads · channels).
@@ -53,7 +53,7 @@ def ms_deform_attn_backward(
     grad_attn_weight: Tensor,
     im2col_step: int,
 ) -> None:
-    """Gradients of :func:`ms_deform_attn_forward`, written to the three tensors ``grad_…``."""
+    """Write the gradients of :func:`ms_deform_attn_forward` to the three ``grad_…`` tensors."""
     for level, shape, keys in _levels(value_spatial_shapes, value_level_start_index):
         index = (slice(None), slice(None), slice(None), level)
         parts = (value[:, keys], sampling_locations[index], attention_weights[index])
@@ -68,7 +68,10 @@ def ms_deform_attn_backward(
 
 
 def _levels(shapes: Tensor, starts: Tensor) -> list[tuple[int, tuple[int, int], slice]]:
-    """Number, height and width, and keys of each level. They are independent, so memory is that of the largest."""
+    """Return index, (height, width) and keys of each level.
+
+    Levels are computed one at a time, so that the largest one sets the memory use.
+    """
     return [
         (level, (height, width), slice(start, start + height * width))
         for level, ((height, width), start) in enumerate(zip(shapes.tolist(), starts.tolist(), strict=True))
@@ -76,7 +79,7 @@ def _levels(shapes: Tensor, starts: Tensor) -> list[tuple[int, tuple[int, int], 
 
 
 def _attend(value: Tensor, locations: Tensor, weights: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Attention to one level: (B, H · W, heads, channels) to (B, queries, heads · channels)."""
+    """Attend to one level: (B, H · W, heads, channels) → (B, queries, heads · channels)."""
     batch, queries, heads, points, _ = locations.shape
     maps = value.permute(0, 2, 3, 1).reshape(batch * heads, -1, *shape)  # (B · heads, channels, H, W)
     grid = 2 * locations.transpose(1, 2).reshape(batch * heads, queries, points, 2) - 1

@@ -1,4 +1,4 @@
-"""Deformable convolutions, without modulation (DCN) and with it (DCNv2)."""
+"""Deformable convolution without modulation (DCN) and with modulation (DCNv2)."""
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +28,11 @@ def deform_conv_forward(
     deformable_group: int,
     im2col_step: int,
 ) -> None:
-    """Convolution of bilinear samples, written to ``output``, (B, C_out, H, W).
+    """Convolve bilinear samples and write the result to ``output``, (B, C_out, H, W).
 
-    ``offset`` is y and x for each tap of the kernel, in pixels: (B, 2 · deformable_group · kH · kW, H, W).
+    ``offset`` holds y and x of each kernel position, in pixels: (B, 2 · deformable_group · kH · kW, H, W).
     """
-    input, weight, offset = widen(input), widen(weight), _readable(offset)
+    input, weight, offset = widen(input), widen(weight), _replace_nan(offset)
     output.copy_(
         torchvision.ops.deform_conv2d(input, offset, weight, None, (dH, dW), (padH, padW), (dilationH, dilationW))
     )
@@ -58,7 +58,7 @@ def deform_conv_backward_input(
     deformable_group: int,
     im2col_step: int,
 ) -> None:
-    """Gradients with respect to the feature map and the offsets, written to ``grad_input`` and ``grad_offset``."""
+    """Write the gradients with respect to the feature map and the offsets to ``grad_input`` and ``grad_offset``."""
     geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
     grads = _backward(grad_output, input, weight, offset, None, geometry)
     grad_input.copy_(grads[0])
@@ -87,7 +87,7 @@ def deform_conv_backward_parameters(
 ) -> None:
     """Add ``scale`` times the gradient with respect to the weight to ``grad_weight``."""
     geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
-    # It does not depend on the weight's values.
+    # The gradient does not depend on the values of the weight, so any tensor of its shape will do.
     _, grad, _, _, _ = _backward(grad_output, input, grad_weight, offset, None, geometry)
     grad_weight.add_(grad, alpha=scale)
 
@@ -113,14 +113,14 @@ def modulated_deform_conv_forward(
     deformable_group: int,
     with_bias: bool,
 ) -> None:
-    """Convolution of bilinear samples, each of them times its factor in ``mask``, written to ``output``.
+    """Convolve bilinear samples, each multiplied by its factor in ``mask``, and write the result to ``output``.
 
-    ``mask`` is (B, deformable_group · kernel_h · kernel_w, H, W), and the rest is as in :func:`deform_conv_forward`.
+    ``mask`` is (B, deformable_group · kernel_h · kernel_w, H, W). Other shapes are as in :func:`deform_conv_forward`.
     """
     output.copy_(
         torchvision.ops.deform_conv2d(
             widen(input),
-            _readable(_truncate(offset, output.shape[2:])),
+            _replace_nan(_truncate(offset, output.shape[2:])),
             widen(weight),
             widen(bias) if with_bias else None,
             (stride_h, stride_w),
@@ -157,15 +157,15 @@ def modulated_deform_conv_backward(
     deformable_group: int,
     with_bias: bool,
 ) -> None:
-    """All gradients of :func:`modulated_deform_conv_forward`, written to the five tensors ``grad_…``."""
+    """Write all gradients of :func:`modulated_deform_conv_forward` to the five ``grad_…`` tensors."""
     geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
     size = grad_output.shape[2:]
     grads = _backward(grad_output, input, weight, _truncate(offset, size), _truncate(mask, size), geometry)
     grad_input.copy_(grads[0])
     grad_weight.copy_(grads[1])
-    for whole, grad in ((grad_offset, grads[2]), (grad_mask, grads[3])):
-        unread = whole.shape[1:].numel() - grad.shape[1:].numel()
-        whole.copy_(F.pad(grad.flatten(1), (0, unread)).view(whole.shape))
+    for full_grad, grad in ((grad_offset, grads[2]), (grad_mask, grads[3])):
+        unused = full_grad.shape[1:].numel() - grad.shape[1:].numel()
+        full_grad.copy_(F.pad(grad.flatten(1), (0, unused)).view(full_grad.shape))
     if with_bias:
         grad_bias.copy_(grads[4])
 
@@ -178,38 +178,38 @@ def _backward(
     mask: Tensor | None,
     geometry: tuple[int, int, int, int, int, int, int, int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the input, weight, offset, mask and bias by torchvision's operator."""
+    """Return the gradients of input, weight, offset, mask and bias, computed by torchvision."""
     bias = grad_output.new_zeros(len(weight))
     use_mask = mask is not None
     if mask is None:
         mask = grad_output.new_zeros(len(input), 1)
-    offset = _leave_border(_readable(offset), weight.shape[2:], geometry[:6])
+    offset = _leave_border(_replace_nan(offset), weight.shape[2:], geometry[:6])
     tensors = widen(grad_output), widen(input), widen(weight), offset, widen(mask), widen(bias)
     with allow_nondeterministic():
         return torch.ops.torchvision._deform_conv2d_backward(*tensors, *geometry, use_mask)
 
 
-def _readable(offset: Tensor) -> Tensor:
-    """Offsets that are no number point outside, where samples are 0, as for mmcv; torchvision would read anywhere."""
+def _replace_nan(offset: Tensor) -> Tensor:
+    """Replace NaN by infinity, where samples are 0 as in mmcv. torchvision would read out of bounds at NaN."""
     return widen(offset).nan_to_num(nan=torch.inf)
 
 
 def _truncate(tensor: Tensor, size: torch.Size) -> Tensor:
-    """Keep the first values of each image, in the output's size, if offsets or masks are larger than the output.
+    """Keep the first values of each image, in the size of the output, if offsets or masks are larger than the output.
 
-    mmcv's kernels read them in this way, whatever their height and width. DyHead relies on it for levels of equal size.
+    mmcv's kernels read only these values, whatever the height and width. DyHead needs it for levels of equal size.
     """
     channels = tensor.shape[1]
     if tensor.shape[2:].numel() < size.numel():
-        return tensor  # for torchvision to refuse
+        return tensor  # torchvision raises an error
     return tensor.flatten(1)[:, : channels * size.numel()].unflatten(1, (channels, *size))
 
 
 def _leave_border(offset: Tensor, kernel: torch.Size, geometry: tuple[int, ...]) -> Tensor:
     """Replace offsets that point to row or column -1 by offsets that point to -2, for the backward pass.
 
-    Samples are 0 at both. At -1 the derivative by the offset has a jump: mmcv takes that of the outside, which is 0,
-    and torchvision that of the inside. All offsets of a new layer are 0, so with padding 1 it has such samples.
+    Samples are 0 at both. At -1 the derivative with respect to the offset is one-sided: mmcv uses the outer side, which
+    is 0, and torchvision the inner side. A new layer with padding 1 has such samples, because its offsets are 0.
     """
     strides, paddings, dilations = geometry[:2], geometry[2:4], geometry[4:]
     # (B, deformable groups, kernel height, kernel width, y and x, H, W)

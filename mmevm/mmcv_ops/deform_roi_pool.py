@@ -1,11 +1,11 @@
-"""Deformable RoI pooling: RoIAlign whose bins move, each by its own offset."""
+"""Deformable RoI pooling: RoIAlign in which each bin is shifted by its own offset."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .determinism import allow_nondeterministic
-from .grids import align_grids, parts
+from .grids import align_grids, chunk_by_grid
 from .precision import widen
 
 
@@ -20,15 +20,16 @@ def deform_roi_pool_forward(
     sampling_ratio: int,
     gamma: float,
 ) -> None:
-    """Average of bilinear samples, written to ``output``, (K, C, height, width).
+    """Average bilinear samples and write the result to ``output``, (K, C, height, width).
 
-    ``offset`` is x and y by which each bin moves, in ``gamma`` times its RoI's size: (K, 2, height, width), or empty.
+    ``offset`` holds x and y of each bin's shift in units of ``gamma`` times the size of its RoI, (K, 2, height, width),
+    or is empty.
     """
     features, corners, shift = _prepare(input, rois, offset, pooled_height, pooled_width, spatial_scale)
     grids = align_grids(rois.to(features.dtype), pooled_height, pooled_width, spatial_scale, sampling_ratio, True)
-    for part, rows, columns in parts(grids, pooled_height * pooled_width * input.shape[1], rois[:, 0]):
-        image = int(rois[part[0], 0])
-        output[part] = _pool(features[image], corners[part], shift[part] * gamma, rows, columns).to(output.dtype)
+    for chunk, rows, columns in chunk_by_grid(grids, pooled_height * pooled_width * input.shape[1], rois[:, 0]):
+        image = int(rois[chunk[0], 0])
+        output[chunk] = _pool(features[image], corners[chunk], shift[chunk] * gamma, rows, columns).to(output.dtype)
 
 
 def deform_roi_pool_backward(
@@ -44,27 +45,27 @@ def deform_roi_pool_backward(
     sampling_ratio: int,
     gamma: float,
 ) -> None:
-    """Gradients of :func:`deform_roi_pool_forward`, written to ``grad_input`` and ``grad_offset``."""
+    """Write the gradients of :func:`deform_roi_pool_forward` to ``grad_input`` and ``grad_offset``."""
     features, corners, shift = _prepare(input, rois, offset, pooled_height, pooled_width, spatial_scale)
     total = torch.zeros_like(features)
     grids = align_grids(rois.to(features.dtype), pooled_height, pooled_width, spatial_scale, sampling_ratio, True)
-    for part, rows, columns in parts(grids, pooled_height * pooled_width * input.shape[1], rois[:, 0]):
-        image = int(rois[part[0], 0])
-        variables = features[image].detach().requires_grad_(), shift[part].detach().requires_grad_()
+    for chunk, rows, columns in chunk_by_grid(grids, pooled_height * pooled_width * input.shape[1], rois[:, 0]):
+        image = int(rois[chunk[0], 0])
+        variables = features[image].detach().requires_grad_(), shift[chunk].detach().requires_grad_()
         with torch.enable_grad():
-            pooled = _pool(variables[0], corners[part], variables[1] * gamma, rows, columns)
+            pooled = _pool(variables[0], corners[chunk], variables[1] * gamma, rows, columns)
         with allow_nondeterministic():
-            grads = torch.autograd.grad(pooled, variables, grad_output[part].to(pooled.dtype))
+            grads = torch.autograd.grad(pooled, variables, grad_output[chunk].to(pooled.dtype))
         total[image] += grads[0]
         if offset.numel():
-            grad_offset[part] = grads[1].to(grad_offset.dtype)
+            grad_offset[chunk] = grads[1].to(grad_offset.dtype)
     grad_input.copy_(total)
 
 
 def _prepare(
     input: Tensor, rois: Tensor, offset: Tensor, height: int, width: int, spatial_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Features, the RoIs' corners in pixels, (K, 4), and offsets, of nought if there are none."""
+    """Return features, corners of the RoIs in pixels, (K, 4), and offsets, which are zeros if ``offset`` is empty."""
     features = widen(input)
     corners = rois[:, 1:].to(features.dtype) * spatial_scale - 0.5
     if offset.numel() == 0:
@@ -73,11 +74,15 @@ def _prepare(
 
 
 def _pool(features: Tensor, corners: Tensor, shift: Tensor, rows: int, columns: int) -> Tensor:
-    """Average of ``rows`` by ``columns`` samples of features (C, H, W) in each bin, (K, C, bins high, bins wide)."""
+    """Average ``rows`` × ``columns`` samples of features (C, H, W) in each bin.
+
+    Returns:
+        (K, C, vertical bins, horizontal bins).
+    """
     size = corners[:, 2:] - corners[:, :2]
     x = _positions(corners[:, 0], size[:, 0], shift.shape[3], columns)[:, None, None, :, :]
     y = _positions(corners[:, 1], size[:, 1], shift.shape[2], rows)[:, :, :, None, None]
-    # (K, bins high, rows, bins wide, columns)
+    # (K, vertical bins, rows, horizontal bins, columns)
     x, y = torch.broadcast_tensors(
         x + (shift[:, 0] * size[:, 0, None, None])[:, :, None, :, None],
         y + (shift[:, 1] * size[:, 1, None, None])[:, :, None, :, None],
@@ -88,12 +93,12 @@ def _pool(features: Tensor, corners: Tensor, shift: Tensor, rows: int, columns: 
         features[None], grid.reshape(1, -1, x.shape[3] * columns, 2), padding_mode='border', align_corners=True
     )
     samples = samples.reshape(len(features), *x.shape)
-    # Up to one pixel outside the border counts as the border, and beyond that there is nothing.
+    # Up to one pixel outside, samples have the value of the border; beyond that they are 0.
     inside = (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
     return (samples * inside).mean(dim=(3, 5)).transpose(0, 1)
 
 
 def _positions(start: Tensor, size: Tensor, bins: int, samples: int) -> Tensor:
-    """Coordinates of the samples of evenly spaced bins, (K, bins, samples)."""
+    """Return the coordinates of the samples in evenly spaced bins, (K, bins, samples)."""
     steps = torch.arange(bins * samples, dtype=start.dtype, device=start.device).add(0.5) / (bins * samples)
     return (start[:, None] + steps * size[:, None]).unflatten(1, (bins, samples))

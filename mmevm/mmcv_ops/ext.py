@@ -1,7 +1,9 @@
-"""The module found as ``mmcv._ext``: mmcv's compiled operators by name and calling convention.
+"""The module imported as ``mmcv._ext``, with the names and signatures of mmcv's compiled operators.
 
-mmcv allocates the results and passes them in, and the functions gathered here write to them. Scratch space and tuning
-hints that mmcv passes besides stay unused.
+mmcv allocates the outputs and passes them as arguments, and these functions write to them. They ignore the buffers and
+tuning hints that mmcv passes as well.
+
+Imports are absolute, because in a module named ``mmcv._ext`` relative imports refer to mmcv.
 """
 
 import logging
@@ -82,20 +84,19 @@ def __getattr__(name: str) -> Callable[..., NoReturn]:
     if name.startswith('__'):
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
-    def missing(*args: Any, **kwargs: Any) -> NoReturn:
+    def not_implemented(*args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
-            f"{name!r} is an operator of mmcv's compiled module mmcv._ext, which this mmcv came without, and mmevm's "
-            'stand-in does not have it (docs/mmcv_ops.md lists what it has). Install an mmcv with its operators: a '
-            'wheel made for your versions of torch and CUDA, or a build from source with a C++ compiler, '
-            "MMCV_WITH_OPS=1 and pip's --no-build-isolation."
+            f'mmcv has no compiled operators, and the fallback operators of mmevm do not include {name!r} '
+            '(docs/mmcv_ops.md lists them). Install an mmcv with compiled operators: a wheel for your versions of '
+            'torch and CUDA, or a build from source with a C++ compiler, MMCV_WITH_OPS=1 and pip install '
+            '--no-build-isolation.'
         )
 
-    return missing
+    return not_implemented
 
 
 print_log(
-    "This mmcv came without its compiled operators: mmevm's stand-in for mmcv._ext is in use. What it covers is in "
-    'docs/mmcv_ops.md.',
+    "mmcv has no compiled operators; using mmevm's fallback operators (docs/mmcv_ops.md).",
     logger='current',
     level=logging.INFO,
 )

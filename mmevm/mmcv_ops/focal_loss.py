@@ -1,4 +1,4 @@
-"""Focal losses of logits (sigmoid) and of probabilities (softmax), and their derivatives."""
+"""Sigmoid and softmax focal loss, forward and backward."""
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +10,10 @@ from .precision import widen
 def sigmoid_focal_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Loss of each logit of ``input``, written to ``output``, both (N, C).
+    """Write the loss of each logit of ``input`` to ``output``, both (N, C).
 
-    ``target`` is the class of each row, (N,), where C is background. ``weight`` is empty or what each class weighs,
-    (C,); background weighs 1.
+    ``target`` is the class of each row, (N,), where C is the background. ``weight`` is empty or holds the class
+    weights, (C,); the background has weight 1.
     """
     log_p, q, _, balance = _sigmoid_terms(input, target, weight, alpha)
     output.copy_(-balance * q**gamma * log_p)
@@ -22,7 +22,7 @@ def sigmoid_focal_loss_forward(
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Derivative of each loss by its logit, written to ``grad_input``, (N, C)."""
+    """Write the derivative of each loss with respect to its logit to ``grad_input``, (N, C)."""
     log_p, q, sign, balance = _sigmoid_terms(input, target, weight, alpha)
     grad_input.copy_(-sign * balance * q**gamma * (q - gamma * (1 - q) * log_p))
 
@@ -30,7 +30,11 @@ def sigmoid_focal_loss_backward(
 def _sigmoid_terms(
     input: Tensor, target: Tensor, weight: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of the right answer, yes or no, for each logit: log of its probability p, 1 - p, its sign, and its weight."""
+    """Return log p, 1 - p, sign and weight for each logit, all (N, C) or broadcastable to it.
+
+    p is the probability of the correct binary label: sigmoid(sign · logit), with sign 1 for the target class and -1 for
+    the others.
+    """
     logits = widen(input)
     positive = (target[:, None] == torch.arange(logits.shape[1], device=logits.device)).to(logits.dtype)
     sign = 2 * positive - 1
@@ -44,10 +48,10 @@ def _sigmoid_terms(
 def softmax_focal_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Loss of each row of ``input``, which is the softmax, (N, C), written to ``output``, (N,).
+    """Write the loss of each row of ``input``, the softmax of the logits, (N, C), to ``output``, (N,).
 
-    ``target`` is the class of each row, (N,); rows of a negative class are ignored. ``weight`` is empty or what each
-    class weighs, (C,).
+    ``target`` is the class of each row, (N,); rows with a negative class are ignored. ``weight`` is empty or holds the
+    class weights, (C,).
     """
     p, q, balance = _softmax_terms(input, target, weight, alpha)
     output.copy_(-balance * q**gamma * p.log())
@@ -56,17 +60,17 @@ def softmax_focal_loss_forward(
 def softmax_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, buff: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Derivative of each loss by the logits that the softmax was of, written to ``grad_input``, (N, C)."""
+    """Write the derivative of each loss with respect to the logits to ``grad_input``, (N, C)."""
     p, q, balance = _softmax_terms(input, target, weight, alpha)
-    # dloss/dp times p, which is what the derivative of the softmax asks for.
+    # p · dloss/dp; the derivative of the softmax provides the factor p.
     slope = balance * (gamma * q ** (gamma - 1) * p * p.log() - q**gamma)
     buff.copy_(slope)
-    hot = target[:, None] == torch.arange(input.shape[1], device=input.device)
-    grad_input.copy_(slope[:, None] * (hot.to(slope.dtype) - widen(input)))
+    one_hot = target[:, None] == torch.arange(input.shape[1], device=input.device)
+    grad_input.copy_(slope[:, None] * (one_hot.to(slope.dtype) - widen(input)))
 
 
 def _softmax_terms(input: Tensor, target: Tensor, weight: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Probability p of each row's class, 1 - p, and the row's weight; both probabilities kept off 0."""
+    """Return the probability p of the target class, 1 - p, both clamped above 0, and the weight, each (N,)."""
     probabilities = widen(input)
     tiny = torch.finfo(torch.float32).tiny
     label = target.clamp(min=0)

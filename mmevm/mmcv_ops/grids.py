@@ -1,6 +1,6 @@
-"""The sampling grids of regions of interest, which differ from RoI to RoI, as dense tensors of bounded size.
+"""Group RoIs by the size of their sampling grid, so that each group is a dense tensor of bounded size.
 
-RoIs have shape (K, 5): index of the image in the batch, x1, y1, x2, y2.
+RoIs have shape (K, 5): index of the image in the batch, x1, y1, x2, y2 in pixels of the input image.
 """
 
 from collections.abc import Iterator
@@ -8,20 +8,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# A part is about this many samples (64 MB in float32).
+# Samples in a chunk, at most, unless it is a single RoI (64 MB in float32).
 MAX_SAMPLES = 2**24
 
 
-def parts(grids: Tensor, bins: int, key: Tensor | None = None) -> Iterator[tuple[Tensor, int, int]]:
-    """Put RoIs with the same grid together.
+def chunk_by_grid(grids: Tensor, bins: int, key: Tensor | None = None) -> Iterator[tuple[Tensor, int, int]]:
+    """Split RoIs into chunks with the same grid.
 
     Args:
         grids: (K, 2), rows and columns of samples in each bin of a RoI.
-        bins: Bins of one RoI, times channels.
-        key: (K,), RoIs of different keys are kept apart.
+        bins: Number of bins of one RoI, times channels.
+        key: (K,); RoIs with different keys are in different chunks.
 
     Yields:
-        Indices of RoIs, and the rows and columns of their grid. RoIs with nothing to sample are left out.
+        Indices of the RoIs, rows and columns of their grid. RoIs without samples are skipped.
     """
     key = torch.zeros_like(grids[:, 0]) if key is None else key.to(grids.dtype)
     kinds, members = torch.unique(torch.cat([grids, key[:, None]], dim=1), dim=0, return_inverse=True)
@@ -29,14 +29,17 @@ def parts(grids: Tensor, bins: int, key: Tensor | None = None) -> Iterator[tuple
         if rows < 1 or columns < 1:
             continue
         indices = (members == kind).nonzero().flatten()
-        for part in indices.split(max(1, MAX_SAMPLES // (rows * columns * bins))):
-            yield part, rows, columns
+        for chunk in indices.split(max(1, MAX_SAMPLES // (rows * columns * bins))):
+            yield chunk, rows, columns
 
 
 def align_grids(
     rois: Tensor, height: int, width: int, spatial_scale: float, sampling_ratio: int, aligned: bool
 ) -> Tensor:
-    """RoIAlign's samples per bin, (K, 2): as many as asked for, or about one for each pixel of the feature map."""
+    """Return the number of RoIAlign's samples in each bin, (K, 2).
+
+    It is ``sampling_ratio``, or about one sample per pixel of the feature map if that is 0.
+    """
     if sampling_ratio > 0:
         return torch.full((len(rois), 2), sampling_ratio, device=rois.device)
     sizes = (rois[:, 3:] - rois[:, 1:3]).flip(1) * spatial_scale  # height, width

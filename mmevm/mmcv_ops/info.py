@@ -1,11 +1,11 @@
-"""What environment reports say in place of a compiler."""
+"""Compiler versions for environment reports."""
 
 
 def get_compiler_version() -> str:
-    """Of mmcv's operators, as ``mmcv.ops.get_compiler_version`` reports it."""
-    return "none (mmevm's stand-in for mmcv._ext)"
+    """Return the text that ``mmcv.ops.get_compiler_version`` reports as the compiler of the operators."""
+    return 'none (fallback operators of mmevm)'
 
 
 def get_compiling_cuda_version() -> str:
-    """Of mmcv's operators: what an mmcv compiled without CUDA says."""
+    """Return the text that an mmcv compiled without CUDA reports."""
     return 'not available'

@@ -1,4 +1,4 @@
-"""Gathering and scattering around a convolution that is computed at some pixels only."""
+"""Gather and scatter for masked convolution, which is computed at some pixels only."""
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ def masked_im2col_forward(
     pad_h: int,
     pad_w: int,
 ) -> None:
-    """Windows of the one image (1, C, H, W) at N pixels, written to ``col``, (C · kernel_h · kernel_w, N)."""
+    """Write the windows around N pixels of one image (1, C, H, W) to ``col``, (C · kernel_h · kernel_w, N)."""
     padded = F.pad(im[0], [pad_w, pad_w, pad_h, pad_h])
     rows = mask_h_idx + torch.arange(kernel_h, device=im.device)[:, None, None]
     columns = mask_w_idx + torch.arange(kernel_w, device=im.device)[:, None]
@@ -25,5 +25,5 @@ def masked_im2col_forward(
 def masked_col2im_forward(
     col: Tensor, mask_h_idx: Tensor, mask_w_idx: Tensor, im: Tensor, height: int, width: int, channels: int
 ) -> None:
-    """Columns (C, N) written to N pixels of the one image ``im``, (1, C, H, W)."""
+    """Write columns (C, N) to N pixels of one image ``im``, (1, C, H, W)."""
     im[0, :, mask_h_idx, mask_w_idx] = col.to(im.dtype)

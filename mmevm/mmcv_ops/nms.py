@@ -1,4 +1,4 @@
-"""Non-maximum suppression: hard, soft, grouping, and of lanes."""
+"""Non-maximum suppression (NMS): hard, soft, with groups, and of lanes."""
 
 from collections.abc import Callable, Iterator
 
@@ -10,7 +10,7 @@ from .precision import widen
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Indices of the kept boxes, best score first. A box's width is ``x2 - x1 + offset``."""
+    """Return the indices of the kept boxes in descending order of score. The width of a box is ``x2 - x1 + offset``."""
     boxes = _move_corner(widen(boxes), offset)
     return torchvision.ops.nms(boxes, scores.to(boxes.dtype), iou_threshold)
 
@@ -25,17 +25,17 @@ def softnms(
     method: int,
     offset: int,
 ) -> Tensor:
-    """Lower the scores of boxes that overlap a better one, and drop those that fall below ``min_score``.
+    """Lower the scores of boxes that overlap a box with a higher score, and drop those that fall below ``min_score``.
 
     Args:
         boxes: (N, 4) as x1, y1, x2, y2 in pixels.
         scores: (N,).
-        dets: (N, 5), its first rows receive the kept boxes with their new scores, best first.
-        iou_threshold: Overlap from which on methods 0 and 1 lower scores.
-        sigma: Width of the curve of method 2.
+        dets: Output, (N, 5). The first rows receive the kept boxes and their new scores, in descending order.
+        iou_threshold: The lowest IoU at which methods 0 and 1 lower scores.
+        sigma: Width of the Gaussian of method 2.
         min_score: The lowest score to keep.
         method: 0 lowers scores to zero, 1 multiplies by ``1 - IoU``, 2 multiplies by ``exp(-IoU² / sigma)``.
-        offset: A box's width is ``x2 - x1 + offset``.
+        offset: Added to widths and heights, in pixels: the width of a box is ``x2 - x1 + offset``.
 
     Returns:
         Indices of the kept boxes.
@@ -63,7 +63,7 @@ def softnms(
 
 
 def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
-    """Hard suppression of (N, 5) scored boxes that returns groups: each kept box with those it suppressed."""
+    """Suppress (N, 5) boxes with scores, and return groups: the index of each kept box and those it suppressed."""
     boxes, scores = widen(dets).split([4, 1], dim=1)
 
     def suppresses(best: Tensor, rest: Tensor) -> Tensor:
@@ -74,18 +74,18 @@ def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
 
 
 def line_nms_forward(boxes: Tensor, scores: Tensor, overlap: float, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Suppression of lanes that lie, on the rows they share, less than ``overlap`` from a better one on average.
+    """Suppress lanes whose mean distance to a lane with a higher score, over their common rows, is below ``overlap``.
 
     Args:
-        boxes: (N, 5 + rows): two scores, start as a fraction of the image's height, x of the start, length in rows,
-            and x at each row.
+        boxes: (N, 5 + rows): two scores, start as a fraction of the image height, x of the start, length in rows, and
+            x at each row.
         scores: (N,).
-        overlap: A distance in the units of x.
-        top_k: Lanes to keep at most.
+        overlap: Distance threshold, in the units of x.
+        top_k: Maximum number of lanes to keep.
 
     Returns:
-        Indices of the kept lanes padded with 0 to (N,), their number, and for each lane one plus the number of the
-        kept one that it belongs to, 0 if there is none.
+        Indices of the kept lanes, padded with 0 to (N,); their number; and for each lane one plus the position of the
+        kept lane in whose group it is, or 0 if it is in none.
     """
     boxes = widen(boxes)
     xs = boxes[:, 5:]
@@ -113,12 +113,12 @@ def line_nms_forward(boxes: Tensor, scores: Tensor, overlap: float, top_k: int) 
 
 
 def _move_corner(boxes: Tensor, offset: int) -> Tensor:
-    """Moving the lower right corner by the offset gives each width, intersection and area the offset asks for."""
+    """Move the lower right corner by the offset, which adds it to widths, intersections and areas alike."""
     return boxes + boxes.new_tensor([0, 0, offset, offset])
 
 
 def _greedy(order: Tensor, suppresses: Callable[[Tensor, Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the first index of ``order`` and those it suppresses, and go on with the others."""
+    """Yield the first index of ``order`` and those it suppresses, then continue with the others."""
     while len(order):
         best, rest = order[0], order[1:]
         hit = suppresses(best, rest)

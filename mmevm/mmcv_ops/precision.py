@@ -1,12 +1,13 @@
-"""Half precision goes in and out; what lies between is computed in single precision."""
+"""Computation in single precision for inputs in half precision."""
 
 import torch
 from torch import Tensor
 
 
 def widen(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 if it was that already.
+    """Convert half precision to float32; float32 and float64 stay as they are.
 
-    torchvision's operators have no bfloat16 and on CPU not always float16, and box coordinates need more than either.
+    torchvision's operators do not support bfloat16 and, on CPU, not always float16. Box coordinates need more precision
+    than either of them.
     """
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

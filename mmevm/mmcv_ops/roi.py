@@ -1,12 +1,12 @@
-"""RoIAlign, by average and by maximum, and RoIPool."""
+"""RoIAlign (average and maximum) and RoIPool."""
 
 import torch
 import torch.nn.functional as F
-import torchvision  # noqa: F401  (it registers torch.ops.torchvision)
+import torchvision  # noqa: F401 - registers torch.ops.torchvision
 from torch import Tensor
 
 from .determinism import allow_nondeterministic
-from .grids import align_grids, parts
+from .grids import align_grids, chunk_by_grid
 from .precision import widen
 
 
@@ -23,10 +23,10 @@ def roi_align_forward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Average (``pool_mode`` 1) or maximum (0) of bilinear samples, written to ``output``, (K, C, height, width).
+    """Write the average (``pool_mode`` 1) or maximum (0) of bilinear samples to ``output``, (K, C, height, width).
 
-    ``argmax_y`` and ``argmax_x`` receive the row and column of the largest sample in its bin's grid; mmcv does nothing
-    with them but hand them to the backward pass. A maximum of no samples stays 0, as mmcv passes it.
+    ``argmax_y`` and ``argmax_x`` receive the row and column of the largest sample in the grid of its bin, for the
+    backward pass. The maximum of a bin without samples stays 0, the initial value of ``output``.
     """
     input = widen(input)
     rois = rois.to(input.dtype)
@@ -36,14 +36,14 @@ def roi_align_forward(
         return
 
     grids = align_grids(rois, aligned_height, aligned_width, spatial_scale, sampling_ratio, aligned)
-    for part, rows, columns in parts(grids, aligned_height * aligned_width * input.shape[1]):
-        # One sample in each bin of a grid `rows` by `columns` finer is exactly the samples of the coarse bins.
+    for chunk, rows, columns in chunk_by_grid(grids, aligned_height * aligned_width * input.shape[1]):
+        # One sample per bin of a `rows` × `columns` finer grid gives exactly the samples of the coarse bins.
         fine_height, fine_width = aligned_height * rows, aligned_width * columns
-        samples = roi_align(input, rois[part], spatial_scale, fine_height, fine_width, 1, aligned)
+        samples = roi_align(input, rois[chunk], spatial_scale, fine_height, fine_width, 1, aligned)
         maximum, index = F.max_pool2d(samples, (rows, columns), return_indices=True)
-        output[part] = maximum.to(output.dtype)
-        argmax_y[part] = (index // fine_width % rows).to(argmax_y.dtype)
-        argmax_x[part] = (index % fine_width % columns).to(argmax_x.dtype)
+        output[chunk] = maximum.to(output.dtype)
+        argmax_y[chunk] = (index // fine_width % rows).to(argmax_y.dtype)
+        argmax_x[chunk] = (index % fine_width % columns).to(argmax_x.dtype)
 
 
 @allow_nondeterministic()
@@ -60,7 +60,7 @@ def roi_align_backward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Gradient of :func:`roi_align_forward` with respect to the feature map, written to ``grad_input``."""
+    """Write the gradient of :func:`roi_align_forward` with respect to the feature map to ``grad_input``."""
     grad_output = widen(grad_output)
     rois = rois.to(grad_output.dtype)
     roi_align_backward = torch.ops.torchvision._roi_align_backward
@@ -73,15 +73,15 @@ def roi_align_backward(
 
     total = torch.zeros_like(grad_input, dtype=grad_output.dtype)
     grids = align_grids(rois, aligned_height, aligned_width, spatial_scale, sampling_ratio, aligned)
-    for part, rows, columns in parts(grids, aligned_height * aligned_width * grad_input.shape[1]):
+    for chunk, rows, columns in chunk_by_grid(grids, aligned_height * aligned_width * grad_input.shape[1]):
         fine_height, fine_width = aligned_height * rows, aligned_width * columns
-        y = torch.arange(aligned_height, device=rois.device)[:, None] * rows + argmax_y[part].long()
-        x = torch.arange(aligned_width, device=rois.device) * columns + argmax_x[part].long()
-        grad_samples = grad_output.new_zeros(len(part), grad_input.shape[1], fine_height * fine_width)
-        grad_samples.scatter_(2, (y * fine_width + x).flatten(2), grad_output[part].flatten(2))
+        y = torch.arange(aligned_height, device=rois.device)[:, None] * rows + argmax_y[chunk].long()
+        x = torch.arange(aligned_width, device=rois.device) * columns + argmax_x[chunk].long()
+        grad_samples = grad_output.new_zeros(len(chunk), grad_input.shape[1], fine_height * fine_width)
+        grad_samples.scatter_(2, (y * fine_width + x).flatten(2), grad_output[chunk].flatten(2))
         grad_samples = grad_samples.unflatten(2, (fine_height, fine_width))
         total += roi_align_backward(
-            grad_samples, rois[part], spatial_scale, fine_height, fine_width, *grad_input.shape, 1, aligned
+            grad_samples, rois[chunk], spatial_scale, fine_height, fine_width, *grad_input.shape, 1, aligned
         )
     grad_input.copy_(total)
 
@@ -95,10 +95,10 @@ def roi_pool_forward(
     pooled_width: int,
     spatial_scale: float,
 ) -> None:
-    """Maximum over the pixels that each bin touches, written to ``output``, (K, C, height, width).
+    """Write the maximum over the pixels that each bin touches to ``output``, (K, C, height, width).
 
-    Unlike torchvision's, mmcv's RoIs are not rounded to whole pixels first. ``argmax`` receives the index of the
-    maximum's pixel in its channel, -1 where a bin has none; the output stays 0 there, as mmcv passes it.
+    Unlike torchvision, mmcv does not round RoIs to whole pixels first. ``argmax`` receives the index of the largest
+    pixel in its channel, or -1 for a bin without pixels, whose output stays 0.
     """
     argmax.fill_(-1)
     rois = widen(rois)
@@ -110,21 +110,21 @@ def roi_pool_forward(
     valid = ((x2 > x1) & (y2 > y1))[:, None, None] & (bottom > top)[:, :, None] & (right > left)[:, None, :]
 
     grids = torch.stack([(bottom - top).amax(dim=1), (right - left).amax(dim=1)], dim=1)
-    for part, rows, columns in parts(grids, pooled_height * pooled_width * input.shape[1]):
-        # A smaller bin repeats its last row or column.
-        y = torch.minimum(top[part, :, None] + torch.arange(rows, device=rois.device), bottom[part, :, None] - 1)
-        x = torch.minimum(left[part, :, None] + torch.arange(columns, device=rois.device), right[part, :, None] - 1)
+    for chunk, rows, columns in chunk_by_grid(grids, pooled_height * pooled_width * input.shape[1]):
+        # Smaller bins repeat their last row or column.
+        y = torch.minimum(top[chunk, :, None] + torch.arange(rows, device=rois.device), bottom[chunk, :, None] - 1)
+        x = torch.minimum(left[chunk, :, None] + torch.arange(columns, device=rois.device), right[chunk, :, None] - 1)
         y, x = y.clamp(min=0)[:, :, None, :, None], x.clamp(min=0)[:, None, :, None, :]
-        pixels = input[images[part, None, None, None, None], :, y, x]  # (part, ph, pw, rows, columns, C)
-        maximum, index = pixels.flatten(3, 4).max(dim=3)  # (part, ph, pw, C)
+        pixels = input[images[chunk, None, None, None, None], :, y, x]  # (chunk, ph, pw, rows, columns, C)
+        maximum, index = pixels.flatten(3, 4).max(dim=3)  # (chunk, ph, pw, C)
         pixel = (y * width + x).flatten(3).gather(3, index)
-        empty = ~valid[part, :, :, None]
-        output[part] = maximum.masked_fill(empty, 0).permute(0, 3, 1, 2)
-        argmax[part] = pixel.masked_fill(empty, -1).permute(0, 3, 1, 2).to(argmax.dtype)
+        empty = ~valid[chunk, :, :, None]
+        output[chunk] = maximum.masked_fill(empty, 0).permute(0, 3, 1, 2)
+        argmax[chunk] = pixel.masked_fill(empty, -1).permute(0, 3, 1, 2).to(argmax.dtype)
 
 
 def _pixel_ranges(start: Tensor, end: Tensor, bins: int, size: int) -> tuple[Tensor, Tensor]:
-    """First pixel of each bin, and the first after it, both (K, bins)."""
+    """Return the first pixel of each bin and the first pixel after it, both (K, bins)."""
     edges = torch.arange(bins + 1, device=start.device) * ((end - start) / bins)[:, None] + start[:, None]
     return edges[:, :-1].floor().long().clamp(0, size), edges[:, 1:].ceil().long().clamp(0, size)
 
@@ -139,9 +139,9 @@ def roi_pool_backward(
     pooled_width: int,
     spatial_scale: float,
 ) -> None:
-    """Gradient of :func:`roi_pool_forward` with respect to the feature map, written to ``grad_input``."""
+    """Write the gradient of :func:`roi_pool_forward` with respect to the feature map to ``grad_input``."""
     grad_output = widen(grad_output)
-    # Where the maxima were is all it needs, and torchvision's says that in the same way.
+    # torchvision stores argmax in the same format, and its backward pass needs nothing else.
     grad_input.copy_(
         torch.ops.torchvision._roi_pool_backward(
             grad_output,

@@ -1,4 +1,4 @@
-"""The steps of batch normalisation between which mmcv's MMSyncBN exchanges statistics.
+"""Batch normalization in steps, between which mmcv's MMSyncBN exchanges statistics.
 
 Feature maps have shape (B, C, pixels), in any precision; statistics have shape (C,), in float32.
 """
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def sync_bn_forward_mean(input: Tensor, mean: Tensor) -> None:
-    """Mean of each channel, written to ``mean``."""
+    """Write the mean of each channel to ``mean``."""
     mean.copy_(input.to(mean.dtype).mean(dim=(0, 2)))
 
 
 def sync_bn_forward_var(input: Tensor, mean: Tensor, var: Tensor) -> None:
-    """Mean square of what is left without ``mean``, written to ``var``."""
+    """Write the mean squared deviation from ``mean`` to ``var``."""
     var.copy_((input.to(var.dtype) - mean[:, None]).square().mean(dim=(0, 2)))
 
 
@@ -31,7 +31,7 @@ def sync_bn_forward_output(
     momentum: float | Tensor,
     group_size: int,
 ) -> None:
-    """Normalise, written to ``norm`` and, with weight and bias, to ``output``; update ``std`` and the running ones."""
+    """Write the normalized input to ``norm`` and the affine result to ``output``; update ``std`` and running stats."""
     std.copy_((var + eps).sqrt())
     norm.copy_((input.to(norm.dtype) - mean[:, None]) / std[:, None])
     output.copy_(norm * weight[:, None] + bias[:, None])
@@ -41,7 +41,7 @@ def sync_bn_forward_output(
 
 
 def sync_bn_backward_param(grad_output: Tensor, norm: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> None:
-    """Gradients with respect to weight and bias, written to ``grad_weight`` and ``grad_bias``."""
+    """Write the gradients with respect to weight and bias to ``grad_weight`` and ``grad_bias``."""
     grad_output = grad_output.to(norm.dtype)
     grad_weight.copy_((grad_output * norm).sum(dim=(0, 2)))
     grad_bias.copy_(grad_output.sum(dim=(0, 2)))
@@ -56,7 +56,7 @@ def sync_bn_backward_data(
     std: Tensor,
     grad_input: Tensor,
 ) -> None:
-    """Gradient with respect to the feature map, written to ``grad_input``."""
+    """Write the gradient with respect to the feature map to ``grad_input``."""
     count = norm.shape[0] * norm.shape[2]
-    centred = grad_output.to(norm.dtype) - (grad_weight[:, None] * norm + grad_bias[:, None]) / count
-    grad_input.copy_(centred * (weight / std)[:, None])
+    centered = grad_output.to(norm.dtype) - (grad_weight[:, None] * norm + grad_bias[:, None]) / count
+    grad_input.copy_(centered * (weight / std)[:, None])

@@ -1,4 +1,4 @@
-"""The network of the paper: layers, mixers, backbone, neck and classifier. See docs/dev/architecture.md.
+"""The network of the paper: layers, mixers, backbone, neck and classifier.
 
 Classes are imported on first use: a backbone alone needs neither MMDetection nor MMPretrain.
 """
@@ -15,18 +15,6 @@ if TYPE_CHECKING:
     from .mixers import HSMSSD
     from .upsample_fpn import UpsampleFPN
 
-_MODULES = {
-    'HSMSSD': 'mixers',
-    'LayerNorm2d': 'layers',
-    'EfficientViM': 'efficientvim',
-    'UpsampleFPN': 'upsample_fpn',
-    'FusionClsHead': 'classifier',
-    'DistillationClassifier': 'classifier',
-    'NCSSD': 'ablations',
-    'MultiHeadHSMSSD': 'ablations',
-    'SelfAttention': 'ablations',
-}
-
 __all__ = [
     'HSMSSD',
     'NCSSD',
@@ -39,9 +27,18 @@ __all__ = [
     'UpsampleFPN',
 ]
 
-
-# Modules that need a package that is not always installed.
-_REQUIRES = {'upsample_fpn': 'mmdet', 'classifier': 'mmpretrain'}
+_MODULES = {
+    'HSMSSD': 'mixers',
+    'NCSSD': 'ablations',
+    'DistillationClassifier': 'classifier',
+    'EfficientViM': 'efficientvim',
+    'FusionClsHead': 'classifier',
+    'LayerNorm2d': 'layers',
+    'MultiHeadHSMSSD': 'ablations',
+    'SelfAttention': 'ablations',
+    'UpsampleFPN': 'upsample_fpn',
+}
+_REQUIREMENTS = {'upsample_fpn': 'mmdet', 'classifier': 'mmpretrain'}  # not always installed
 
 
 def __getattr__(name: str) -> Any:
@@ -50,16 +47,17 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f'.{_MODULES[name]}', __name__), name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def register(name: str | None = None) -> None:
-    """Import the module that registers a class; of an unknown name, every module whose requirements are installed."""
-    modules = (
-        [_MODULES[name]]
-        if name in _MODULES
-        else [
-            module
-            for module in dict.fromkeys(_MODULES.values())
-            if find_spec(_REQUIRES.get(module, 'torch')) is not None
-        ]
-    )
-    for module in modules:
-        importlib.import_module(f'.{module}', __name__)
+    """Import the module that registers a class.
+
+    Args:
+        name: Name of the class. If it is unknown, import every module whose requirements are installed.
+    """
+    modules = {_MODULES[name]} if name in _MODULES else set(_MODULES.values())
+    for module in sorted(modules):
+        if name in _MODULES or module not in _REQUIREMENTS or find_spec(_REQUIREMENTS[module]) is not None:
+            importlib.import_module(f'.{module}', __name__)

@@ -1,7 +1,7 @@
-"""The mixers that the paper measures HSM-SSD against (Supplement C, Table C), to be put in its place by config.
+"""The mixers with which the paper compares HSM-SSD (Supplement C, Table C), selected by ``mixer_cfg``.
 
-In reading order they leave HSM-SSD step by step: first its importance of tokens per state, then its channel mixing on
-the states, then the states themselves. All have the signature that :mod:`mmevm.models.mixers` describes.
+Each differs more from HSM-SSD than the one before: without importance per state, without channel mixing on the hidden
+states, without hidden states. All have the signatures that :mod:`mmevm.models.mixers` describes.
 """
 
 import torch
@@ -16,10 +16,10 @@ from .mixers import HSMSSD
 
 @MODELS.register_module()
 class MultiHeadHSMSSD(HSMSSD):
-    """HSM-SSD whose tokens have one importance per head in place of one per state (paper, Table C, E and F).
+    """HSM-SSD with one importance of the tokens per head instead of one per state (paper, Table C, E and F).
 
-    In this "multi-input SSD" (Sec. 3.2) the heads, groups of adjacent channels, share B and C. All else is as in
-    :class:`~mmevm.models.mixers.HSMSSD`, but for its inert ``A``, which no checkpoint asks for here.
+    In this "multi-input SSD" (Sec. 3.2) the heads, groups of adjacent channels, share B and C. Everything else is as in
+    :class:`~mmevm.models.mixers.HSMSSD`, except that there is no ``A``, as no checkpoint contains it.
 
     Args:
         channels: D, channels of a token.
@@ -59,18 +59,17 @@ class MultiHeadHSMSSD(HSMSSD):
 
 @MODELS.register_module()
 class NCSSD(nn.Module):
-    """Non-causal state space duality, the layer that HSM-SSD started from (paper, Eq. 4–9; Table C, C).
+    """Non-causal state space duality, from which HSM-SSD is derived (paper, Eq. 4–9; Table C, C).
 
-    It mixes channels on the tokens, before and after they meet in the hidden states, which takes O(L·D²). Its gate has
-    the skip weighted by D that HSM-SSD's has, and its importance is a softmax over the tokens too: Proposition 1 says
-    when the two are the same. As in Eq. 7, the depthwise convolution is of B, C and x, without dt; no activation
-    follows it.
+    It mixes channels on the tokens, before and after the hidden states, which takes O(L·D²). As in HSM-SSD, the gate
+    has a skip weighted by D and the importance is a softmax over the tokens; Proposition 1 says when the two are equal.
+    As in Eq. 7, the depthwise convolution takes B, C and x, not dt, and no activation follows it.
 
     Args:
         channels: D, channels of a token.
         state_dim: N, number of hidden states.
-        head_dim: Channels of a head, which has its own importance of the tokens and shares B and C with the others;
-            None is a single head of all channels.
+        head_dim: Channels of a head. Each head has its own importance of the tokens; all share B and C. None is a
+            single head of all channels.
 
     Raises:
         ValueError: If ``head_dim`` does not divide the channels.
@@ -104,11 +103,11 @@ class NCSSD(nn.Module):
 
 @MODELS.register_module()
 class SelfAttention(nn.Module):
-    """Softmax self-attention of all tokens with each other: O(L·D² + L²·D) (paper, Table 1; Table C, D).
+    """Softmax self-attention of all tokens, O(L·D² + L²·D) (paper, Table 1; Table C, D).
 
     Args:
         channels: D, channels of a token.
-        state_dim: Not used, as there are no hidden states; every mixer is built with it.
+        state_dim: Not used, as there are no hidden states; every mixer gets it.
         head_dim: Channels of a head; None is a single head of all channels.
 
     Raises:
@@ -128,7 +127,7 @@ class SelfAttention(nn.Module):
             x: (B, D, H, W), any size; L = H·W.
 
         Returns:
-            The mixed map (B, D, H, W), and None in place of hidden states.
+            The mixed map (B, D, H, W), and None instead of hidden states.
         """
         qkv = self.qkv_proj(x).flatten(2).unflatten(1, (3, self.num_heads, -1))  # (B, 3, heads, D/heads, L)
         q, k, v = qkv.transpose(3, 4).unbind(1)  # 3 × (B, heads, L, D/heads)
@@ -148,9 +147,9 @@ def _count_heads(channels: int, head_dim: int | None) -> int:
 
 
 def _weigh(x: Tensor, dt: Tensor) -> Tensor:
-    """Weigh tokens x (B, D, L) with their importance in each head, the softmax over tokens of dt (B, heads, L).
+    """Multiply tokens x (B, D, L) by their importance in each head, the softmax over tokens of dt (B, heads, L).
 
-    Eq. 4 weighs B with it; here x is, to which the heads belong: the sum over tokens of their product is the same.
+    Eq. 4 multiplies B by it. Here x is multiplied, which has the heads; the sum over tokens of x·B is the same.
     """
     # At least float32: an importance is about 1/L, near the smallest number of float16 on a large image.
     a = F.softmax(dt, dim=-1, dtype=torch.promote_types(dt.dtype, torch.float32))

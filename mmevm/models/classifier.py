@@ -22,10 +22,10 @@ _INIT_CFG = dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0)
 
 @MODELS.register_module()
 class FusionClsHead(ClsHead):
-    """Sums the logits of one classifier for each of the backbone's outputs (paper, Sec. 3.2, Eq. 12–13).
+    """Multi-stage hidden state fusion: sum the logits of one classifier per backbone output (paper, Eq. 12–13).
 
-    What crosses the seam is what ``EfficientViM(out_indices=(2,), out_hidden_states=True)`` returns, a tuple of hidden
-    states (B, C, N) of each stage and the last map (B, C, H, W)::
+    It takes the outputs of ``EfficientViM(out_indices=(2,), out_hidden_states=True)``, a tuple of the hidden states
+    (B, C, N) of each stage and the last map (B, C, H, W)::
 
         backbone            norm        mean over     heads
         h of stages[0] ─ LayerNorm ─ the N states ─ Linear ┐
@@ -33,19 +33,19 @@ class FusionClsHead(ClsHead):
         h of stages[2] ─ LayerNorm ─ the N states ─ Linear ┼ sum, weighted by softmax(weights) ─ logits
         map of stages[2] LayerNorm ─ the pixels   ─ Linear ┘
 
-    The head does not look at which is which: maps alone, of any number of stages, are fused in the same way.
+    Any number of hidden states and maps, in any order, are fused in the same way.
 
     Args:
         num_classes: K.
-        in_channels: C of each of the backbone's outputs, which is its ``out_channels``.
-        distilled: Whether there is a second set of classifiers, which learns from a teacher (see :meth:`loss`).
+        in_channels: Channels of each output of the backbone: its ``out_channels``.
+        distilled: Whether there is a second set of classifiers, trained by a teacher (see :meth:`loss`).
         norm_cfg: mmcv's config of the norms; None is ``dict(type='mmevm.LayerNorm2d')``.
         loss: mmpretrain's config of the loss.
         topk: Accuracies to log in training, if ``cal_acc``.
         cal_acc: Whether to log accuracies in training.
-        init_cfg: mmengine's initialisation config. With ``type='Pretrained'`` every tensor of the head must be in the
-            checkpoint, as for the backbone; but if it knows another number of classes, the classifiers start from
-            random weights, which is logged.
+        init_cfg: mmengine's initialization config. With ``type='Pretrained'`` the checkpoint must contain every tensor
+            of the head. If it has another number of classes, the classifiers start from random weights, which is
+            logged.
 
     Raises:
         ValueError: If ``in_channels`` or ``num_classes`` has a value that is not allowed.
@@ -71,9 +71,9 @@ class FusionClsHead(ClsHead):
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         if isinstance(in_channels, int) or not in_channels:
-            raise ValueError(f'in_channels={in_channels}: give a list, the channels of each output of the backbone.')
+            raise ValueError(f'in_channels={in_channels}: expected a list, the channels of each backbone output.')
         if num_classes < 1:
-            raise ValueError(f'num_classes={num_classes}: at least 1.')
+            raise ValueError(f'num_classes={num_classes}: expected at least 1.')
         super().__init__(
             loss=loss or dict(type='mmpretrain.CrossEntropyLoss', loss_weight=1.0),
             topk=topk,
@@ -92,14 +92,14 @@ class FusionClsHead(ClsHead):
             self.heads_dist = nn.ModuleList(nn.Linear(channels, num_classes) for channels in in_channels)
 
     def forward(self, feats: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, Tensor]:
-        """Classify.
+        """Return logits.
 
         Args:
-            feats: The backbone's outputs, (B, C, …) each.
+            feats: Outputs of the backbone, (B, C, …) each.
 
         Returns:
-            Logits, (B, K). A distilled head gives, in training, those of the labels' classifiers and those of the
-            teacher's, else their mean.
+            Logits, (B, K). A distilled head returns in training the logits of both sets of classifiers, and in eval
+            mode their mean.
         """
         logits = self._logits(self.pre_logits(feats))
         if len(logits) == 1:
@@ -107,13 +107,13 @@ class FusionClsHead(ClsHead):
         return logits if self.training else (logits[0] + logits[1]) / 2
 
     def pre_logits(self, feats: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Normalise and average the backbone's outputs.
+        """Normalize and average the outputs of the backbone.
 
         Args:
             feats: (B, C, H, W) or (B, C, N) each.
 
         Returns:
-            (B, C) for each of them.
+            (B, C) for each output.
 
         Raises:
             ValueError: If their channels are not ``in_channels``.
@@ -121,10 +121,11 @@ class FusionClsHead(ClsHead):
         channels = tuple(x.shape[1] for x in feats)
         if channels != self.in_channels:
             raise ValueError(
-                f'The backbone gives outputs of {channels} channels, but the head has in_channels={self.in_channels}: '
-                'set that to what the backbone gives; hidden states come with its out_hidden_states=True.'
+                f'in_channels={self.in_channels} of the head does not match the outputs of the backbone, with '
+                f'{channels} channels. Set in_channels={list(channels)}, or out_hidden_states=True of the backbone to '
+                'get its hidden states.'
             )
-        # The norms are of maps, and take states as such: (B, C, N) as (B, C, N, 1).
+        # The norms take maps: reshape hidden states (B, C, N) to (B, C, N, 1).
         maps = [x if x.ndim == 4 else x.unsqueeze(-1) for x in feats]
         return tuple(norm(x).mean((2, 3)) for norm, x in zip(self.norm, maps, strict=True))
 
@@ -135,31 +136,32 @@ class FusionClsHead(ClsHead):
         teacher_logits: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """Compare with the labels and, where there is one, with a teacher's answer.
+        """Calculate the loss for the labels and, if there is a teacher, for its logits.
 
-        Without a teacher, the loss is that of what inference would give. With one, a distilled head learns by hard
-        distillation, half from the labels and half from the teacher's first choice (DeiT, Sec. 4); another head learns
-        by MESA, fully from the labels and fully from the teacher's probabilities.
+        Without a teacher, it is the loss of the logits of eval mode. With one, a distilled head is trained by hard
+        distillation: half the loss for the labels, half the cross-entropy for the teacher's argmax (DeiT, Sec. 4).
+        Other heads are trained by MESA: the loss for the labels plus the cross-entropy for the teacher's probabilities.
 
         Args:
-            feats: The backbone's outputs, (B, C, …) each.
+            feats: Outputs of the backbone, (B, C, …) each.
             data_samples: The labels.
-            teacher_logits: (B, K), of the same images.
+            teacher_logits: (B, K), for the same images.
             **kwargs: Further arguments of the loss.
 
         Returns:
-            ``loss``, of the labels; with a teacher, ``loss_cls`` of the labels and ``loss_distill`` or ``loss_mesa``,
-            of which mmengine logs the sum as ``loss``.
+            ``loss``; with a teacher, ``loss_cls`` for the labels and ``loss_distill`` or ``loss_mesa``. mmengine logs
+            their sum as ``loss``.
 
         Raises:
-            ValueError: If the teacher knows another number of classes.
+            ValueError: If the teacher has another number of classes.
         """
         logits = self._logits(self.pre_logits(feats))
         if teacher_logits is None:
             return self._get_loss(sum(logits) / len(logits), data_samples, **kwargs)
         if teacher_logits.shape != logits[0].shape:
             raise ValueError(
-                f'The teacher knows {teacher_logits.shape[1]} classes, but the head has num_classes={self.num_classes}.'
+                f'num_classes={self.num_classes} of the head does not match the teacher, which has '
+                f'{teacher_logits.shape[1]} classes.'
             )
         losses = self._get_loss(logits[0], data_samples, **kwargs)
         losses['loss_cls'] = losses.pop('loss')
@@ -173,24 +175,24 @@ class FusionClsHead(ClsHead):
     def predict(
         self, feats: tuple[Tensor, ...], data_samples: list[DataSample | None] | None = None
     ) -> list[DataSample]:
-        """Classify without a teacher, in any mode."""
+        """Return predictions from the logits of eval mode, also in training mode."""
         logits = self._logits(self.pre_logits(feats))
         return self._get_predictions(sum(logits) / len(logits), data_samples)
 
     def init_weights(self) -> None:
-        """Initialise as ``init_cfg`` says.
+        """Initialize as ``init_cfg`` says.
 
         Raises:
-            CheckpointError: If a checkpoint named by ``init_cfg`` does not hold every tensor of the head.
+            CheckpointError: If a checkpoint in ``init_cfg`` does not contain every tensor of the head.
         """
         if not pretrained_cfgs(self.init_cfg):
             super().init_weights()
             return
-        initialize(self, _INIT_CFG)  # for classifiers of other classes than the checkpoint's
+        initialize(self, _INIT_CFG)  # for classifiers that are not in the checkpoint
         init_from_checkpoints(self, prefix='head', class_dependent=r'heads(_dist)?\.')
 
     def _logits(self, pooled: tuple[Tensor, ...]) -> tuple[Tensor] | tuple[Tensor, Tensor]:
-        """(B, K) of the classifiers that learn from labels and, if distilled, of those that learn from a teacher."""
+        """Return the logits (B, K) of the classifiers trained by labels and, if any, of those trained by a teacher."""
         logits = _fuse(pooled, self.heads, self.weights)
         if not self.distilled:
             return (logits,)
@@ -204,46 +206,46 @@ def _fuse(pooled: tuple[Tensor, ...], heads: nn.ModuleList, weights: Tensor) -> 
 
 @MODELS.register_module()
 class DistillationClassifier(ImageClassifier):
-    """mmpretrain's ``ImageClassifier``, whose loss also hears a teacher while there is one.
+    """mmpretrain's ``ImageClassifier`` with an optional distillation teacher.
 
-    A teacher has to see the very images of the student, after mixup and cutmix, so it is asked here. It is there in
-    training only and set by a hook, ``mmevm.MESAHook`` or ``mmevm.DistillationHook``: checkpoints, copies and inference
-    know nothing of it, and are those of an ``ImageClassifier``.
+    The teacher takes the images of the student after mixup and cutmix, so it is called here. A hook sets it for
+    training, ``mmevm.MESAHook`` or ``mmevm.DistillationHook``. Checkpoints, copies and inference do not contain it and
+    are those of an ``ImageClassifier``.
 
-    An ``init_cfg`` of ``type='Pretrained'`` is that of backbone and head: each receives every tensor, or that is an
-    error. With a prefix, say it for each of the two.
+    An ``init_cfg`` with ``type='Pretrained'`` applies to backbone and head, and the checkpoint must contain every
+    tensor of both. To use a prefix, give each of them its own ``init_cfg``.
 
     Attributes:
-        teacher: Gives logits (B, K) for images (B, 3, H, W); None if there is no teacher. A function, as a module would
-            become part of the network.
+        teacher: Maps images (B, 3, H, W) to logits (B, K); None if there is no teacher. It is a function, as a module
+            would become part of the network.
     """
 
     teacher: Callable[[Tensor], Tensor] | None = None
-    init_cfg: dict | list[dict] | None  # of mmengine's BaseModule, which has no types
+    init_cfg: dict | list[dict] | None  # mmengine's BaseModule has no type annotations
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != 'teacher'}  # copies have none
 
     def init_weights(self) -> None:
-        """Initialise as ``init_cfg`` says.
+        """Initialize as ``init_cfg`` says.
 
         Raises:
-            CheckpointError: If a checkpoint does not hold every tensor. mmengine's own loading would only warn.
-            ConfigError: If ``init_cfg`` has a prefix, or if there is a neck, which it would not reach.
+            CheckpointError: If a checkpoint does not contain every tensor. mmengine's own loading would only warn.
+            ConfigError: If ``init_cfg`` has a prefix, or the classifier has a neck, which would get no weights.
         """
         pretrained = pretrained_cfgs(self.init_cfg)
         if pretrained:
             if self.with_neck or any(cfg.get('prefix') for cfg in pretrained):
                 raise ConfigError(
-                    'model.init_cfg of a DistillationClassifier is for a backbone and a head whose names begin with '
-                    "'backbone.' and 'head.', without a neck: give backbone.init_cfg and head.init_cfg in its place."
+                    f'model.init_cfg={self.init_cfg}: in a DistillationClassifier, it applies to the backbone and the '
+                    'head, and accepts neither a prefix nor a neck. Instead, give backbone.init_cfg and head.init_cfg.'
                 )
             self.backbone.init_cfg = self.head.init_cfg = self.init_cfg
             self.init_cfg = None
         super().init_weights()
 
     def loss(self, inputs: Tensor, data_samples: list[DataSample]) -> dict[str, Tensor]:
-        """Calculate the head's loss.
+        """Calculate the loss of the head.
 
         Args:
             inputs: Images, (B, 3, H, W).

@@ -4,38 +4,44 @@ Paper: https://arxiv.org/abs/2411.15241. Where the paper and the authors' code d
 their numbers and weights came.
 """
 
-import contextlib
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from functools import partial
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from mmevm.compat import is_autocast_enabled, is_compiling
 from mmevm.registry import MODELS
 
-from .deployed import DeployedBlock, DeployedPatchMerging, DeployedStem, check_type
-from .layers import FFN, ConvNorm, PatchMerging, Stem, items
+from .fuse import check_type, fuse_gated_residual, make_conv, scale_outputs
+from .layers import (
+    FFN,
+    ConvNorm,
+    DeployPatchMerging,
+    DeployStem,
+    PatchMerging,
+    Stem,
+    cast_modules,
+    fold_conv_norm,
+)
+from .mixers import make_deploy_mixer
+from .recompute import recompute
 from .weight_init import init_from_checkpoints, pretrained_cfgs
 
-_POSITIONS_AT_ONCE = 4 * 32**2  # of a map, in the deploy form on a CPU: docs/performance.md
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+# Tokens (pixels of a map) per call of a stage in deploy mode on a CPU: see docs/performance.md.
+_MAX_TOKENS = 4 * 32**2
 
 
 class Block(nn.Module):
-    """Depthwise conv, HSM-SSD, depthwise conv, FFN, each behind a convex gate (paper, Sec. 3.3 and Fig. 4).
+    """Depthwise convolution, HSM-SSD, depthwise convolution, FFN, each with a convex gate (paper, Sec. 3.3, Fig. 4).
 
-    ``x ← (1 − g)·x + g·f(x)`` with ``g = sigmoid(alpha)`` per channel. The paper calls it layer scale, but it weighs
+    ``x ← (1 − g)·x + g·f(x)`` with ``g = sigmoid(alpha)`` per channel. The paper calls it layer scale, but it scales
     the shortcut too and starts near one half.
 
     Args:
@@ -43,8 +49,8 @@ class Block(nn.Module):
         state_dim: Number of hidden states of the mixer.
         mlp_ratio: Hidden channels of the FFN, relative to C.
         drop_path: Probability with which a sample skips one of the four steps in training.
-        norm_cfg: mmcv's config of all norms but that before the mixer.
-        mixer_cfg: Type of the mixer, and its arguments but for ``channels`` and ``state_dim``.
+        norm_cfg: mmcv's config of all norms except that before the mixer.
+        mixer_cfg: Type of the mixer, and its arguments except ``channels`` and ``state_dim``.
         mixer_norm_cfg: mmcv's config of the norm before the mixer.
     """
 
@@ -85,26 +91,69 @@ class Block(nn.Module):
         return x, h
 
     def _gate(self, x: Tensor, fx: Tensor, gate: Tensor) -> Tensor:
-        # A dropped path is a closed gate, and the scale that keeps the expectation belongs to the gate as well.
+        # Dropping a path closes its gate; DropPath also scales the gates that stay open, to keep the expectation.
         gate = self.drop_path(gate.expand(len(x), -1, -1, -1))
         return torch.lerp(x, fx.to(x.dtype), gate.to(x.dtype))
 
 
-class Stage(nn.Module):
-    """Blocks at one resolution, and the down-sampling towards the next stage.
+class DeployBlock(nn.Module):
+    """``Block`` with its BatchNorms and gates folded into the convolutions.
 
-    A dense prediction takes the blocks' map before the down-sampling, so ``forward`` leaves that to its caller.
+    With the gates g₀…g₃ and the steps dw₁, mix, dw₂ and ffn, the block is::
+
+        x ← (1−g₀)·x + g₀·dw₁(x)       one depthwise convolution
+        x ← (1−g₁)·x + g₁·mix(x)       = (1−g₁)·(x + g₁/(1−g₁)·mix(x)); the factor in front goes into dw₂'s kernel
+        x ← (1−g₂)·x + g₂·dw₂(x)       one depthwise convolution, which also multiplies by (1−g₃), so that
+        x ← (1−g₃)·x + g₃·ffn(x)       has a plain shortcut
+
+    Args:
+        block: The trained block, with any mixer.
+        out_hidden_states: Whether to return the mixer's hidden states.
+    """
+
+    def __init__(self, block: Block, out_hidden_states: bool) -> None:
+        super().__init__()
+        gates = block.alpha.detach().double().sigmoid()
+        shortcuts = (-block.alpha.detach().double()).sigmoid()  # 1 − g, without cancellation
+        self.out_hidden_states = out_hidden_states
+
+        weight, bias = fuse_gated_residual(*fold_conv_norm(block.dwconv1), gates[0], shortcuts[0])
+        self.dwconv1 = make_conv(weight, bias, like=block.dwconv1.conv)
+        self.mixer = make_deploy_mixer(
+            block.norm, block.mixer, ratio=gates[1] / shortcuts[1], like=block.dwconv1.conv.weight
+        )
+        weight, bias = fuse_gated_residual(*fold_conv_norm(block.dwconv2), gates[2], shortcuts[2])
+        weight, bias = scale_outputs(weight, shortcuts[1] * shortcuts[3]), bias * shortcuts[3]
+        self.dwconv2 = make_conv(weight, bias, like=block.dwconv2.conv)
+
+        ffn = check_type(block.ffn, FFN)
+        weight, bias = fold_conv_norm(ffn.fc1, relu=True)
+        self.fc1 = make_conv(weight / shortcuts[3].view(-1, 1, 1), bias, like=ffn.fc1.conv)
+        weight, bias = fold_conv_norm(ffn.fc2)
+        self.fc2 = make_conv(scale_outputs(weight, gates[3]), bias * gates[3], like=ffn.fc2.conv)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, C, H, W) to the same, and the hidden states (B, C, N) if requested."""
+        x, h = self.mixer(self.dwconv1(x), self.out_hidden_states)
+        x = self.dwconv2(x)
+        return self.fc2(F.relu_(self.fc1(x))).add_(x), h
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, and the downsampling to the next stage.
+
+    ``forward`` leaves the downsampling to the backbone, which returns the map before it.
 
     Args:
         blocks: The blocks, in order.
-        downsample: What leads to the next stage; None in the last one.
-        with_cp: Whether blocks are recomputed in the backward pass of training in place of keeping their activations.
+        downsample: The downsampling to the next stage; None in the last one.
+        with_cp: Whether blocks recompute their activations in the backward pass of training instead of keeping them.
     """
 
     def __init__(self, blocks: Sequence[Block], downsample: PatchMerging | None, with_cp: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self.downsample: PatchMerging | DeployedPatchMerging | None = downsample
+        self.downsample: PatchMerging | DeployPatchMerging | None = downsample
         self.with_cp = with_cp
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -114,45 +163,14 @@ class Stage(nn.Module):
             x: (B, C, H, W).
 
         Returns:
-            The last block's map, (B, C, H, W), and its hidden states, (B, C, N); None if its mixer has none.
+            The map of the last block, (B, C, H, W), and its hidden states, (B, C, N); None if its mixer has none.
         """
         for block in self.blocks:
             if self.with_cp and self.training and torch.is_grad_enabled():
-                x, h = _checkpoint(block, x)
+                x, h = recompute(block, x)
             else:
                 x, h = block(x)
         return x, h
-
-
-# torch.compile cannot trace context_fn, and without it older versions fail at BatchNorm's running statistics (2.3), as
-# does its eager backend in 2.14.
-@torch.compiler.disable
-def _checkpoint(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    return checkpoint(block, x, use_reentrant=False, context_fn=partial(_contexts, block))
-
-
-def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Those of a block's forward, and of the same forward again in the backward pass."""
-    return contextlib.nullcontext(), _RunningStatsKept(block)
-
-
-class _RunningStatsKept(AbstractContextManager):
-    """Lets BatchNorm move copies of its running statistics: a recomputed forward must not move them a second time.
-
-    It can be entered again, as each backward pass through a retained graph recomputes.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-
-    def __enter__(self) -> None:
-        self.kept = [m._buffers for m in self.norms]
-        for m in self.norms:
-            m._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in m._buffers.items()}
-
-    def __exit__(self, *error: object) -> None:
-        for m, buffers in zip(self.norms, self.kept, strict=True):
-            m._buffers = buffers
 
 
 @MODELS.register_module()
@@ -165,37 +183,36 @@ class EfficientViM(BaseModule):
         (4 convs of stride 2)           │                        │                        │
                               stride 16 ▼              stride 32 ▼              stride 64 ▼
 
-    Any height and width will do, with no padding: a map of stride s has ceil(H/s) × ceil(W/s) pixels.
+    Any height and width work, without padding: a map of stride s has ceil(H/s) × ceil(W/s) pixels.
 
     Args:
         arch: 'm1', 'm2', 'm3' or 'm4' (paper, Table 2), or a dict with ``embed_dims``, ``depths`` and ``state_dims``:
             channels, blocks and hidden states of each stage, finest first.
         in_channels: Channels of the image.
         out_indices: Stages whose maps are returned, ascending. Stages after the last of them are not built.
-        out_hidden_states: Whether the hidden states of each stage's last block are returned too, before the maps: what
-            ``mmevm.FusionClsHead`` fuses. Without it none of them outlives its block.
+        out_hidden_states: Whether to return also the hidden states of each stage's last block, before the maps:
+            ``mmevm.FusionClsHead`` fuses them.
         mlp_ratio: Hidden channels of the FFNs, relative to the stage's channels.
         drop_path_rate: Stochastic depth of the last block; that of the others rises to it linearly from 0.
-        norm_cfg: mmcv's config of all norms but those before the mixers, such as ``dict(type='SyncBN')``.
-        mixer_cfg: Type of the token mixers, and its arguments but for ``channels`` and ``state_dim``; None is
-            ``dict(type='mmevm.HSMSSD')``, the paper's.
+        norm_cfg: mmcv's config of all norms except those before the mixers, such as ``dict(type='SyncBN')``.
+        mixer_cfg: Type of the token mixers, and its arguments except ``channels`` and ``state_dim``; None is
+            ``dict(type='mmevm.HSMSSD')``.
         mixer_norm_cfg: mmcv's config of the norms before the mixers; None is ``dict(type='mmevm.LayerNorm2d')``.
-        frozen_stages: −1 freezes nothing, 0 the stem, n the stem and the first n stages with their down-sampling: no
+        frozen_stages: −1 freezes nothing, 0 the stem, n the stem and the first n stages with their downsampling: no
             gradient, and BatchNorm in eval mode even after ``train()``.
-        norm_eval: Whether BatchNorm stays in eval mode after ``train()``; its weights and biases are trained all the
-            same.
+        norm_eval: Whether BatchNorm stays in eval mode after ``train()``. Its weights and biases are still trained.
         with_cp: Whether blocks recompute their activations in the backward pass of training, which saves memory and
-            costs time. ``torch.compile`` does not compile such blocks in training.
-        deploy: Whether to build the deploy form, for weights that were saved after :meth:`switch_to_deploy`.
-        init_cfg: mmengine's initialisation config. With ``type='Pretrained'`` every tensor of the backbone must be in
-            the checkpoint, which may be a ``timm://`` name, a file of the authors', of timm's or of mmevm's own.
+            takes time. ``torch.compile`` does not compile such blocks in training.
+        deploy: Whether to build the backbone in deploy mode, for weights saved after :meth:`switch_to_deploy`.
+        init_cfg: mmengine's initialization config. With ``type='Pretrained'`` the checkpoint must contain every tensor
+            of the backbone. It may be a ``timm://`` name, or a file of the authors, of timm or of mmevm.
 
     Attributes:
         out_channels: Channels of each returned tensor.
         out_strides: Stride of each returned map, in pixels of the image.
 
     Raises:
-        ValueError: If an argument has a value that is not allowed; the message says which are.
+        ValueError: If an argument has a value that is not allowed; the message lists the allowed ones.
 
     Example:
         >>> import torch
@@ -240,7 +257,7 @@ class EfficientViM(BaseModule):
         super().__init__(init_cfg)
         settings = self._parse_arch(arch)
         embed_dims, depths, state_dims = (settings[key] for key in ('embed_dims', 'depths', 'state_dims'))
-        self._check(out_indices, mlp_ratio, drop_path_rate, frozen_stages, in_channels, len(depths))
+        self._check_arguments(out_indices, mlp_ratio, drop_path_rate, frozen_stages, in_channels, len(depths))
         block_cfgs = dict(
             norm_cfg=norm_cfg or dict(type='BN'),
             mixer_cfg=mixer_cfg or dict(type='mmevm.HSMSSD'),
@@ -258,7 +275,7 @@ class EfficientViM(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
 
-        self.patch_embed: Stem | DeployedStem = Stem(in_channels, embed_dims[0], norm_cfg)
+        self.patch_embed: Stem | DeployStem = Stem(in_channels, embed_dims[0], norm_cfg)
         drop_paths = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
         self.stages = nn.ModuleList(
             Stage(
@@ -287,14 +304,14 @@ class EfficientViM(BaseModule):
             ceil(W/s)) for each of ``out_indices``. C is of ``out_channels``, s of ``out_strides``.
 
         Raises:
-            ValueError: If ``x`` is not such a batch, or the hidden states are wanted of a mixer that has none.
+            ValueError: If ``x`` is not such a batch, or ``out_hidden_states`` is set and the mixer has none.
         """
         if not torch.jit.is_tracing() and not is_compiling():
             self._check_images(x)
-        x = _joined([self.patch_embed(part) for part in self._parts(x, stride=16)])
+        x = self._call(self.patch_embed, x, stride=16)
         hidden_states, maps = [], []
-        for i, stage in enumerate(items(self.stages, Stage)):
-            x, h = self._run(stage, x)
+        for i, stage in enumerate(cast_modules(self.stages, Stage)):
+            x, h = self._call(stage, x)
             if self.out_hidden_states:
                 if h is None:
                     mixer = type(stage.blocks[-1].mixer).__name__
@@ -303,43 +320,47 @@ class EfficientViM(BaseModule):
             if i in self.out_indices:
                 maps.append(x)
             if stage.downsample is not None:
-                x = _joined([stage.downsample(part) for part in self._parts(x)])
+                x = self._call(stage.downsample, x)
         return (*hidden_states, *maps)
 
-    def _run(self, stage: Stage, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        parts = [stage(part) for part in self._parts(x)]
-        states = [h for _, h in parts if h is not None]
-        return _joined([y for y, _ in parts]), _joined(states) if states else None
+    def _call(self, module: Callable[[Tensor], Any], x: Tensor, stride: int = 1) -> Any:
+        """Call a module; in deploy mode on a CPU, with a few images at a time.
 
-    def _parts(self, x: Tensor, stride: int = 1) -> Sequence[Tensor]:
-        """A batch of which the next maps have this stride: in the deploy form on a CPU, a few images at a time."""
+        Args:
+            module: Returns a tensor (B, …), or a tuple of such tensors and None.
+            x: (B, C, H, W).
+            stride: Stride of the module's maps, relative to ``x``.
+        """
         if self.deploy and x.device.type == 'cpu' and not torch.jit.is_tracing() and not is_compiling():
-            # So few that what lies between two layers stays in the cache.
-            images = max(_POSITIONS_AT_ONCE * stride**2 // (x.shape[2] * x.shape[3]), 1)
+            # Few enough that the activations between two layers stay in the cache.
+            images = max(_MAX_TOKENS * stride**2 // (x.shape[2] * x.shape[3]), 1)
             if len(x) > images:
-                return x.chunk(math.ceil(len(x) / images))
-        return [x]
+                chunks = [module(chunk) for chunk in x.chunk(math.ceil(len(x) / images))]
+                if isinstance(chunks[0], Tensor):
+                    return torch.cat(chunks)
+                return tuple(None if y[0] is None else torch.cat(y) for y in zip(*chunks, strict=True))
+        return module(x)
 
     def _check_images(self, x: Tensor) -> None:
         weight = next(self.patch_embed.parameters())  # of the first convolution
-        wanted = f'EfficientViM takes a tensor of images (B, {weight.shape[1]}, H, W)'
+        expected = f'EfficientViM takes a tensor of images (B, {weight.shape[1]}, H, W)'
         if not isinstance(x, Tensor):
-            raise ValueError(f'{wanted}, not a {type(x).__name__}: torch.stack joins images of one size.')
+            raise ValueError(f'{expected}, not a {type(x).__name__}: torch.stack joins images of one size.')
         if x.ndim != 4 or x.shape[1] != weight.shape[1] or 0 in x.shape[2:]:
-            raise ValueError(f'{wanted} with at least one pixel, not {tuple(x.shape)}.')
-        # Autocast converts what it is given, but integers.
+            raise ValueError(f'{expected} with at least one pixel, not {tuple(x.shape)}.')
+        # Autocast converts floats of other dtypes, but not integers.
         if not x.is_floating_point() or (x.dtype != weight.dtype and not is_autocast_enabled(x.device.type)):
             raise ValueError(
-                f'{wanted} of {weight.dtype} as its weights are, not of {x.dtype}: convert them by '
-                f'x.to({weight.dtype}), and normalise them as in training.'
+                f'{expected} of {weight.dtype} as its weights are, not of {x.dtype}: convert them by '
+                f'x.to({weight.dtype}), and normalize them as in training.'
             )
 
     def init_weights(self) -> None:
-        """Initialise as ``init_cfg`` says.
+        """Initialize as ``init_cfg`` says.
 
         Raises:
-            RuntimeError: If a checkpoint named by ``init_cfg`` does not hold every tensor of the backbone. mmengine's
-                own loading would only warn, and train from random weights.
+            CheckpointError: If a checkpoint in ``init_cfg`` does not contain every tensor of the backbone. mmengine's
+                own loading would only warn.
         """
         if pretrained_cfgs(self.init_cfg):
             init_from_checkpoints(self, prefix='backbone')
@@ -349,47 +370,44 @@ class EfficientViM(BaseModule):
     @torch.no_grad()
     @torch.inference_mode(mode=False)  # inference tensors could not be changed in place, or trained on, later
     def switch_to_deploy(self) -> None:
-        """Take the form for inference, in place: the same maps with fewer and faster steps (``mmevm.models.deployed``).
+        """Switch to deploy mode in place: the same outputs with fewer and faster operations.
 
-        Weights are multiplied together, so it cannot be trained any more, and its checkpoints are for ``deploy=True``.
-        Each layer keeps its dtype and device. A second call does nothing.
+        BatchNorm, gates and residual connections are folded into the convolutions, so the backbone cannot be trained
+        any more, and its checkpoints are for ``deploy=True``. Each layer keeps its dtype and device. A second call does
+        nothing.
 
         Raises:
-            TypeError: If a part, such as a down-sampling layer, was replaced by one of another type.
-            ValueError: If a norm of ``norm_cfg`` is no BatchNorm, or a convolution is not a plain one, but has hooks or
-                a parametrization such as spectral norm.
+            TypeError: If a layer, such as a downsampling layer, was replaced by one of another type.
+            ValueError: If a norm of ``norm_cfg`` is not a BatchNorm, or a convolution is not a plain one but has hooks
+                or a parametrization such as spectral norm.
         """
-        if isinstance(self.patch_embed, DeployedStem):
+        if self.deploy:
             return
-        for stage in items(self.stages, Stage):
-            for block in stage.blocks:
-                check_type(block, Block)
-        patch_embed = DeployedStem(self.patch_embed)
-        stages = [
-            (
-                stage,
-                [
-                    DeployedBlock(block, self.out_hidden_states and block is stage.blocks[-1])
-                    for block in items(stage.blocks, Block)
-                ],
-                None if stage.downsample is None else DeployedPatchMerging(stage.downsample),
-            )
-            for stage in items(self.stages, Stage)
+        # Build everything before changing anything: an error leaves the backbone as it was.
+        patch_embed = DeployStem(self.patch_embed)
+        stages = list(cast_modules(self.stages, Stage))
+        blocks = [
+            [
+                DeployBlock(check_type(block, Block), self.out_hidden_states and block is stage.blocks[-1])
+                for block in stage.blocks
+            ]
+            for stage in stages
         ]
+        downsamples = [None if stage.downsample is None else DeployPatchMerging(stage.downsample) for stage in stages]
         self.patch_embed = patch_embed
-        for stage, blocks, downsample in stages:
-            stage.blocks, stage.downsample = nn.ModuleList(blocks), downsample
+        for i, stage in enumerate(stages):
+            stage.blocks, stage.downsample = nn.ModuleList(blocks[i]), downsamples[i]
         self.eval().requires_grad_(False)
         self.deploy = True
 
     def train(self, mode: bool = True) -> 'EfficientViM':
-        """Set training mode, but for what ``frozen_stages`` and ``norm_eval`` keep in eval mode.
+        """Set training mode, except for what ``frozen_stages`` and ``norm_eval`` keep in eval mode.
 
         Raises:
-            RuntimeError: If the backbone has the deploy form.
+            RuntimeError: If the backbone is in deploy mode.
         """
         if mode and self.deploy:
-            raise RuntimeError('An EfficientViM in its deploy form cannot be trained: build it with deploy=False.')
+            raise RuntimeError('An EfficientViM in deploy mode cannot be trained: build it with deploy=False.')
         super().train(mode)
         if mode:
             self._freeze()
@@ -413,17 +431,15 @@ class EfficientViM(BaseModule):
             return cls.arch_settings[arch]
         keys = {'embed_dims', 'depths', 'state_dims'}
         if set(arch) != keys:
-            raise ValueError(f'A custom arch has exactly the keys {sorted(keys)}, not {sorted(arch)}.')
+            raise ValueError(f'arch={arch}: a dict needs exactly the keys {sorted(keys)}.')
         if len({len(arch[key]) for key in keys}) != 1 or not arch['depths']:
-            raise ValueError(f'embed_dims, depths and state_dims need one entry for each stage: {arch}.')
+            raise ValueError(f'arch={arch}: embed_dims, depths and state_dims need one entry for each stage.')
         if any(value < 1 or value != int(value) for key in keys for value in arch[key]) or arch['embed_dims'][0] % 8:
-            raise ValueError(
-                f'An arch has positive integers, embed_dims[0] being a multiple of 8 for the stem: {arch}.'
-            )
+            raise ValueError(f'arch={arch}: all values must be positive integers, embed_dims[0] a multiple of 8.')
         return arch
 
     @staticmethod
-    def _check(
+    def _check_arguments(
         out_indices: Sequence[int],
         mlp_ratio: float,
         drop_path_rate: float,
@@ -433,19 +449,18 @@ class EfficientViM(BaseModule):
     ) -> None:
         if isinstance(out_indices, int):
             raise ValueError(f'out_indices={out_indices}: give a tuple or list, such as ({out_indices},).')
-        allowed = range(num_stages)
-        indices = list(out_indices)
+        indices, allowed = list(out_indices), list(range(num_stages))
         if not indices or indices != sorted(set(indices)) or not set(indices) <= set(allowed):
-            raise ValueError(f'out_indices={out_indices}: give one or more of {list(allowed)}, each once, ascending.')
-        if not -1 <= frozen_stages <= num_stages:
-            raise ValueError(f'frozen_stages={frozen_stages}: −1 (nothing), 0 (the stem) to {num_stages} (all stages).')
-        if frozen_stages > indices[-1] + 1:
+            raise ValueError(f'out_indices={out_indices}: give one or more of {allowed}, each once, ascending.')
+        num_built = indices[-1] + 1
+        if not -1 <= frozen_stages <= num_built:
             raise ValueError(
-                f'frozen_stages={frozen_stages}, but out_indices={out_indices} builds {indices[-1] + 1} only.'
+                f'frozen_stages={frozen_stages}: expected −1 (nothing), 0 (the stem) to {num_built} (all stages that '
+                f'out_indices={out_indices} builds).'
             )
         if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate={drop_path_rate}: a probability from 0 to below 1.')
+            raise ValueError(f'drop_path_rate={drop_path_rate}: expected a probability, at least 0 and below 1.')
         if mlp_ratio <= 0:
-            raise ValueError(f'mlp_ratio={mlp_ratio} must be greater than 0.')
+            raise ValueError(f'mlp_ratio={mlp_ratio}: expected a number greater than 0.')
         if in_channels < 1:
-            raise ValueError(f'in_channels={in_channels}: at least 1.')
+            raise ValueError(f'in_channels={in_channels}: expected at least 1.')

@@ -1,10 +1,14 @@
-"""What EfficientViM is made of, in the order an image meets it: stem, channel LayerNorm, FFN, down-sampling.
+"""Layers of EfficientViM in the order in which an image passes them: stem, LayerNorm, FFN, downsampling.
 
-Attribute names are those of the authors' checkpoints, so that weights can be followed by eye.
+Attribute names are those of the authors' checkpoints.
+
+Below each layer stands its deploy mode: the same function for inference, with BatchNorm and residual connections folded
+into the convolutions (:mod:`mmevm.models.fuse`). Change the two together. Its constructor takes the trained layer; its
+maps are (B, C, H, W) in channels_last, where LayerNorm and products over tokens need no copy.
 """
 
 from collections.abc import Iterable
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,25 +21,24 @@ from torch.nn.modules.conv import _ConvNd
 
 from mmevm.registry import MODELS
 
-M = TypeVar('M', bound=nn.Module)
+from .fuse import M, check_type, fold_norm, fuse_gated_residual, make_conv
 
 
-def items(container: nn.ModuleList | nn.Sequential, kind: type[M]) -> Iterable[M]:
-    """The modules in a container, of which torch's types tell no more than that they are modules."""
+def cast_modules(container: nn.ModuleList | nn.Sequential, kind: type[M]) -> Iterable[M]:
+    """Return the modules of a container under their type, which torch's annotations do not keep."""
     return cast('Iterable[M]', container)
 
 
 class ConvNorm(nn.Module):
     """Convolution without bias, optional norm, optional ReLU.
 
-    Padding keeps the size (stride 1) or gives ``ceil(size / stride)``.
-
-    mmcv's ``ConvModule`` would do, but it names its norm after the norm's type (``bn``); checkpoints call it ``norm``.
+    Padding keeps the size (stride 1) or gives ``ceil(size / stride)``. mmcv's ``ConvModule`` names its norm after the
+    norm's type (``bn``); checkpoints call it ``norm``.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        kernel_size: Odd side of the kernel.
+        kernel_size: Side of the kernel, odd.
         stride: Stride of the convolution.
         groups: Groups of the convolution; ``in_channels`` makes it depthwise.
         norm_cfg: mmcv's config of the norm; None for none.
@@ -74,13 +77,32 @@ class ConvNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, …) to (B, out_channels, …)."""
         if self.training and self._has_fixed_statistics():
-            # Of one convolution autograd keeps less than of a convolution and a norm, and gives the same gradients.
+            # The same gradients; autograd keeps the activations of one operation in place of two.
             return self.act(efficient_conv_bn_eval_forward(self.norm, self.conv, x))
         return self.act(self.norm(self.conv(x)))
 
     def _has_fixed_statistics(self) -> bool:
         norm = self.norm
         return isinstance(norm, _BatchNorm) and not norm.training and norm.running_var is not None
+
+
+def fold_conv_norm(layer: nn.Module, relu: bool = False) -> tuple[Tensor, Tensor]:
+    """Fold a ``ConvNorm`` into one convolution: its deploy mode.
+
+    Args:
+        layer: The layer.
+        relu: Whether a ReLU is expected in it. The caller applies it.
+
+    Returns:
+        Weight and bias, in float64.
+
+    Raises:
+        TypeError: If the layer is not a ``ConvNorm``, or has another activation.
+        ValueError: If its norm is not a BatchNorm, or its convolution is not a plain one.
+    """
+    layer = check_type(layer, ConvNorm)
+    check_type(layer.act, nn.ReLU if relu else nn.Identity)
+    return fold_norm(layer.conv, layer.norm)
 
 
 class Stem(nn.Module):
@@ -107,12 +129,41 @@ class Stem(nn.Module):
         return self.conv(x)
 
 
+class DeployStem(nn.Module):
+    """``Stem`` without BatchNorm.
+
+    Args:
+        stem: The trained layer.
+    """
+
+    def __init__(self, stem: nn.Module) -> None:
+        super().__init__()
+        layers = list(cast_modules(check_type(stem, Stem).conv, ConvNorm))
+        self.num_relus = len(layers) - 1
+        self.conv = nn.Sequential(
+            *(make_conv(*fold_conv_norm(x, relu=i < self.num_relus), like=x.conv) for i, x in enumerate(layers))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) to (B, embed_dims, ceil(H/16), ceil(W/16)), in channels_last."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        for i, conv in enumerate(self.conv):
+            x = conv(x)
+            if i < self.num_relus:
+                x = F.relu_(x)
+        return x
+
+
 @MODELS.register_module()
 class LayerNorm2d(nn.Module):
     """LayerNorm over the channels of each pixel of a (B, C, H, W) map.
 
-    Mean and variance are taken in at least float32, whatever autocast says: a sum of squares of features of 1e4 does
-    not fit into float16, and bfloat16 has not enough digits for the mean.
+    The statistics are computed in at least float32 and the output has the dtype of the input, whatever autocast and the
+    backend do: squares of features of 1e4 overflow float16, and bfloat16 has too few digits for the mean. timm's
+    ``LayerNorm2d`` leaves both to the backend, and its ``LayerNorm2dFp32`` rounds float64 to float32.
+
+    It keeps its weight and bias in deploy mode: folding them into the mixer would save nothing, as the hidden states
+    would need a bias that depends on the image.
 
     Args:
         num_channels: C.
@@ -126,7 +177,7 @@ class LayerNorm2d(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to the same."""
+        """(B, C, H, W) to (B, C, H, W)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         y = F.layer_norm(x.permute(0, 2, 3, 1).to(dtype), weight.shape, weight, bias, self.eps)
@@ -134,7 +185,10 @@ class LayerNorm2d(nn.Module):
 
 
 class FFN(nn.Module):
-    """Two 1×1 convolutions with a ReLU between: mixes the channels of each pixel.
+    """Two 1×1 convolutions with a ReLU between them, which mix the channels of each pixel.
+
+    In deploy mode the block's gates are folded into both convolutions: see
+    :class:`~mmevm.models.efficientvim.DeployBlock`.
 
     Args:
         channels: C, of input and output.
@@ -148,15 +202,15 @@ class FFN(nn.Module):
         self.fc2 = ConvNorm(hidden_channels, channels, 1, norm_cfg=norm_cfg)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to the same."""
+        """(B, C, H, W) to (B, C, H, W)."""
         return self.fc2(self.fc1(x))
 
 
 class PatchMerging(nn.Module):
-    """Down-sampling between two stages: an inverted residual of stride 2 with squeeze-and-excitation.
+    """Downsampling between two stages: an inverted residual of stride 2 with squeeze-and-excitation.
 
-    A depthwise 3×3 with a shortcut stands before and after it, as in the authors' code (the paper only cites
-    EfficientViT).
+    A depthwise 3×3 convolution with a shortcut stands before and after it, as in the authors' code (the paper only
+    cites EfficientViT).
 
     Args:
         in_channels: Channels of the finer stage.
@@ -181,3 +235,34 @@ class PatchMerging(nn.Module):
         x = x + self.dwconv1(x)
         x = self.conv(x)
         return x + self.dwconv2(x)
+
+
+class DeployPatchMerging(nn.Module):
+    """``PatchMerging`` without BatchNorm, its shortcuts folded into the depthwise convolutions.
+
+    Args:
+        merging: The trained layer.
+    """
+
+    def __init__(self, merging: nn.Module) -> None:
+        super().__init__()
+        merging = check_type(merging, PatchMerging)
+        expand, dwconv, reduce = (check_type(merging.conv[i], ConvNorm) for i in (0, 1, 3))
+        self.se = merging.conv[2]
+        self.dwconv1 = self._fuse_shortcut(merging.dwconv1)
+        self.fc1 = make_conv(*fold_conv_norm(expand, relu=True), like=expand.conv)
+        self.dwconv = make_conv(*fold_conv_norm(dwconv, relu=True), like=dwconv.conv)
+        self.fc2 = make_conv(*fold_conv_norm(reduce), like=reduce.conv)
+        self.dwconv2 = self._fuse_shortcut(merging.dwconv2)
+
+    @staticmethod
+    def _fuse_shortcut(layer: ConvNorm) -> nn.Module:
+        weight, bias = fold_conv_norm(layer)
+        one = weight.new_ones(())
+        return make_conv(*fuse_gated_residual(weight, bias, gate=one, shortcut=one), like=layer.conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) to (B, out_channels, ceil(H/2), ceil(W/2)), in channels_last."""
+        x = F.relu_(self.fc1(self.dwconv1(x)))
+        x = self.se(F.relu_(self.dwconv(x)))
+        return self.dwconv2(self.fc2(x))

@@ -1,4 +1,4 @@
-"""Convolutions whose weights lie in memory as a CPU's kernels read them."""
+"""Convolutions that keep their weight in the memory layout of the CPU's kernels."""
 
 import platform
 from typing import TYPE_CHECKING, Any
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class WatchedParameter(nn.Parameter):
-    """A parameter that loses its ``_mark`` when somebody may write to its memory without increasing its ``_version``.
+    """A parameter that drops its ``_mark`` before its memory may be written to without increasing its ``_version``.
 
-    The ways to do so start with one of the methods below.
+    Such a write needs one of the attributes below first.
     """
 
     @property
     def data(self) -> Tensor:
-        """As of any tensor."""
+        """Like ``Tensor.data``."""
         vars(self).pop('_mark', None)
         return super().data
 
@@ -32,17 +32,17 @@ class WatchedParameter(nn.Parameter):
         nn.Parameter.data.__set__(self, value)  # type: ignore[attr-defined]
 
     def detach(self) -> Tensor:
-        """As of any tensor."""
+        """Like ``Tensor.detach``."""
         vars(self).pop('_mark', None)
         return super().detach()
 
     def numpy(self, *, force: bool = False) -> 'np.ndarray':
-        """As of any tensor."""
+        """Like ``Tensor.numpy``."""
         vars(self).pop('_mark', None)
         return super().numpy(force=force)
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        """As of any tensor."""
+        """Like ``Tensor.untyped_storage``."""
         vars(self).pop('_mark', None)
         return super().untyped_storage()
 
@@ -52,7 +52,7 @@ class WatchedParameter(nn.Parameter):
 
 
 def _watch(weight: Tensor) -> tuple[object, int]:
-    """Mark a parameter, and return the state that it keeps until somebody may have written to it."""
+    """Mark a parameter, and return its state, which changes when it may have been written to."""
     weight.__class__ = WatchedParameter
     vars(weight).setdefault('_mark', object())
     return _state(weight)
@@ -63,31 +63,30 @@ def _state(weight: Tensor) -> tuple[object, int]:
 
 
 class PackedConv2d(nn.Conv2d):
-    """``nn.Conv2d`` for inference, whose weight is brought into oneDNN's own layout once, not in each call.
+    """``nn.Conv2d`` for inference that reorders its weight into oneDNN's layout once instead of in each call.
 
-    PyTorch does so itself where it compiles a model. Which layout that is depends on the shape of the images: the
-    second batch of one shape in a row is the first that finds its weights so. All else is ``nn.Conv2d``: the numbers,
-    bit for bit, the state dict, and what runs before torch 2.8, where PyTorch has another kernel than oneDNN's, for
-    images that are not in channels_last, with autocast, while something traces or compiles the model, and where a
-    gradient is asked for.
+    torch.compile does the same. The layout depends on the shape of the input, so the weight is packed at the second
+    input in a row with the same shape. The outputs are those of ``nn.Conv2d``, bit for bit, and so is the state dict.
+    It falls back to ``nn.Conv2d`` before torch 2.8, where PyTorch selects another kernel than oneDNN's, for inputs that
+    are not in channels_last, under autocast, while the model is traced or compiled, and where gradients are required.
 
-    The weight may be written to at any time: in place, through ``weight.data`` as EMA does, a state dict, or an array.
-    It is packed again after that, and is not packed while another tensor shares its memory, nor once NumPy has. Two
-    ways of writing go unseen while it is packed: ``.data`` or ``.numpy()`` of a view, such as ``weight[0].data``, in
-    place of ``weight.data[0]``; and C++ extensions that write to its address.
+    The weight may be changed at any time: in place, through ``weight.data`` (as EMA does), a state dict or an array. It
+    is then packed again; it is not packed while another tensor shares its memory. Two kinds of writes are not detected
+    while the weight is packed: through ``.data`` or ``.numpy()`` of a view, as in ``weight[0].data`` (use
+    ``weight.data[0]``), and by C++ extensions that write to its address.
     """
 
-    # The weight, its state, the shape of the images, the layout.
+    # The weight, its state, the shape of the input, the packed weight.
     _packed: tuple[Tensor, tuple[object, int], torch.Size, Tensor] | None = None
     _last_shape: torch.Size | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """As ``nn.Conv2d``: (B, C, H, W) to (B, C', H', W')."""
+        """(B, C, H, W) to (B, C', H', W'), like ``nn.Conv2d``."""
         if is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
             return super().forward(x)
         shape = x.shape
         if shape != self._last_shape:
-            self.__dict__['_last_shape'] = shape  # past nn.Module's own checks, which take longer than all of this
+            self.__dict__['_last_shape'] = shape  # nn.Module.__setattr__ would take longer than everything else here
             return super().forward(x)
         layout = self._layout(x) if self._can_be_packed(x) else None
         if layout is None:
@@ -96,7 +95,7 @@ class PackedConv2d(nn.Conv2d):
         return _convolve(x, layout, self.bias, *geometry, 'none', [], '')
 
     def _layout(self, x: Tensor) -> Tensor | None:
-        """The weight as oneDNN's kernel for this shape reads it; it would rearrange another one slowly, each time."""
+        """Return the weight in oneDNN's layout for this input; None if oneDNN does not run or memory is shared."""
         weight, shape = self.weight, x.shape
         packed = self._packed  # another thread may set it to None
         if packed is not None:
@@ -113,7 +112,7 @@ class PackedConv2d(nn.Conv2d):
         return layout
 
     def _backend(self, x: Tensor) -> str:
-        """Whose kernel PyTorch takes. Another one rounds otherwise, and numbers would depend on what was before."""
+        """Return the backend that PyTorch selects. Another one would round differently than ``nn.Conv2d``."""
         geometry = self.stride, self.padding, self.dilation, False, (0, 0), self.groups
         return torch._C._select_conv_backend(x, self.weight, self.bias, *geometry).name
 
@@ -128,7 +127,7 @@ class PackedConv2d(nn.Conv2d):
             and x.dtype == weight.dtype == torch.float32
             and x.dim() == 4
             and x.is_contiguous(memory_format=torch.channels_last)
-            and not x.is_contiguous()  # as maps of one pixel are too, which kernels take for either
+            and not x.is_contiguous()  # maps of one pixel are both, and kernels may take them for either
             and torch.backends.mkldnn.enabled
             and not is_autocast_enabled('cpu')
             and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
@@ -137,7 +136,7 @@ class PackedConv2d(nn.Conv2d):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the layout, which belongs to this process."""
+        """Leave out the packed weight, which belongs to this process."""
         return self.__dict__ | {'_packed': None, '_last_shape': None}
 
 
@@ -149,7 +148,7 @@ def _has_version(weight: Tensor) -> bool:
 
 
 def _is_shared(weight: Tensor) -> bool:
-    """Whether something else may write to the memory of a tensor: another tensor, an array or a process."""
+    """Return whether another tensor, an array or a process may write to the memory of a tensor."""
     return _uses(weight) > _USES_ALONE or weight.is_shared() or not weight.untyped_storage().resizable()
 
 

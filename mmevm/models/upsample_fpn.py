@@ -1,4 +1,4 @@
-"""A feature pyramid that is finer than its backbone."""
+"""The neck for detection: a feature pyramid with levels finer than those of the backbone."""
 
 import torch.nn.functional as F
 from mmcv.cnn import ConvModule
@@ -12,9 +12,9 @@ from .layers import LayerNorm2d
 
 @MODELS.register_module()
 class UpsampleFPN(FPN):
-    """FPN whose finest levels are up-sampled from the finest map of the backbone.
+    """FPN with finer levels, upsampled from the finest map of the backbone.
 
-    EfficientViM's first map has stride 16, but detectors of small objects want strides from 4 or 8 on::
+    The first map of EfficientViM has stride 16, but detectors expect strides from 4 or 8 on::
 
         backbone    pre_norms   lateral_convs
                                      ┌─ upsample_convs[1] ─ upsample_fpn_convs[1]   stride  4
@@ -24,25 +24,24 @@ class UpsampleFPN(FPN):
         stride 64 ─ LayerNorm ─ 1×1 ─ + ──────────────────── fpn_convs[2]           stride 64
                           └─────────── fpn_convs[3], if add_extra_convs='on_input'  stride 128
 
-    ``upsample_convs[1]`` takes what ``upsample_convs[0]`` gives. Levels as coarse as the backbone's, and coarser, are
-    those of mmdet's FPN.
+    The input of ``upsample_convs[1]`` is the output of ``upsample_convs[0]``. The other levels are those of
+    mmdet's FPN, applied to the maps after LayerNorm.
 
     Args:
         in_channels: Channels of each map of the backbone, finest first.
         out_channels: Channels of each level of the pyramid.
-        num_outs: Number of levels in all: ``num_upsamples`` finer ones, one for each map, and as many coarser ones as
-            remain.
-        num_upsamples: Levels finer than the backbone's first map, each twice as fine as the one before.
-        add_extra_convs: Where the coarser levels come from: False is max pooling of the last level; 'on_input' (or
-            True), 'on_lateral' and 'on_output' are 3×3 convolutions of stride 2, of which the first takes the
-            backbone's last map after its LayerNorm, the last lateral, or the last level.
-        relu_before_extra_convs: Whether a ReLU stands before each of these convolutions but the first.
+        num_outs: Number of levels: ``num_upsamples`` finer ones, one for each map, and the remaining ones coarser.
+        num_upsamples: Number of levels finer than the backbone's first map; each halves the stride.
+        add_extra_convs: Source of the coarser levels. False: max pooling of the last level. 'on_input' (or True),
+            'on_lateral' and 'on_output': 3×3 convolutions of stride 2, the first of which takes the backbone's last map
+            after its LayerNorm, the last lateral, or the last level.
+        relu_before_extra_convs: Whether a ReLU stands before each of these convolutions except the first.
         norm_cfg: mmcv's config of norms in laterals and 3×3 convolutions; None for none.
         act_cfg: mmcv's config of activations there; None for none.
-        init_cfg: mmengine's initialisation config; None is FPN's, Xavier for convolutions.
+        init_cfg: mmengine's initialization config; None is FPN's, Xavier for convolutions.
 
     Raises:
-        ValueError: If ``num_outs`` has no room for the finer levels and those of the backbone.
+        ValueError: If ``num_outs`` is smaller than the number of finer levels and maps.
 
     Example:
         >>> import torch
@@ -72,8 +71,8 @@ class UpsampleFPN(FPN):
     ) -> None:
         if num_upsamples < 0 or num_outs < num_upsamples + len(in_channels):
             raise ValueError(
-                f'num_outs={num_outs} levels cannot hold num_upsamples={num_upsamples} finer ones and one for each of '
-                f'the {len(in_channels)} maps of in_channels={in_channels}.'
+                f'num_outs={num_outs}: expected at least num_upsamples={num_upsamples} (0 or more) plus one level for '
+                f'each of the {len(in_channels)} maps of in_channels={in_channels}.'
             )
         super().__init__(
             in_channels=list(in_channels),
@@ -99,7 +98,7 @@ class UpsampleFPN(FPN):
         """Build the pyramid.
 
         Args:
-            inputs: The backbone's maps, (B, C, H, W) each, finest first.
+            inputs: Maps of the backbone, (B, C, H, W) each, finest first.
 
         Returns:
             ``num_outs`` levels of ``out_channels`` channels, finest first.
@@ -110,8 +109,8 @@ class UpsampleFPN(FPN):
         channels = [x.shape[1] for x in inputs]
         if channels != self.in_channels:
             raise ValueError(
-                f'The backbone gives maps of {channels} channels, but the neck has in_channels={self.in_channels}: '
-                'set that to what the backbone gives.'
+                f'in_channels={self.in_channels} of the neck does not match the maps of the backbone, with {channels} '
+                f'channels. Set in_channels={channels}.'
             )
         normed = [norm(x) for norm, x in zip(self.pre_norms, inputs, strict=True)]
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, normed, strict=True)]
@@ -123,7 +122,7 @@ class UpsampleFPN(FPN):
         for upsample, conv in zip(self.upsample_convs, self.upsample_fpn_convs, strict=True):
             x = upsample(x)
             finer.append(conv(x))
-        # `fpn_convs` holds one convolution for each map and, behind these, those of the coarser levels.
+        # fpn_convs contains one convolution for each map, then those of the coarser levels.
         levels = [conv(x) for conv, x in zip(self.fpn_convs, laterals, strict=False)]
         return (*reversed(finer), *levels, *self._coarser_levels(normed[-1], laterals[-1], levels[-1]))
 

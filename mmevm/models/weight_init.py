@@ -15,16 +15,16 @@ def pretrained_cfgs(init_cfg: dict | list[dict] | None) -> list[dict]:
 
 
 def init_from_checkpoints(module: BaseModule, **defaults: Any) -> None:
-    """Load the checkpoints of ``module.init_cfg``, every tensor of the module from each.
+    """Load the checkpoints of ``module.init_cfg``. Each must contain every tensor of the module.
 
-    mmengine's own ``PretrainedInit`` only warns about missing tensors.
+    mmengine's ``PretrainedInit`` only warns about missing tensors.
 
     Args:
-        module: Receives the weights.
+        module: The module that gets the weights.
         **defaults: Arguments of ``mmevm.StrictPretrainedInit`` that ``init_cfg`` may override.
 
     Raises:
-        CheckpointError: If a checkpoint cannot be read, or does not hold every tensor of the module.
+        CheckpointError: If a checkpoint cannot be read, or does not contain every tensor of the module.
     """
     for cfg in pretrained_cfgs(module.init_cfg):
         WEIGHT_INITIALIZERS.build({**defaults, **cfg, 'type': 'mmevm.StrictPretrainedInit'})(module)

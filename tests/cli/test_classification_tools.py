@@ -1,4 +1,4 @@
-"""Training, fine-tuning and distilling classifiers by the command line, on digits and on the CPU."""
+"""Train, fine-tune and distill classifiers with the tools, on digits and on the CPU."""
 
 import cv2
 import numpy as np
@@ -7,7 +7,7 @@ import timm
 import torch
 from command_line import ROOT, run, scalars, succeed
 
-CONFIG = ROOT / 'configs/demo/evm_m1_digits.py'
+CONFIG = ROOT / 'configs/demo/efficientvim-m1_digits.py'
 DETECTOR = ROOT / 'configs/demo/maskrcnn_evm_m1_shapes.py'
 
 pytestmark = pytest.mark.slow
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
-    """Four images of each digit, and one to evaluate on that is a single row of pixels."""
+    """Four images of each digit, and a validation image with a single row of pixels."""
     root = tmp_path_factory.mktemp('digits')
     succeed(ROOT / 'tools/make_digits.py', root, cwd=root)
     for split in ('train', 'val'):
@@ -33,7 +33,7 @@ def train(config, *arguments, cwd, options=()):
 
 @pytest.fixture(scope='module')
 def trained(digits, tmp_path_factory):
-    """Two epochs of five iterations: the work dir."""
+    """The work dir after two epochs of five iterations."""
     cwd = tmp_path_factory.mktemp('trained')
     train(CONFIG, '--work-dir', 'here', '--data-root', digits, cwd=cwd, options=['train_cfg.val_interval=2'])
     return cwd / 'here'
@@ -44,7 +44,7 @@ def derived(path, text):
     return path
 
 
-def test_mesa_begins_at_a_quarter_and_the_average_is_evaluated(trained):
+def test_mesa_starts_at_a_quarter_and_ema_is_evaluated(trained):
     steps, (evaluation,) = scalars(trained)
     assert ['loss_mesa' in step for step in steps] == [False] * 3 + [True] * 7
     assert 0 <= evaluation['accuracy/top1'] <= 100
@@ -54,7 +54,7 @@ def test_mesa_begins_at_a_quarter_and_the_average_is_evaluated(trained):
     assert not torch.equal(averaged, last)
 
 
-def test_test_gives_the_accuracy_of_the_training(digits, trained, tmp_path):
+def test_test_reproduces_the_accuracy_of_the_training(digits, trained, tmp_path):
     flags = ['--data-root', digits, '--work-dir', 'work', '--show-dir', 'pictures', '--out', 'predictions.pkl']
     printed = succeed(ROOT / 'tools/test.py', CONFIG, trained / 'epoch_2.pth', *flags, cwd=tmp_path)
     accuracy = scalars(trained)[1][0]['accuracy/top1']
@@ -63,16 +63,16 @@ def test_test_gives_the_accuracy_of_the_training(digits, trained, tmp_path):
     assert len(list((tmp_path / 'pictures').iterdir())) == 10 * 4 + 1
 
 
-def test_a_training_goes_on(digits, trained, tmp_path):
+def test_resume(digits, trained, tmp_path):
     resume = ['--resume', trained / 'epoch_2.pth']
     options = ['train_cfg.max_epochs=3', 'train_cfg.val_interval=9']
     train(CONFIG, '--work-dir', 'here', '--data-root', digits, *resume, cwd=tmp_path, options=options)
     steps, _ = scalars(tmp_path / 'here')
     assert [step['step'] for step in steps] == list(range(11, 16))
-    assert all('loss_mesa' in step for step in steps)  # its beginning is past
+    assert all('loss_mesa' in step for step in steps)  # MESA started before
 
 
-def test_a_classifier_starts_a_detector(trained, tmp_path):
+def test_detector_starts_from_a_classifier(trained, tmp_path):
     succeed(ROOT / 'tools/make_shapes.py', 'shapes', '--num-train', 4, '--num-val', 2, '--size', 96, cwd=tmp_path)
     init_cfg = dict(_delete_=True, type='Pretrained', prefix='backbone.', checkpoint=trained / 'epoch_2.pth')
     options = [f'model.backbone.init_cfg.{key}={value}' for key, value in init_cfg.items()]
@@ -82,7 +82,7 @@ def test_a_classifier_starts_a_detector(trained, tmp_path):
         *('--cfg-options', *options, 'optim_wrapper.optimizer.lr=0'),
         cwd=tmp_path,
     )
-    assert 'tensors of EfficientViM loaded from' in printed
+    assert 'tensors of EfficientViM from' in printed
     classifier = torch.load(trained / 'epoch_2.pth', map_location='cpu', weights_only=False)['state_dict']
     detector = torch.load(tmp_path / 'here/iter_1.pth', map_location='cpu', weights_only=False)['state_dict']
     names = [name for name, tensor in classifier.items() if name.startswith('backbone.') and 'running' not in name]
@@ -92,14 +92,14 @@ def test_a_classifier_starts_a_detector(trained, tmp_path):
             torch.testing.assert_close(detector[name], classifier[name], msg=name)
 
 
-def test_fine_tuning_on_other_classes_at_a_higher_resolution(digits, trained, tmp_path):
+def test_fine_tuning_with_other_classes_and_resolution(digits, trained, tmp_path):
     for split in ('train', 'val'):
         (tmp_path / 'own' / split).mkdir(parents=True)
         for name in '0123456':
             (tmp_path / 'own' / split / name).symlink_to(digits / split / name)
     config = tmp_path / 'fine_tuning.py'
     config.write_text(f"""
-_base_ = '{ROOT / 'configs/demo/evm_m1_finetune.py'}'
+_base_ = '{ROOT / 'configs/demo/efficientvim-m1_finetune.py'}'
 model = dict(init_cfg=dict(checkpoint='{trained / 'epoch_2.pth'}'), head=dict(num_classes=7))
 data_preprocessor = dict(num_classes=7)
 train_pipeline = _base_.train_pipeline
@@ -110,14 +110,14 @@ test_dataloader = val_dataloader
 """)
     options = ['train_cfg.max_epochs=1', 'train_cfg.val_interval=1']
     printed = train(config, '--work-dir', 'here', '--data-root', 'own', cwd=tmp_path, options=options)
-    assert 'tensors of EfficientViM loaded from' in printed
+    assert 'tensors of EfficientViM from' in printed
     assert 'knows 10 classes, FusionClsHead 7: its 8 tensors that belong to the classes' in printed
     steps, (evaluation,) = scalars(tmp_path / 'here')
     assert len(steps) == 4
     assert 'accuracy/top1' in evaluation
 
 
-def test_two_processes_learn_and_evaluate(digits, tmp_path):
+def test_two_processes(digits, tmp_path):
     start = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2]
     flags = ['--launcher', 'pytorch', '--data-root', digits, '--work-dir', 'work', '--auto-scale-lr']
     options = ['train_dataloader.batch_size=4', 'train_cfg.max_epochs=1', 'train_cfg.val_interval=1']
@@ -132,8 +132,8 @@ def test_two_processes_learn_and_evaluate(digits, tmp_path):
     )
 
 
-def test_distillation_from_a_network_of_timm_s(digits, tmp_path):
-    """As evm_m1_distill_in1k.py, with a small teacher."""
+def test_distillation_from_a_timm_model(digits, tmp_path):
+    """Like efficientvim-m1-distilled_300e_in1k.py, with a small teacher."""
     torch.save(timm.create_model('test_resnet', num_classes=10).state_dict(), tmp_path / 'teacher.pth')
     config = derived(
         tmp_path / 'distill.py',
@@ -158,7 +158,7 @@ custom_hooks = [_base_.custom_hooks[0], dict(type='mmevm.DistillationHook', teac
     assert 'head.heads_dist.0.weight' in state
 
 
-def test_a_file_that_is_no_image_is_named(digits, tmp_path):
+def test_broken_image_is_named(digits, tmp_path):
     root = tmp_path / 'digits'
     for split in ('train', 'val'):
         (root / split).mkdir(parents=True)
@@ -176,7 +176,7 @@ def test_a_file_that_is_no_image_is_named(digits, tmp_path):
     assert f'{root}/val/9/broken.png' in result.stderr
 
 
-def test_folders_that_differ_are_a_warning(digits, tmp_path):
+def test_different_folders_are_a_warning(digits, tmp_path):
     for split, names in dict(train='0123456789', val='123456789').items():
         (tmp_path / split).mkdir()
         for name in names:

@@ -1,4 +1,4 @@
-"""Trainings that are killed at any moment, and go on: processes of their own, on small images and on the CPU."""
+"""Trainings that are killed at any moment and resumed: separate processes, small images, on CPU."""
 
 import os
 import shutil
@@ -14,19 +14,19 @@ from command_line import ENVIRONMENT, ROOT, run, succeed, the_sentence
 from mmevm.engine.training_state import check_training_checkpoint
 
 SHAPES = ROOT / 'configs/demo/maskrcnn_evm_m1_shapes.py'
-DIGITS = ROOT / 'configs/demo/evm_m1_digits.py'
+DIGITS = ROOT / 'configs/demo/efficientvim-m1_digits.py'
 SEED = ['randomness.seed=0', 'randomness.deterministic=True']
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 class Training:
-    """A run of tools/train.py, watched as it goes."""
+    """A running tools/train.py, whose output is read."""
 
     def __init__(self, config, *arguments, cwd):
         command = [sys.executable, '-u', ROOT / 'tools/train.py', config, '--work-dir', 'here', *arguments]
         self.log = cwd / 'log.txt'
-        with self.log.open('w') as output:  # the process's own: whoever shares it moves its place by reading
+        with self.log.open('w') as output:  # a shared file object would share its position
             self.process = subprocess.Popen(
                 list(map(str, command)),
                 cwd=cwd,
@@ -89,13 +89,13 @@ def classification(digits, *options):
     ]
 
 
-def whole_checkpoints(folder):
-    """Iterations that were saved; every one of the files is whole."""
+def saved_iterations(folder):
+    """Return the iterations of the checkpoints, all of which must be valid."""
     return sorted(check_training_checkpoint(path)['iter'] for path in folder.glob('*.pth'))
 
 
 def assert_same_state(path, other):
-    """Bit for bit: weights, averages, optimiser and schedules."""
+    """Compare weights, averages, optimizer and schedules bit for bit."""
     first, second = (torch.load(path, map_location='cpu', weights_only=False) for path in (path, other))
     assert first.keys() == second.keys()
     for part in ('state_dict', 'ema_state_dict', 'optimizer', 'param_schedulers'):
@@ -113,7 +113,7 @@ def uninterrupted(shapes, tmp_path_factory):
     return cwd / 'here'
 
 
-def test_ten_kills_change_nothing(shapes, uninterrupted, tmp_path):
+def test_training_killed_ten_times_equals_an_uninterrupted_one(shapes, uninterrupted, tmp_path):
     here = tmp_path / 'here'
     saved = cut_off = 0
 
@@ -127,11 +127,11 @@ def test_ten_kills_change_nothing(shapes, uninterrupted, tmp_path):
         return lambda _: (here / f'iter_{number}.pth').exists()
 
     moments = [
-        is_printed('Checkpoints will be saved to'),  # nothing is there yet
+        is_printed('Checkpoints will be saved to'),  # no checkpoint yet
         is_printed('Iter(train) [ 1/20]'),
         is_being_written(2),
         is_printed('Iter(train) [ 3/20]'),
-        is_written(4),  # before mmengine has named it as the last one
+        is_written(4),  # before mmengine writes last_checkpoint
         is_being_written(6),
         is_printed('Iter(val) [1/4]'),
         is_printed('Load checkpoint from'),
@@ -143,10 +143,10 @@ def test_ten_kills_change_nothing(shapes, uninterrupted, tmp_path):
         training.wait_for(lambda: moment(training))  # noqa: B023
         printed = training.end(signal.SIGKILL)
         assert training.process.returncode == -signal.SIGKILL
-        expected = f'resumed epoch: 0, iter: {saved}\n' if saved else 'the training starts anew'
+        expected = f'resumed epoch: 0, iter: {saved}\n' if saved else 'the training starts from the beginning'
         assert expected in printed or moment is moments[7]
         cut_off += len(list(here.glob('*.part')))
-        complete = whole_checkpoints(here)
+        complete = saved_iterations(here)
         assert not complete or complete[-1] >= saved
         saved = complete[-1] if complete else 0
     assert saved >= 18
@@ -158,11 +158,11 @@ def test_ten_kills_change_nothing(shapes, uninterrupted, tmp_path):
 
 
 def damage(path):
-    """Cut a file off, as a disk does that was not told to keep it."""
+    """Cut off a file, as after a power failure without sync."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(shapes, uninterrupted, tmp_path):
+def test_resume_skips_a_damaged_checkpoint(shapes, uninterrupted, tmp_path):
     here = tmp_path / 'here'
     shutil.copytree(uninterrupted, here)
     damage(here / 'iter_20.pth')
@@ -177,8 +177,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(shapes, uninte
     assert f'None of the checkpoints in {here} can be resumed from' in the_sentence(result)
 
 
-def test_a_full_disk_is_an_error_that_leaves_the_checkpoints_before(shapes, uninterrupted, tmp_path):
-    """On a file system that has room for two and a half of them."""
+def test_full_disk_is_an_error_and_keeps_earlier_checkpoints(shapes, uninterrupted, tmp_path):
+    """The file system has room for two and a half checkpoints."""
     size = (uninterrupted / 'iter_20.pth').stat().st_size * 5 // 2
     options = detection(shapes, 'default_hooks.checkpoint.max_keep_ckpts=-1')
     script = f'mount -t tmpfs -o size={size} none here || exit 77; "$@"; status=$?; cp here/iter* saved; exit $status'
@@ -194,13 +194,13 @@ def test_a_full_disk_is_an_error_that_leaves_the_checkpoints_before(shapes, unin
         pytest.skip(f'this user may not mount a file system: {result.stderr}')
     assert 'here/iter_6.pth cannot be written (No space left on device)' in the_sentence(result)
     assert sorted(path.name for path in (tmp_path / 'saved').iterdir()) == ['iter_2.pth', 'iter_4.pth']
-    assert whole_checkpoints(tmp_path / 'saved') == [2, 4]
+    assert saved_iterations(tmp_path / 'saved') == [2, 4]
 
 
-def test_sigterm_saves_ends_and_is_resumed_within_the_epoch(digits, tmp_path):
-    """Mixup, MESA and the model's average, images loaded by two workers; the second time while it evaluates."""
-    (tmp_path / 'whole').mkdir()
-    printed = Training(*classification(digits), cwd=tmp_path / 'whole').end()
+def test_sigterm_saves_and_resume_continues_within_the_epoch(digits, tmp_path):
+    """With mixup, MESA, EMA and two loader workers; the second SIGTERM is during an evaluation."""
+    (tmp_path / 'uninterrupted').mkdir()
+    printed = Training(*classification(digits), cwd=tmp_path / 'uninterrupted').end()
     assert 'Epoch(train) [4][5/5]' in printed, printed
 
     for moment in ('Epoch(train) [2][2/5]', 'Epoch(val) [2]', 'Epoch(train) [4][4/5]'):
@@ -209,7 +209,7 @@ def test_sigterm_saves_ends_and_is_resumed_within_the_epoch(digits, tmp_path):
         printed = training.end(signal.SIGTERM)
         assert training.process.returncode == 143
         assert 'Traceback' not in printed
-        assert 'the same command with --resume goes on from there' in printed
+        assert 'repeat the command with --resume to continue' in printed
     printed = Training(*classification(digits), '--resume', cwd=tmp_path).end()
-    assert 'of 5 batches of this epoch are passed over' in printed
-    assert_same_state(tmp_path / 'here/epoch_4.pth', tmp_path / 'whole/here/epoch_4.pth')
+    assert ' of 5 batches of this epoch.' in printed
+    assert_same_state(tmp_path / 'here/epoch_4.pth', tmp_path / 'uninterrupted/here/epoch_4.pth')

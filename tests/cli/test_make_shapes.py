@@ -1,4 +1,4 @@
-"""The synthetic data set, read back with other means than it was written with."""
+"""Tests of tools/make_shapes.py: read the files back with pycocotools and OpenCV."""
 
 import json
 import runpy
@@ -39,7 +39,7 @@ def coco(root, split):
     return COCO(root / 'annotations' / f'instances_{split}.json')
 
 
-def test_same_seed_same_files_and_another_seed_other_files(root, tmp_path):
+def test_files_depend_on_seed_only(root, tmp_path):
     files = {path.relative_to(root): path.read_bytes() for path in root.rglob('*') if path.is_file()}
     assert make(tmp_path / 'again') == files
     other = make(tmp_path / 'other', seed=1)
@@ -47,12 +47,12 @@ def test_same_seed_same_files_and_another_seed_other_files(root, tmp_path):
     assert not set(other.values()) & set(files.values())
 
 
-def test_train_and_val_have_no_image_in_common(root):
+def test_all_images_differ(root):
     images = [path.read_bytes() for path in root.rglob('*.png')]
     assert len(set(images)) == len(images) == sum(NUMBERS.values())
 
 
-def test_images_are_those_of_the_annotations(root, split, coco):
+def test_images_match_annotations(root, split, coco):
     assert len(coco.imgs) == NUMBERS[split]
     names = [image['file_name'] for image in coco.imgs.values()]
     assert sorted(names) == sorted(path.name for path in (root / split).iterdir())
@@ -60,7 +60,7 @@ def test_images_are_those_of_the_annotations(root, split, coco):
         assert cv2.imread(str(root / split / image['file_name'])).shape == (image['height'], image['width'], 3)
 
 
-def test_boxes_and_areas_are_those_of_the_masks(coco):
+def test_boxes_and_areas_match_masks(coco):
     assert coco.anns
     for ann in coco.anns.values():
         mask = coco.annToMask(ann)
@@ -72,7 +72,7 @@ def test_boxes_and_areas_are_those_of_the_masks(coco):
         assert ann['area'] == len(rows)
 
 
-def test_objects_do_not_overlap_and_the_border_cuts_some(coco):
+def test_masks_do_not_overlap_and_some_touch_border(coco):
     cut = 0
     for image in coco.imgs:
         masks = [coco.annToMask(ann) for ann in coco.imgToAnns[image]]
@@ -81,7 +81,7 @@ def test_objects_do_not_overlap_and_the_border_cuts_some(coco):
     assert cut
 
 
-def test_one_crowd_in_the_first_image_and_nothing_in_the_last(coco):
+def test_first_image_has_a_crowd_and_last_image_is_empty(coco):
     first, *_, last = sorted(coco.imgs)
     assert [ann['image_id'] for ann in coco.anns.values() if ann['iscrowd']] == [first]
     assert coco.imgToAnns[last] == []
@@ -92,21 +92,21 @@ def test_categories(root, split, coco):
     assert [category['name'] for category in coco.cats.values()] == ['shape']
     assert {ann['category_id'] for ann in coco.anns.values()} == set(coco.cats)
     text = json.loads((root / 'annotations' / f'instances_{split}.json').read_text())
-    assert len(coco.anns) == len(text['annotations'])  # no id is there twice
+    assert len(coco.anns) == len(text['annotations'])  # no duplicate ids
 
 
 @pytest.mark.parametrize('crowd', [False, True])
 @pytest.mark.parametrize('seed', range(5))
-def test_masks_are_exactly_the_pixels_that_are_visible(seed, crowd):
-    """With a paint of one colour in place of each texture, the image itself says what is visible where."""
+def test_masks_equal_visible_pixels(seed, crowd):
+    """Use one plain color per texture, so that the pixels of the image identify the visible object."""
     module = runpy.run_path(str(SCRIPT))
-    paints = iter(range(256))
+    colors = iter(range(256))
     module['make_image'].__globals__['make_texture'] = lambda rng, size, kind: np.full(
-        (size, size, 3), next(paints), np.uint8
+        (size, size, 3), next(colors), np.uint8
     )
     image, objects = module['make_image'](np.random.default_rng(seed), SIZE, crowd=crowd, empty=False)
-    assert len(objects) == image.max() > 0  # the ground has the first paint, 0
-    for paint, obj in enumerate(objects, start=1):
+    assert len(objects) == image.max() > 0  # the background has the first color, 0
+    for color, obj in enumerate(objects, start=1):
         assert obj['mask'].any()
-        assert (obj['mask'] == (image[..., 0] == paint)).all()
+        assert (obj['mask'] == (image[..., 0] == color)).all()
     assert sum(obj['iscrowd'] for obj in objects) == crowd

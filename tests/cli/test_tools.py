@@ -1,4 +1,4 @@
-"""The command lines as a user starts them, in processes of their own, on a handful of small images and on the CPU."""
+"""Run the tools in processes of their own, on a few small images and on the CPU."""
 
 import math
 import pickle
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 
 def train(*arguments, cwd, options=(), start=(), **environment):
-    """The demo's training with two images an iteration and no evaluation before the end, if at all."""
+    """Train the detection demo with batch size 2."""
     options = [
         'optim_wrapper.optimizer.lr=1e-3',
         'train_dataloader.batch_size=2',
@@ -41,7 +41,7 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def trained(shapes, tmp_path_factory):
-    """Three iterations of training: the work dir, and all that was printed."""
+    """The work dir and the output of three training iterations."""
     cwd = tmp_path_factory.mktemp('trained')
     flags = ['--work-dir', 'here', '--data-root', shapes, '--auto-scale-lr', '--tensorboard']
     printed = train(CONFIG, *flags, cwd=cwd, options=['train_cfg.max_iters=3', 'train_cfg.val_interval=3'])
@@ -72,18 +72,18 @@ def test_train_logs_and_saves(trained):
     assert (work_dir / 'last_checkpoint').read_text() == str(work_dir / 'iter_3.pth')
 
 
-def test_train_scales_the_learning_rate(trained):
+def test_train_auto_scale_lr(trained):
     first, *_ = scalars(trained[0])[0]
-    assert first['lr'] == pytest.approx(1e-3 * 2 / 16 * 0.01)  # of the config, by its auto_scale_lr, at its warm-up
+    assert first['lr'] == pytest.approx(1e-3 * 2 / 16 * 0.01)  # scaled by the batch size, first warm-up iteration
 
 
-def test_train_writes_for_tensorboard(trained):
+def test_train_tensorboard(trained):
     events = list(trained[0].glob('*/vis_data/events.out.tfevents.*'))
     assert len(events) == 1
     assert b'loss_rpn_cls' in events[0].read_bytes()
 
 
-def test_train_resumes_from_the_last_checkpoint(shapes, trained, tmp_path):
+def test_train_resume(shapes, trained, tmp_path):
     work_dir = tmp_path / 'work'
     shutil.copytree(trained[0], work_dir)
     (work_dir / 'last_checkpoint').write_text(str(work_dir / 'iter_3.pth'))
@@ -95,19 +95,19 @@ def test_train_resumes_from_the_last_checkpoint(shapes, trained, tmp_path):
     assert {int(state['step']) for state in checkpoint['optimizer']['state'].values()} == {4}
 
 
-def test_train_cannot_resume_from_nothing(shapes, tmp_path):
+def test_train_resume_from_a_missing_file(shapes, tmp_path):
     result = run(ROOT / 'tools/train.py', CONFIG, '--data-root', shapes, '--resume', 'none.pth', cwd=tmp_path)
     assert 'There is no checkpoint none.pth' in the_sentence(result)
 
 
-def test_test_prints_the_tables_of_coco(tested):
+def test_test_prints_coco_metrics(tested):
     for metric in ('bbox', 'segm'):
         assert f'Evaluate annotation type *{metric}*' in tested[1]
         assert f'coco/{metric}_mAP: ' in tested[1]
     assert tested[1].count('Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all') == 2
 
 
-def test_test_shows_ground_truth_beside_predictions(shapes, tested):
+def test_test_show_dir(shapes, tested):
     pictures = sorted((tested[0] / 'pictures').iterdir())
     assert [path.name for path in pictures] == sorted(path.name for path in (shapes / 'val').iterdir())
     for path in pictures:
@@ -115,10 +115,10 @@ def test_test_shows_ground_truth_beside_predictions(shapes, tested):
         picture = cv2.imread(str(path))
         assert picture.shape == (SIZE, 2 * SIZE, 3)
         is_drawn_on = (picture[:, :SIZE] != image).any()
-        assert is_drawn_on == (path != pictures[-1])  # which is empty
+        assert is_drawn_on == (path != pictures[-1])  # has no objects
 
 
-def test_test_writes_predictions(shapes, tested):
+def test_test_out(shapes, tested):
     predictions = pickle.loads((tested[0] / 'predictions.pkl').read_bytes())
     coco = COCO(shapes / 'annotations/instances_val.json')
     assert [prediction['img_id'] for prediction in predictions] == sorted(coco.imgs)
@@ -128,7 +128,7 @@ def test_test_writes_predictions(shapes, tested):
         assert len(found['masks']) == len(found['scores'])
 
 
-def test_test_formats_for_the_server_of_coco(shapes, trained, tested, tmp_path):
+def test_test_format_only(shapes, trained, tested, tmp_path):
     flags = ['--data-root', shapes, '--format-only', 'results/shapes']
     printed = succeed(ROOT / 'tools/test.py', CONFIG, trained[0] / 'iter_3.pth', *flags, cwd=tmp_path)
     assert 'Average Precision' not in printed
@@ -142,7 +142,7 @@ def test_test_formats_for_the_server_of_coco(shapes, trained, tested, tmp_path):
         assert {ann['category_id'] for ann in loaded.anns.values()} <= set(coco.cats)
 
 
-def test_test_refuses_a_checkpoint_that_does_not_fit(shapes, trained, tmp_path):
+def test_test_refuses_an_incomplete_checkpoint(shapes, trained, tmp_path):
     checkpoint = torch.load(trained[0] / 'iter_3.pth', map_location='cpu', weights_only=False)
     del checkpoint['state_dict']['backbone.stages.0.blocks.0.alpha']
     torch.save(checkpoint, tmp_path / 'incomplete.pth')
@@ -152,18 +152,18 @@ def test_test_refuses_a_checkpoint_that_does_not_fit(shapes, trained, tmp_path):
     assert 'backbone.stages.0.blocks.0.alpha' in sentence
 
 
-def test_train_says_that_coco_is_missing(tmp_path):
+def test_train_without_data(tmp_path):
     sentence = the_sentence(run(ROOT / 'tools/train.py', ROOT / 'configs/maskrcnn_evm_m1.py', cwd=tmp_path))
     assert 'data/coco/' in sentence
     assert '--data-root DIR' in sentence
 
 
 def pretrained(checkpoint):
-    values = dict(_delete_=True, type='Pretrained', checkpoint=checkpoint)  # there is a None in the demo's config
+    values = dict(_delete_=True, type='Pretrained', checkpoint=checkpoint)  # the demo has init_cfg=None
     return [f'model.backbone.init_cfg.{key}={value}' for key, value in values.items()]
 
 
-def test_train_says_that_pretrained_weights_cannot_be_had(shapes, tmp_path):
+def test_train_without_pretrained_weights_offline(shapes, tmp_path):
     options = [*pretrained('timm://efficientvim_m1.e450_in1k'), 'train_cfg.max_iters=1', 'train_cfg.val_interval=10']
     sentence = the_sentence(
         run(
@@ -177,7 +177,7 @@ def test_train_says_that_pretrained_weights_cannot_be_had(shapes, tmp_path):
     assert 'model.backbone.init_cfg=None' in sentence
 
 
-def test_train_starts_from_a_file_of_timm(shapes, tmp_path):
+def test_train_from_a_timm_file(shapes, tmp_path):
     torch.manual_seed(1)
     state = timm.create_model('efficientvim_m1', pretrained=False).state_dict()
     save_file(state, tmp_path / 'model.safetensors')
@@ -196,14 +196,14 @@ def test_train_starts_from_a_file_of_timm(shapes, tmp_path):
     assert compared > 100
 
 
-def test_amp_without_a_gpu_is_refused(tmp_path):
+def test_amp_without_a_gpu(tmp_path):
     result = run(ROOT / 'tools/train.py', CONFIG, '--amp', cwd=tmp_path)
     assert result.returncode == 2
     assert '--amp needs a GPU' in result.stderr
     assert 'Traceback' not in result.stderr
 
 
-def test_two_processes_train_and_evaluate(shapes, tmp_path):
+def test_two_processes(shapes, tmp_path):
     options = ['train_cfg.max_iters=2', 'train_cfg.val_interval=2']
     start = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2]
     flags = ['--launcher', 'pytorch', '--data-root', shapes, '--work-dir', 'work', '--auto-scale-lr']
@@ -226,17 +226,17 @@ def test_coco_subset(shapes, tmp_path):
 
     result = run(ROOT / 'tools/coco_subset.py', source, 'none.json', '--num-images', 9, cwd=tmp_path)
     assert result.returncode == 2
-    assert 'has only 7 images with objects' in result.stderr  # of 8, the last one is empty
+    assert 'has only 7 images with objects' in result.stderr  # of 8; the last one has none
     assert not (tmp_path / 'none.json').exists()
 
 
-def test_scaling_needs_the_batch_of_the_config(tmp_path):
+def test_auto_scale_lr_requires_base_batch_size(tmp_path):
     (tmp_path / 'config.py').write_text('model = dict()')
     result = run(ROOT / 'tools/train.py', 'config.py', '--auto-scale-lr', cwd=tmp_path)
     assert 'auto_scale_lr=dict(base_batch_size=…)' in the_sentence(result)
 
 
-def test_format_only_is_for_detectors(tmp_path):
-    config = ROOT / 'configs/classification/evm_m1_in1k.py'
+def test_format_only_with_a_classifier(tmp_path):
+    config = ROOT / 'configs/classification/efficientvim-m1_300e_in1k.py'
     result = run(ROOT / 'tools/test.py', config, 'none.pth', '--format-only', 'results', cwd=tmp_path)
     assert '--format-only is for detectors' in the_sentence(result)

@@ -1,4 +1,4 @@
-"""The configs of Table C against the paper's figures, and docs/ablations.md against both."""
+"""Compare the configs of Table C with the paper and with docs/ablations.md."""
 
 import functools
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from mmevm.analysis.complexity import build_without_weights, default_input_size, measure_complexity
+from mmevm.analysis import build_without_weights, default_input_size, measure_complexity
 from mmevm.models import HSMSSD, NCSSD, MultiHeadHSMSSD, SelfAttention
 from mmevm.models.layers import LayerNorm2d
 
@@ -16,17 +16,17 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / 'configs' / 'classification'
 # Table C: parameters in M, MFLOPs, top-1, images a second.
 TABLE_C = {
-    'A': ('evm_m2_in1k', 13.9, 355, '75.4', '17,005'),
-    'B': ('evm_m3_in1k', 16.6, 656, '77.5', '11,952'),
-    'C': ('ablations/evm_m2_c_nc_ssd', 13.0, 382, '76.2', '9,786'),
-    'D': ('ablations/evm_m2_d_self_attention', 13.6, 416, '76.1', '13,038'),
-    'E': ('ablations/evm_m2_e_multi_head', 13.9, 352, '75.5', '15,703'),
-    'F': ('ablations/evm_m2_f_shared_importance', 13.9, 352, '75.2', '17,081'),
-    'G': ('ablations/evm_m2_g_fuse_maps', 13.4, 355, '75.3', '17,041'),
-    'H': ('ablations/evm_m2_h_no_fusion', 13.0, 354, '75.1', '17,317'),
-    'I': ('ablations/evm_m2_i_states_9_25_49', 14.0, 407, '75.4', '16,476'),
-    'J': ('ablations/evm_m2_j_states_25_25_25', 13.9, 373, '75.2', '16,991'),
-    'L': ('ablations/evm_m2_l_full_bn', 13.9, 355, 'NaN', '17,432'),
+    'A': ('efficientvim-m2_300e_in1k', 13.9, 355, '75.4', '17,005'),
+    'B': ('efficientvim-m3_300e_in1k', 16.6, 656, '77.5', '11,952'),
+    'C': ('ablations/efficientvim-m2-nc-ssd_300e_in1k', 13.0, 382, '76.2', '9,786'),
+    'D': ('ablations/efficientvim-m2-self-attention_300e_in1k', 13.6, 416, '76.1', '13,038'),
+    'E': ('ablations/efficientvim-m2-multi-head_300e_in1k', 13.9, 352, '75.5', '15,703'),
+    'F': ('ablations/efficientvim-m2-shared-importance_300e_in1k', 13.9, 352, '75.2', '17,081'),
+    'G': ('ablations/efficientvim-m2-fuse-maps_300e_in1k', 13.4, 355, '75.3', '17,041'),
+    'H': ('ablations/efficientvim-m2-no-fusion_300e_in1k', 13.0, 354, '75.1', '17,317'),
+    'I': ('ablations/efficientvim-m2-states-9-25-49_300e_in1k', 14.0, 407, '75.4', '16,476'),
+    'J': ('ablations/efficientvim-m2-states-25-25-25_300e_in1k', 13.9, 373, '75.2', '16,991'),
+    'L': ('ablations/efficientvim-m2-bn_300e_in1k', 13.9, 355, 'NaN', '17,432'),
 }
 LEAVES = {letter: row[0] for letter, row in TABLE_C.items() if row[0].startswith('ablations/')}
 
@@ -38,7 +38,7 @@ def read(letter):
 
 @pytest.fixture(scope='module')
 def model(letter):
-    """Pytest runs together the tests that share one, so there is one at a time in memory."""
+    """Pytest groups the tests of a module-scoped fixture, so only one model is in memory."""
     return build_without_weights(read(letter)).eval()
 
 
@@ -53,7 +53,7 @@ def rows_of_the_docs():
 
 
 @with_letters('letter', TABLE_C)
-def test_parameters_and_flops_are_near_the_paper_s_and_stated_in_the_docs(letter, model):
+def test_parameters_and_flops_match_paper_and_docs(letter, model):
     name, paper_params, paper_flops, top1, throughput = TABLE_C[letter]
     size, _ = default_input_size(read(letter))
     assert size == (224, 224)
@@ -81,16 +81,15 @@ def test_parameters_and_flops_are_near_the_paper_s_and_stated_in_the_docs(letter
     ]
 
 
-def test_the_docs_and_this_table_have_every_config():
+def test_all_configs_are_in_the_table_and_docs():
     assert set(rows_of_the_docs()) == set(TABLE_C)
     assert {f'ablations/{path.stem}' for path in (CONFIGS / 'ablations').glob('*.py')} == set(LEAVES.values())
 
 
 @pytest.mark.parametrize('letter', LEAVES)
-def test_a_config_opens_with_its_letter_and_differs_from_the_base_in_the_model_alone(letter):
+def test_config_names_its_letter_and_changes_only_the_model(letter):
     path = CONFIGS / f'{LEAVES[letter]}.py'
-    assert path.read_text(encoding='utf-8').startswith(f'# ({letter}) of Table C: ')
-    assert path.stem.startswith(f'evm_m2_{letter.lower()}_')
+    assert path.read_text(encoding='utf-8').startswith(f'# Paper, Table C ({letter}): ')
     cfg, base = read(letter).to_dict(), read('A').to_dict()
     model, base_model = cfg.pop('model'), base.pop('model')
     assert cfg == base
@@ -127,7 +126,7 @@ def test_importances_per_token(model, expected):
     ],
 )
 @torch.no_grad()
-def test_what_is_fused(model, expected):
+def test_fusion(model, expected):
     outs = model.extract_feat(torch.randn(1, 3, 64, 96))
     assert [tuple(out.shape[1:]) for out in outs] == expected
     assert model.head(outs).shape == (1, 1000)

@@ -1,4 +1,4 @@
-"""Every ImageNet config, held against a table of the authors' recipe."""
+"""Compare the ImageNet configs with the authors' recipe."""
 
 import functools
 import json
@@ -18,19 +18,30 @@ CHANNELS = dict(m1=[128, 192, 320, 320], m2=[128, 256, 512, 512], m3=[224, 320, 
 SIZES = dict(m1=224, m2=224, m3=224, m4=256)
 ITERATIONS = 10  # of an epoch
 
-# name: arch, size, epochs, batch size of 8 GPUs, learning rate, whether distilled, whose weights it begins with
+# name: arch, size, epochs, batch size per GPU (of 8), learning rate, whether distilled, pretrained weights
 RECIPES = {
-    **{f'evm_{arch}_in1k': (arch, size, 300, 256, 2e-3, False, None) for arch, size in SIZES.items()},
-    **{f'evm_{arch}_450e_in1k': (arch, size, 450, 256, 2e-3, False, None) for arch, size in SIZES.items()},
-    **{f'evm_{arch}_distill_in1k': (arch, size, 300, 256, 2e-3, True, None) for arch, size in SIZES.items()},
-    'evm_m4_ft384_in1k': ('m4', 384, 30, 128, 1e-3, False, 'timm://efficientvim_m4.e300_in1k'),
-    'evm_m4_ft512_in1k': ('m4', 512, 30, 128, 1e-3, False, 'work_dirs/evm_m4_ft384_in1k/epoch_30.pth'),
+    **{f'efficientvim-{arch}_300e_in1k': (arch, size, 300, 256, 2e-3, False, None) for arch, size in SIZES.items()},
+    **{f'efficientvim-{arch}_450e_in1k': (arch, size, 450, 256, 2e-3, False, None) for arch, size in SIZES.items()},
+    **{
+        f'efficientvim-{arch}-distilled_300e_in1k': (arch, size, 300, 256, 2e-3, True, None)
+        for arch, size in SIZES.items()
+    },
+    'efficientvim-m4_ft30e_in1k-384px': ('m4', 384, 30, 128, 1e-3, False, 'timm://efficientvim_m4.e300_in1k'),
+    'efficientvim-m4_ft30e_in1k-512px': (
+        'm4',
+        512,
+        30,
+        128,
+        1e-3,
+        False,
+        'work_dirs/efficientvim-m4_ft30e_in1k-384px/epoch_30.pth',
+    ),
 }
 
 
 @functools.lru_cache(maxsize=1)
 def build(model: str):
-    """From JSON, so that equal configs share one model."""
+    """Build from JSON, so that equal configs share one model."""
     return MODELS.build(json.loads(model))
 
 
@@ -42,7 +53,7 @@ def recipe(request):
     return cfg, model, *RECIPES[request.param]
 
 
-def test_every_config_is_in_the_table():
+def test_all_configs_are_in_the_table():
     assert {path.stem for path in CONFIGS.glob('*.py')} == set(RECIPES)
 
 
@@ -56,7 +67,7 @@ def test_model(recipe):
         assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
 
 
-def test_loss_smooths_labels_and_images_are_mixed(recipe):
+def test_label_smoothing_and_mixup(recipe):
     model = recipe[1]
     augments = model.data_preprocessor.batch_augments.augments
     assert [(type(augment), augment.alpha) for augment in augments] == [(Mixup, 0.8), (CutMix, 1.0)]
@@ -68,14 +79,14 @@ def test_loss_smooths_labels_and_images_are_mixed(recipe):
     torch.testing.assert_close(model.head.loss_module(logits, mixed), expected)
 
 
-def test_preprocessing_is_imagenet_s(recipe):
+def test_preprocessing(recipe):
     preprocessor = recipe[1].data_preprocessor
     assert preprocessor.mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
     assert preprocessor.std.flatten().tolist() == pytest.approx([58.395, 57.12, 57.375])
     assert preprocessor.to_rgb
 
 
-def test_optimiser(recipe):
+def test_optimizer(recipe):
     cfg, model, _, _, _, _, lr, _, _ = recipe
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     assert type(wrapper) is OptimWrapper  # float32, no AMP
@@ -91,7 +102,7 @@ def test_optimiser(recipe):
 
 @functools.cache
 def learning_rates(optim_wrapper: str, param_scheduler: str, epochs: int) -> list[float]:
-    """Of each iteration; from JSON, so that equal configs are stepped through once."""
+    """Return a value per iteration. From JSON, so that equal configs are computed once."""
     wrapper = build_optim_wrapper(torch.nn.Linear(1, 1), json.loads(optim_wrapper))
     schedulers = []
     for scheduler in json.loads(param_scheduler):
@@ -131,7 +142,7 @@ def test_schedule(recipe):
     assert rates[-1] == min(rates[warm_up * ITERATIONS :])
 
 
-def test_teachers(recipe):
+def test_distillation_and_mesa(recipe):
     cfg, *_, distilled, _ = recipe
     hooks = {hook.type: hook for hook in cfg.custom_hooks}
     assert set(hooks) == {'EMAHook', 'mmevm.DistillationHook' if distilled else 'mmevm.MESAHook'}
@@ -176,6 +187,6 @@ def test_data(recipe):
         assert (evaluator.type, evaluator.topk) == ('Accuracy', (1, 5))
 
 
-def test_data_root_on_the_command_line_moves_all_data(recipe):
+def test_replace_data_root(recipe):
     moved = replace_data_root(recipe[0], '/elsewhere')
     assert {moved[f'{split}_dataloader'].dataset.data_root for split in ('train', 'val', 'test')} == {'/elsewhere/'}

@@ -1,4 +1,4 @@
-"""Every COCO config, held against a table of the authors' recipe."""
+"""Compare the COCO configs with the authors' recipe."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def test_model(detector, arch):
 
 
 @coco
-def test_heads_are_those_of_the_stock_r50_config(detector, arch, tmp_path):
+def test_heads_equal_the_stock_r50_config(detector, arch, tmp_path):
     name = dict(maskrcnn='mask-rcnn_r50_fpn', retinanet='retinanet_r50_fpn')[detector]
     stock = tmp_path / 'stock.py'
     stock.write_text(f"_base_ = 'mmdet::_base_/models/{name}.py'")
@@ -108,6 +108,6 @@ def test_data(detector, arch):
     assert cfg.val_evaluator.metric == METRICS[detector]
 
 
-def test_every_config_is_tested_or_a_part_of_one():
+def test_all_configs_are_tested():
     names = {path.stem for path in CONFIGS.glob('*.py')}
     assert names == {f'{detector}_evm_{arch}' for detector in STRIDES for arch in CHANNELS}

@@ -1,4 +1,4 @@
-"""Stock configs of MMDetection and MMPretrain, in which nothing but the backbone and the neck is replaced."""
+"""Train stock configs of MMDetection and MMPretrain, with only the backbone and the neck replaced."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ FROM_8 = dict(backbone=backbone(0, 1, 2), neck=neck(num_upsamples=1, add_extra_c
 RTMDET = dict(backbone=backbone(0, 1), neck=neck(CHANNELS[:2], 96, num_outs=3, num_upsamples=1))
 DETR = dict(backbone=backbone(0, 1, 2), neck=neck(num_outs=4, num_upsamples=1))
 DETR_WITH_ITS_NECK = dict(backbone=backbone(0, 1, 2), neck=dict(in_channels=CHANNELS))
-OURS = dict(backbone=dict(init_cfg=None))  # of our own configs only the download is left out
+OURS = dict(backbone=dict(init_cfg=None))  # without the download
 
 DETECTORS = {
     'mask-rcnn': ('mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', FROM_4, [4, 8, 16, 32, 64]),
@@ -72,7 +72,7 @@ def build(cfg):
 
 
 def train_step(model, cfg, data):
-    """One step of the config's own optimiser, which must reach all of the backbone and of the neck."""
+    """Run a training step. All parameters of the backbone and the neck must get a gradient."""
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     grads, trained = {}, {}
     for name, parameter in model.named_parameters():
@@ -87,7 +87,7 @@ def train_step(model, cfg, data):
     assert trained
     assert sorted(grads) == sorted(trained)
     assert [name for name, grad in grads.items() if not grad.isfinite().all()] == []
-    # A loss that samples its anchors may have met none of a coarse level, so single levels may get zeros.
+    # A loss that samples anchors may have sampled none of a coarse level, so its gradient may be zero.
     assert [name for name, grad in grads.items() if name.startswith('backbone.') and not grad.any()] == []
     convs = [name for name, grad in grads.items() if grad.dim() == 4 and grad.any()]
     assert [name for name in convs if trained[name].equal(before[name])] == []
@@ -99,7 +99,7 @@ def test_detector_trains_and_detects(name, tmp_path):
     cfg = read(tmp_path, base, changes)
     with_mask = 'mask' in name
     two_stage = 'rpn' in cfg.model.test_cfg
-    # An untrained classifier is below every threshold.
+    # Scores of an untrained detector are below any threshold.
     (cfg.model.test_cfg.rcnn if two_stage else cfg.model.test_cfg).score_thr = 0
     if two_stage:  # two seconds in place of fifteen
         cfg.model.test_cfg.rpn.max_per_img = cfg.model.test_cfg.rcnn.max_per_img = 10

@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun as a user does, on the CPU."""
+"""Trainings and evaluations in several processes started by torchrun, on CPU."""
 
 import json
 import os
@@ -14,18 +14,18 @@ from command_line import ENVIRONMENT, ROOT, scalars, succeed
 from pycocotools.coco import COCO
 
 SHAPES = ROOT / 'configs/demo/maskrcnn_evm_m1_shapes.py'
-DIGITS = ROOT / 'configs/demo/evm_m1_digits.py'
+DIGITS = ROOT / 'configs/demo/efficientvim-m1_digits.py'
 TRAIN, TEST = ROOT / 'tools/train.py', ROOT / 'tools/test.py'
 NUM_SHAPES, NUM_DIGITS = 5, 13  # to evaluate on: no multiples of 2 or 4
 SEED = ['randomness.seed=0', 'randomness.deterministic=True']
 
-pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1200)]
 
 
 def torchrun(count, *arguments, cwd, options=('--standalone',), start=subprocess.run):
-    """The command's end, and all that it printed."""
+    """Run a command by torchrun; return its result with the output of all processes."""
     command = [sys.executable, '-m', 'torch.distributed.run', *options, '--nproc-per-node', count, *arguments]
-    paths = dict(PYTHONPATH=os.pathsep.join([ENVIRONMENT['PYTHONPATH'], str(ROOT / 'tests')]))
+    paths = dict(PYTHONPATH=os.pathsep.join([ENVIRONMENT['PYTHONPATH'], str(ROOT / 'tests/helpers')]))
     if start is subprocess.run:
         start = lambda *args, **kwargs: subprocess.run(*args, timeout=600, check=False, **kwargs)
     return start(
@@ -63,7 +63,7 @@ def data(tmp_path_factory):
 
 
 def demo(folder, base):
-    """A demo's config that takes images of 64 pixels and tells each process's weights."""
+    """Write a config of a demo with images of 64 pixels that saves checksums of each process's weights."""
     path = folder / 'config.py'
     scale = dict(scale=(64, 64)) if base == SHAPES else dict(scale=32)
     at, batch = (2, 2) if base == SHAPES else (1, 5)  # more than one: BatchNorm needs them
@@ -97,7 +97,7 @@ def train_demo(count, base, data, cwd):
 
 @pytest.fixture(scope='module')
 def detector(data, tmp_path_factory):
-    """Of two processes' training."""
+    """Train in two processes."""
     return train_demo(2, SHAPES, data, tmp_path_factory.mktemp('detector'))
 
 
@@ -121,7 +121,7 @@ def test_detectors_train(detector):
     assert [step['step'] for step in steps] == [1, 2]
 
 
-def test_classifiers_learn_from_their_average_too(classifier):
+def test_classifiers_train_with_mesa(classifier):
     steps, evaluation = assert_trained(classifier, 4, 1e-3 * 5 * 4 / 2048, 'accuracy/top1')
     assert len(steps) == 2  # of 40 images
     assert 'loss_mesa' in steps[-1]
@@ -130,7 +130,7 @@ def test_classifiers_learn_from_their_average_too(classifier):
 
 
 @pytest.mark.parametrize(('count', 'base'), [(4, SHAPES), (2, DIGITS)])
-def test_another_number_of_processes_trains(count, base, data, tmp_path):
+def test_other_numbers_of_processes_train(count, base, data, tmp_path):
     work_dir = train_demo(count, base, data, tmp_path)
     if base == SHAPES:
         assert_trained(work_dir, count, 7e-4 * 2 * count / 16, 'coco/segm_mAP')
@@ -141,14 +141,14 @@ def test_another_number_of_processes_trains(count, base, data, tmp_path):
 def test_evaluation_gathers_each_image_once(data, detector, tmp_path):
     config = demo(tmp_path, SHAPES)
     flags = [detector / 'iter_2.pth', '--data-root', data / 'shapes', '--work-dir']
-    options = ['--cfg-options', 'model.test_cfg.rcnn.score_thr=0']  # something is found
+    options = ['--cfg-options', 'model.test_cfg.rcnn.score_thr=0']  # finds objects
     found = {}
     for name, start in dict(one=succeed, two=lambda *args, cwd: torchrun(2, *args, cwd=cwd)).items():
         launcher = ['--launcher', 'pytorch'] if name == 'two' else []
-        env = dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / 'tests')])) if name == 'one' else {}
+        env = dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / 'tests/helpers')])) if name == 'one' else {}
         start(TEST, config, *flags, name, '--out', f'{name}.pkl', *launcher, *options, cwd=tmp_path, **env)
         results = pickle.loads((tmp_path / f'{name}.pkl').read_bytes())
-        # mmengine's LoggerHook writes it in each process: after the end there may be a rest of the other's.
+        # mmengine's LoggerHook writes it in each process: there may be bytes of another process after the end.
         metrics, _ = json.JSONDecoder().raw_decode(next((tmp_path / name).glob('*/*.json')).read_text())
         found[name] = results, {key: value for key, value in metrics.items() if key.startswith('coco/')}
     images = sorted(COCO(data / 'shapes/annotations/instances_val.json').imgs)
@@ -169,7 +169,7 @@ def test_evaluation_gathers_each_image_once(data, detector, tmp_path):
 
 @pytest.fixture(scope='module', params=[2, 4])
 def gradients(request, tmp_path_factory):
-    """Differences between the gradients of several processes and of one, as tests/helpers/gradients.py finds them."""
+    """Run tests/helpers/gradients.py, which compares the gradients of several processes with those of one."""
     cwd = tmp_path_factory.mktemp('gradients')
     result = torchrun(request.param, ROOT / 'tests/helpers/gradients.py', cwd / 'found.json', cwd=cwd)
     assert result.returncode == 0, result.stdout
@@ -180,27 +180,27 @@ def gradients(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize('case', ['mesa', 'distillation', 'atss'])
-def test_gradients_are_those_of_the_joined_batch(gradients, case):
+def test_gradients_equal_those_of_the_joined_batch(gradients, case):
     assert gradients[case]['joined'] < 1e-6
     assert gradients[case]['statistics'] == 0
 
 
 @pytest.mark.parametrize('case', ['retinanet', 'mask_rcnn'])
-def test_losses_that_each_process_normalises_for_itself_give_the_mean_of_its_gradients(gradients, case):
-    """RetinaNet by the boxes of its own images; Mask R-CNN samples regions at random in each."""
+def test_losses_normalized_per_process_give_the_mean_of_the_gradients(gradients, case):
+    """RetinaNet divides by the boxes of each process; Mask R-CNN samples RoIs in each process."""
     assert gradients[case]['parts'] < 1e-6
     assert gradients[case]['joined'] > 1e-3
 
 
-def test_synchronised_batch_norm_is_that_of_the_joined_batch(gradients):
-    """mmcv's calculates in float32, which small maps in training magnify; apart they are far away."""
+def test_synchronized_batch_norm_equals_that_of_the_joined_batch(gradients):
+    """mmcv's computes in float32; small maps in training mode magnify its rounding."""
     assert gradients['sync_bn']['statistics'] < 0.05
     assert gradients['sync_bn']['joined'] < 0.02
     assert gradients['sync_bn']['parts'] > 0.5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Faults, of trainings that take no time
+# Faults, in trainings of a tiny model
 
 LENGTH = 24  # iterations, six an epoch of two processes
 
@@ -233,26 +233,26 @@ def tiny(cwd, *flags, count=2, text=TINY, options=('--standalone',), start=subpr
     return torchrun(count, TRAIN, 'config.py', '--work-dir', 'here', *flags, cwd=cwd, options=options, start=start)
 
 
-def assert_ended_at_once(result, cwd, *words):
+def assert_ended_soon(result, cwd, *words):
     assert result.returncode == 1
-    assert time.time() - float((cwd / 'here/befallen_at').read_text()) < 60
+    assert time.time() - float((cwd / 'here/fault_time').read_text()) < 60
     cause = result.stdout[result.stdout.rindex('Root Cause') :]
     for word in words:
         assert word in cause
 
 
-def test_an_error_of_one_process_ends_all_and_is_the_last_that_is_said(tmp_path):
+def test_error_of_one_process_ends_all_and_is_printed_last(tmp_path):
     result = tiny(tmp_path, fault='error')
-    assert_ended_at_once(result, tmp_path, 'rank      : 1', 'ValueError: the fault of this test')
+    assert_ended_soon(result, tmp_path, 'rank      : 1', 'ValueError: the fault of this test')
 
 
-def test_a_process_that_is_killed_ends_all(tmp_path):
-    assert_ended_at_once(tiny(tmp_path, fault='killed'), tmp_path, 'rank      : 1', 'Signal 9 (SIGKILL) received')
+def test_killed_process_ends_all(tmp_path):
+    assert_ended_soon(tiny(tmp_path, fault='killed'), tmp_path, 'rank      : 1', 'Signal 9 (SIGKILL) received')
 
 
-def test_a_process_that_ends_while_others_wait_for_its_evaluation_ends_all(tmp_path):
+def test_process_that_exits_during_evaluation_ends_all(tmp_path):
     result = tiny(tmp_path, fault='exit', rank=0, evaluating=True)
-    assert_ended_at_once(result, tmp_path, 'rank      : 0', 'exitcode  : 77')
+    assert_ended_soon(result, tmp_path, 'rank      : 0', 'exitcode  : 77')
 
 
 @pytest.fixture(scope='module')
@@ -263,13 +263,13 @@ def uninterrupted(tmp_path_factory):
     return checkpoint(cwd / 'here/epoch_4.pth')
 
 
-def test_killed_and_terminated_trainings_end_as_if_they_had_not_been(uninterrupted, tmp_path):
+def test_killed_and_terminated_trainings_equal_an_uninterrupted_one(uninterrupted, tmp_path):
     here = tmp_path / 'here'
     result = tiny(tmp_path, fault='all_killed', at=8)
     assert result.returncode == -9
     assert sorted(path.name for path in here.glob('*.pth')) == ['epoch_1.pth']
 
-    # PreemptionHook's processes ask each other in every tenth iteration.
+    # PreemptionHook all-reduces the flag every ten iterations.
     result = tiny(tmp_path, '--resume', fault='terminated', at=14)
     assert result.returncode == 1
     assert 'got signal: 15' in result.stdout
@@ -288,7 +288,7 @@ def test_killed_and_terminated_trainings_end_as_if_they_had_not_been(uninterrupt
 
 
 def evaluated(images):
-    """The tiny training, evaluated every second epoch on images that are not divided equally."""
+    """Return the tiny config with evaluations every two epochs, on images that are not divided equally."""
     return (
         TINY
         + f"""
@@ -305,15 +305,15 @@ val_dataloader = dict(
 
 @pytest.mark.parametrize('images', [1, 19, 21])
 def test_processes_with_different_numbers_of_batches_evaluate(tmp_path, images):
-    """No process all-reduces while others gather. With 1 image, one process has no batch."""
+    """No process may all-reduce while others gather. With 1 image, one process has no batch."""
     result = tiny(tmp_path, text=evaluated(images))
     assert result.returncode == 0, result.stdout
     assert result.stdout.count('nothing: 0') == 2
 
 
 @pytest.mark.parametrize(('images', 'batch'), [(19, None), (3, 0), (19, 2), (39, 2)])
-def test_sigterm_in_an_evaluation_ends_all_processes_together(tmp_path, images, batch):
-    """They agree at its start, at its end, or after the tenth batch if all have so many."""
+def test_sigterm_during_evaluation_ends_all_processes(tmp_path, images, batch):
+    """They all-reduce at its start, at its end, and after the tenth batch if all have as many."""
     fault = dict(fault='terminated', rank=0, evaluating=True, batch=batch)
     result = tiny(tmp_path, text=evaluated(images), **fault)
     is_complete = batch is not None and images < 20
@@ -327,17 +327,17 @@ def test_sigterm_in_an_evaluation_ends_all_processes_together(tmp_path, images, 
     assert 'resumed epoch: 2, iter: 12' in result.stdout
 
 
-def test_another_number_of_processes_goes_on_from_the_beginning_of_the_epoch(tmp_path):
+def test_resume_with_another_number_of_processes_restarts_the_epoch(tmp_path):
     tiny(tmp_path, '--auto-scale-lr', fault='terminated', at=14)
     result = tiny(tmp_path, '--auto-scale-lr', '--resume', count=3)
     assert result.returncode == 0, result.stdout
-    assert 'The training had ended within epoch 4, after 2 of 6 batches; now an epoch has 4' in result.stdout
+    assert 'The checkpoint is from epoch 4, after 2 of 6 batches, but an epoch now has 4' in result.stdout
     steps, _ = scalars(tmp_path / 'here')
     assert [step['step'] for step in steps] == [21, 22, 23, 24]
-    assert {step['lr'] for step in steps} == {1e-3 * 2 / 16}  # that of the training's beginning
+    assert {step['lr'] for step in steps} == {1e-3 * 2 / 16}  # as at the start of the training
 
 
-def test_torchrun_without_launcher_is_refused(tmp_path):
+def test_torchrun_without_launcher_is_an_error(tmp_path):
     result = tiny(tmp_path, '--launcher', 'none')
     assert result.returncode == 1
     assert 'torchrun has started 2 processes' in result.stdout
@@ -345,8 +345,8 @@ def test_torchrun_without_launcher_is_refused(tmp_path):
     assert not (tmp_path / 'here').exists()
 
 
-def test_names_of_runs_may_differ(tmp_path):
-    """As those with the time in them do."""
+def test_run_names_may_differ(tmp_path):
+    """A name may contain the time."""
     text = TINY + 'import time\nvisualizer = dict(type="Visualizer", name=f"run_{time.time_ns()}")\ndel time\n'
     result = tiny(tmp_path, text=text)
     assert result.returncode == 0, result.stdout
@@ -357,7 +357,7 @@ def test_names_of_runs_may_differ(tmp_path):
 
 
 def nodes(tmp_path, *flags, text=TINY, **fault):
-    """Two of them, with folders of their own."""
+    """Start two torchruns, each in its own folder, and return their outputs and exit statuses."""
     with socket.socket() as free:
         free.bind(('localhost', 0))
         port = free.getsockname()[1]
@@ -371,7 +371,7 @@ def nodes(tmp_path, *flags, text=TINY, **fault):
     return [(process.communicate(timeout=600)[0], process.returncode) for process in running]
 
 
-def test_two_nodes_train_as_one(uninterrupted, tmp_path):
+def test_two_nodes_equal_one(uninterrupted, tmp_path):
     # The results of an evaluation are gathered in a folder that they share.
     text = TINY + ''.join(f'{key} = None\n' for key in ('val_dataloader', 'val_cfg', 'val_evaluator'))
     for printed, status in nodes(tmp_path, text=text):
@@ -379,14 +379,14 @@ def test_two_nodes_train_as_one(uninterrupted, tmp_path):
     (path,) = tmp_path.glob('*/here/epoch_4.pth')
     assert torch.equal(checkpoint(path)['state_dict']['weight'], uninterrupted['state_dict']['weight'])
 
-    for printed, status in nodes(tmp_path, '--resume', text=text):  # one of them has no checkpoint
+    for printed, status in nodes(tmp_path, '--resume', text=text):  # the second node has no checkpoint
         assert status == 1
         assert 'Process 1 has another config than process 0: load_from is ' in printed
         assert 'a shared work_dir' in printed
 
 
-def test_a_process_that_is_killed_ends_the_other_node(tmp_path):
+def test_killed_process_ends_the_other_node(tmp_path):
     for printed, status in nodes(tmp_path, fault='killed'):
         assert status == 1, printed
-    (path,) = tmp_path.glob('*/here/befallen_at')
+    (path,) = tmp_path.glob('*/here/fault_time')
     assert time.time() - float(path.read_text()) < 60

@@ -1,4 +1,4 @@
-"""Command lines as a user starts them, in processes of their own and on the CPU."""
+"""Run command-line tools in separate processes, on the CPU."""
 
 import json
 import os
@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-
-
 ENVIRONMENT = dict(
     PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]),
     OMP_NUM_THREADS='1',
@@ -30,20 +28,20 @@ def succeed(*arguments, cwd, **environment):
 
 
 def run_here(monkeypatch, tool, *arguments):
-    """A command line in this process, which saves its imports."""
+    """Run a tool in this process, which saves the time of its imports."""
     monkeypatch.setattr(sys, 'argv', [tool.name, *map(str, arguments)])
     runpy.run_path(str(tool), run_name='__main__')
 
 
 def the_sentence(result):
-    """The last words of a command that ends with 1: one line and no traceback."""
+    """Return the last line of standard error. The command must exit with 1 and print no traceback."""
     assert result.returncode == 1, result.stdout + result.stderr
     assert 'Traceback' not in result.stderr
     return result.stderr.strip().splitlines()[-1]
 
 
 def scalars(work_dir):
-    """What the last run in a work dir has logged, iteration by iteration, and its evaluations."""
+    """Return the log records of the last run in a work dir: those of training iterations and those of evaluations."""
     path = sorted(work_dir.glob('*/vis_data/scalars.json'))[-1]
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [line for line in lines if 'loss' in line], [line for line in lines if 'loss' not in line]

@@ -1,4 +1,4 @@
-"""A few images and annotations in the format of each data set that stock configs name, at places of their own."""
+"""Generate a few images and annotations in the format of each dataset in the stock configs."""
 
 import copy
 import itertools
@@ -15,7 +15,7 @@ BOX = dict(bbox=[5, 5, 20, 20], area=400, iscrowd=0, segmentation=[[5, 5, 25, 5,
 
 
 class Generator:
-    """Writes the files of data sets, and points their configs to them.
+    """Write the files of datasets and point configs to them.
 
     Args:
         root: Folder of the files.
@@ -30,7 +30,7 @@ class Generator:
                 cv2.imwrite(str(root / 'images' / folder / f'{name}.jpg'), np.full((SIDE, SIDE, 3), 127, np.uint8))
 
     def localize(self, cfg: dict) -> dict | None:
-        """Return a config of the same data set for generated files; None if there are none of its format."""
+        """Return the config with generated files; None for an unknown format."""
         cfg = copy.deepcopy(cfg)
         with DATASETS.switch_scope_and_registry(None) as registry:
             kind = cfg['type'] if isinstance(cfg['type'], type) else registry.get(cfg['type'])
@@ -39,9 +39,9 @@ class Generator:
         if make is None:
             return None
         cfg['data_root'] = ''
-        for name in ('backend_args', 'indices', 'proposal_file'):  # the files are here, and there are no proposals
+        for name in ('backend_args', 'indices', 'proposal_file'):  # generated files are local, without proposals
             cfg.pop(name, None)
-        try:  # some get their classes in code
+        try:  # some datasets set their classes in code
             classes = DATASETS.build(dict(cfg, lazy_init=True, pipeline=[], ann_file='')).metainfo.get('classes')
         except (TypeError, OSError):
             classes = None
@@ -50,7 +50,7 @@ class Generator:
 
     def write(self, name: str, content: dict | list | str) -> str:
         path = self.root / name
-        if name.endswith('.json') and path.exists():  # of another data set
+        if name.endswith('.json') and path.exists():  # of another dataset
             path = path.with_stem(f'{path.stem}_{next(self.numbers)}')
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content if isinstance(content, str) else json.dumps(content))

@@ -1,8 +1,8 @@
 """One training step's gradients, of several processes against one: ``torchrun … tests/helpers/gradients.py FILE``.
 
-FILE becomes JSON: for each case the largest difference of a gradient, relative to the largest gradient, between those
-of the processes and those of one process which has the whole batch (``joined``), the mean of those which it has for
-each of the processes' parts (``parts``) and those for the first process's part (``first``).
+FILE is JSON: for each case the largest difference of a gradient, relative to the largest gradient, between several
+processes and one process with the whole batch (``joined``), the mean over the parts of the batch (``parts``) and the
+first part alone (``first``).
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from mmpretrain.structures import DataSample
 from mmevm.cli import build_runner, read_config
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
-DIGITS = CONFIGS / 'demo/evm_m1_digits.py'
+DIGITS = CONFIGS / 'demo/efficientvim-m1_digits.py'
 BATCH, SIZE = 8, 64
 OBJECTS = [6, 4, 1, 2, 1, 1, 2, 1]
 
@@ -64,27 +64,27 @@ def build(case):
 
 
 def batch(case, part=0, parts=1):
-    """Images and their annotations. The first ones have most of the objects."""
+    """Return images and their annotations. The first images have most of the objects."""
     torch.manual_seed(1)
     images = torch.randn(BATCH, 3, SIZE, SIZE)
     if case in CLASSIFIERS:
         samples = [DataSample().set_gt_label(i) for i in range(BATCH)]
     else:
-        from mmdet.testing import demo_mm_inputs  # imports mmcv.ops, which mmevm has to precede
+        from mmdet.testing import demo_mm_inputs  # imports mmcv.ops, which needs mmevm to be imported first
 
         shapes = [(3, SIZE, SIZE)] * BATCH
         samples = demo_mm_inputs(BATCH, shapes, num_items=OBJECTS, num_classes=80, with_mask=True)['data_samples']
         for sample in samples:
             sample.gt_instances.labels.zero_()
             sample.set_metainfo(dict(pad_shape=(SIZE, SIZE), batch_input_shape=(SIZE, SIZE)))
-    own = slice(part * BATCH // parts, (part + 1) * BATCH // parts)
-    return images[own], samples[own]
+    this_part = slice(part * BATCH // parts, (part + 1) * BATCH // parts)
+    return images[this_part], samples[this_part]
 
 
 def step(model, case, part=0, parts=1):
-    """Gradients by name, and the running statistics after the step."""
+    """Return gradients by name, and the running statistics after the step."""
     inputs = batch(case, part, parts)
-    torch.manual_seed(part)  # of the sampling of regions
+    torch.manual_seed(part)  # seeds the sampling of RoIs
     losses = model(*inputs, mode='loss')
     module = getattr(model, 'module', model)
     module.zero_grad()
@@ -94,7 +94,7 @@ def step(model, case, part=0, parts=1):
 
 
 def difference(actual, expected, share=1e-6):
-    """The largest of all tensors, relative to what is largest in each, or in all if a tensor has less than a share."""
+    """Return the largest difference, relative to the largest value of its tensor, or at least to ``share`` of all."""
     assert actual.keys() == expected.keys()
     scales = {name: tensor.abs().max() for name, tensor in expected.items()}
     least = share * max(scales.values())
@@ -102,11 +102,11 @@ def difference(actual, expected, share=1e-6):
 
 
 def set_precision(case):
-    torch.set_default_dtype(torch.float32 if case == 'sync_bn' else torch.float64)  # mmcv's knows no float64
+    torch.set_default_dtype(torch.float32 if case == 'sync_bn' else torch.float64)  # mmcv's has no float64
 
 
 def references(case, count):
-    """Gradients of one process, before there are several: mmdet's losses would wait for them."""
+    """Return gradients of one process, before the processes are connected: mmdet's losses would wait for the others."""
     set_precision(case)
     model = build(case)
     joined, statistics = step(model, case)
@@ -123,7 +123,7 @@ def compare(runner, case, expected):
     sums = all_gather_object(checksums(gradients))
     result = dict(same=all(other == sums[0] for other in sums))
     if expected:
-        # Before a BatchNorm many gradients are zero but for float32's rounding, which differs.
+        # Before a BatchNorm many gradients are zero except for rounding in float32.
         share = 1 if case == 'sync_bn' else 1e-6
         result |= {name: difference(gradients, reference, share) for name, reference in expected[0].items()}
         result['statistics'] = difference(statistics, expected[1])
@@ -141,7 +141,7 @@ def main():
     cases = [*CLASSIFIERS, *DETECTORS]
     is_first = os.environ['RANK'] == '0'
     expected = {case: references(case, int(os.environ['WORLD_SIZE'])) for case in cases if is_first}
-    torch.set_default_dtype(torch.float32)  # of all processes again
+    torch.set_default_dtype(torch.float32)  # as in the other processes
     runner = build_runner(cfg)
     results = {case: compare(runner, case, expected.get(case)) for case in cases}
     if is_first:

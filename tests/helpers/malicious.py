@@ -1,8 +1,8 @@
-"""Objects whose pickles run code, for the tests of safe reading."""
+"""Objects whose pickles run code."""
 
 
 class Call:
-    """Pickles as a call of ``function``."""
+    """Object that is pickled as a call of ``function``."""
 
     def __init__(self, function, *args):
         self.reduced = (function, args)
@@ -11,4 +11,4 @@ class Call:
         return self.reduced
 
     def __call__(self):
-        raise AssertionError('Only to look callable to the pickler.')
+        raise AssertionError('only for callable()')

@@ -1,4 +1,4 @@
-"""Hooks for trainings in several processes: what may befall one of them, and what each has trained."""
+"""Hooks for trainings in several processes: faults of one process, and checksums of the weights of each."""
 
 import hashlib
 import os
@@ -14,27 +14,27 @@ from mmengine.registry import HOOKS
 
 @HOOKS.register_module()
 class FaultHook(Hook):
-    """Befalls one process before an iteration, an evaluation or a batch of it, where the others wait for it."""
+    """Cause a fault in one process before an iteration, an evaluation or a batch of it."""
 
     def __init__(self, fault=None, rank=1, at=8, evaluating=False, batch=None):
         self.fault, self.rank, self.at, self.evaluating, self.batch = fault, rank, at, evaluating, batch
 
     def before_train_iter(self, runner, *args, **kwargs):
         if not self.evaluating and runner.iter == self.at:
-            self.befall(runner)
+            self.cause_fault(runner)
 
     def before_val(self, runner):
         if self.evaluating and self.batch is None:
-            self.befall(runner)
+            self.cause_fault(runner)
 
     def before_val_iter(self, runner, batch_idx, *args, **kwargs):
         if self.evaluating and self.batch == batch_idx:
-            self.befall(runner)
+            self.cause_fault(runner)
 
-    def befall(self, runner):
+    def cause_fault(self, runner):
         if self.fault is None or get_rank() != self.rank:
             return
-        Path(runner.work_dir, 'befallen_at').write_text(str(time.time()))
+        Path(runner.work_dir, 'fault_time').write_text(str(time.time()))
         if self.fault == 'error':
             raise ValueError('the fault of this test')
         if self.fault == 'exit':
@@ -53,7 +53,7 @@ class FaultHook(Hook):
 
 @HOOKS.register_module()
 class WeightsHook(Hook):
-    """Writes a checksum of each process's weights after the training."""
+    """Write a checksum of each process's weights after the training."""
 
     def after_train(self, runner):
         digest = hashlib.sha256()

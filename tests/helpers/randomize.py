@@ -1,4 +1,4 @@
-"""Random weights for comparisons: fresh ones (norms 1 and 0, equal gates) would hide most mistakes."""
+"""Random weights for comparisons: initial ones (norms 1 and 0, equal gates) would hide most errors."""
 
 import torch
 from torch import nn
@@ -6,7 +6,7 @@ from torch import nn
 
 @torch.no_grad()
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give norms, their running statistics, gates, biases and other vectors random values; convolutions have theirs."""
+    """Set norms, running statistics, gates, biases and other vectors to random values; keep those of convolutions."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not tensor.is_floating_point():

@@ -1,4 +1,4 @@
-"""Trainings by mmengine's runner, of a model so small that they take no time, which record what each iteration sees."""
+"""Trainings of a tiny model by mmengine's runner that record the inputs and random numbers of each iteration."""
 
 import multiprocessing
 import os
@@ -23,7 +23,7 @@ EPOCHS = 3
 
 @DATASETS.register_module()
 class Augmented(torch.utils.data.Dataset):
-    """Numbers of images, each with one number from each of the generators that augmentations use."""
+    """Image numbers, each with one number from each random generator that augmentations use."""
 
     def __init__(self, length=LENGTH):
         self.length = length
@@ -37,9 +37,9 @@ class Augmented(torch.utils.data.Dataset):
 
 @MODELS.register_module()
 class Recorder(BaseModel):
-    """Its loss is random, and it receives SIGTERM in some iteration or evaluation."""
+    """Model with a random loss that sends SIGTERM to its process in an iteration or evaluation."""
 
-    told = set()
+    terminated = set()
 
     def __init__(self, at=None, evaluating=False):
         super().__init__()
@@ -51,11 +51,11 @@ class Recorder(BaseModel):
     def forward(self, *inputs, mode):
         self.calls[mode] += 1
         if mode == self.signalled and self.calls[mode] == self.at:
-            told = set(multiprocessing.active_children()) - self.told
-            self.told.update(told)  # those of an earlier test may be there still
-            # A cluster tells all of a job's. A worker lets its parent end it, and so another process has to tell.
-            subprocess.run(['kill', '-TERM', *(str(process.pid) for process in told), str(os.getpid())], check=True)
-            time.sleep(0.1)  # a worker that dies is noticed by then
+            workers = set(multiprocessing.active_children()) - self.terminated
+            self.terminated.update(workers)  # those of an earlier test may still run
+            # A cluster sends it to all processes of a job. A worker ends on its parent's, so another process sends it.
+            subprocess.run(['kill', '-TERM', *(str(process.pid) for process in workers), str(os.getpid())], check=True)
+            time.sleep(0.1)  # the training notices the end of a worker in this time
         if mode == 'predict':
             return list(inputs)
         drawn = [torch.rand(()).item(), np.random.rand(), random.random()]
@@ -64,8 +64,8 @@ class Recorder(BaseModel):
 
 
 @LOOPS.register_module()
-class OwnLoop(EpochBasedTrainLoop):
-    """A user's, which mmevm leaves as it is."""
+class CustomLoop(EpochBasedTrainLoop):
+    """Loop of a user, which mmevm does not replace."""
 
 
 @METRICS.register_module()
@@ -78,7 +78,7 @@ class Nothing(BaseMetric):
 
 
 def runner(work_dir, by_epoch=True, workers=0, checkpoint=None, options=None, **model):
-    """Three epochs, or as many iterations, of six batches of two."""
+    """Return a runner of three epochs (or as many iterations) of six batches of two."""
     loader = dict(
         batch_size=BATCH,
         num_workers=workers,
@@ -108,8 +108,8 @@ def runner(work_dir, by_epoch=True, workers=0, checkpoint=None, options=None, **
 
 
 def train(*args, **kwargs):
-    """What each iteration has seen."""
+    """Train, and return what each iteration has recorded."""
     run = runner(*args, **kwargs)
-    set_random_seed(len(kwargs))  # what a process has drawn before shall not matter
+    set_random_seed(len(kwargs))  # earlier random numbers of the process must not matter
     run.train()
     return run.model.seen

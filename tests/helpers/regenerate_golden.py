@@ -1,8 +1,10 @@
-"""Outputs recorded in tests/golden, to notice when a new version of a dependency, or a change of ours, moves numbers.
+"""Compare outputs with those recorded in tests/golden, or record them again.
 
-``python tests/helpers/regenerate_golden.py`` says what differs from the record, and exits with 1 if anything does;
-``--write --reason '…'`` records what differs anew, with the reason. Whether a number is right is
-asked by the other tests, which have independent references.
+The records detect changes of numbers by a new version of a dependency or by a change of mmevm. They do not tell whether
+a number is right: other tests compare with independent references.
+
+``python tests/helpers/regenerate_golden.py`` prints what differs from the records, and exits with 1 if anything does.
+``--write --reason '…'`` records the differing cases again, with the reason.
 """
 
 import argparse
@@ -14,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mmevm  # noqa: F401 - gives mmcv its operators, before they are imported
+import mmevm  # noqa: F401 - registers the fallback operators before mmcv.ops is imported
 
 # isort: split
 import mmcv.ops
@@ -23,7 +25,7 @@ import torch
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
 from torch import Tensor, nn
 
-from mmevm.analysis.complexity import build_without_weights
+from mmevm.analysis import build_without_weights
 from mmevm.analysis.latency import environment
 from mmevm.cli import read_config
 from mmevm.deployment import deploy
@@ -33,9 +35,9 @@ from mmevm.models.layers import ConvNorm, LayerNorm2d
 FOLDER = Path(__file__).parents[1] / 'golden'
 CONFIGS = Path(__file__).parents[2] / 'configs'
 
-# How far a number may be from its record, relative to the largest of its tensor. Another processor, another number of
-# threads or another convolution algorithm adds in another order, which moves float32 by up to 3e-5 at the end of a
-# network; a constant, a border or an order of channels that is not the same moves it by 1e-3 and more.
+# Accepted difference from a record, relative to the largest value of its tensor. Another processor, thread count or
+# convolution algorithm sums in another order, which changes float32 by up to 3e-5 at the end of a network. Another
+# constant, border or order of channels changes it by 1e-3 or more.
 TOLERANCE = 1e-4
 SAMPLES = 12
 
@@ -43,7 +45,7 @@ Outputs = Mapping[str, Tensor]
 
 
 class Numbers:
-    """Random numbers of a stream that NumPy promises never to change, which torch does of none of its own."""
+    """Random numbers of NumPy's legacy generator, which is guaranteed to stay the same; torch's are not."""
 
     def __init__(self, seed: int) -> None:
         self.stream = np.random.RandomState(seed)
@@ -57,16 +59,16 @@ class Numbers:
 
 @torch.no_grad()
 def fill(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every parameter and statistic a value that does not depend on how the layer is initialised."""
+    """Set every parameter and statistic to a value that does not depend on the initialization of the layer."""
     numbers = Numbers(seed)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not tensor.is_floating_point():
             continue
         if name.endswith('running_var') or (tensor.ndim == 1 and name.endswith('.weight')):
             low, high = 0.5, 1.5
-        elif name.endswith('alpha'):  # gates from a tenth to nine tenths
+        elif name.endswith('alpha'):  # gates from 0.1 to 0.9
             low, high = -2.2, 2.2
-        elif tensor.ndim > 1:  # what comes out is about as large as what goes in
+        elif tensor.ndim > 1:  # outputs about as large as inputs
             high = (3 / tensor[0].numel()) ** 0.5
             low = -high
         else:
@@ -76,7 +78,7 @@ def fill(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def images() -> Tensor:
-    """Two of 80×112 pixels: maps of 5×7, 3×4 and 2×2."""
+    """Return two images of 80×112 pixels, whose maps have 5×7, 3×4 and 2×2 pixels."""
     return Numbers(1).uniform(-2, 2, 2, 3, 80, 112)
 
 
@@ -87,14 +89,14 @@ def pyramid(channels: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 
 def named(prefix: str, tensors: Any) -> dict[str, Tensor]:
-    """Tensors in lists within lists, by their places."""
+    """Return the tensors of nested lists by their positions."""
     if isinstance(tensors, Tensor):
         return {prefix: tensors}
     return {name: x for i, item in enumerate(tensors) for name, x in named(f'{prefix}.{i}', item).items()}
 
 
 def layers() -> Outputs:
-    """What the eps of norms are for: variances not far from them."""
+    """Variances close to the eps of the norms."""
     x = Numbers(3).uniform(-0.01, 0.01, 2, 8, 5, 6)
     norm = fill(LayerNorm2d(8))
     conv = fill(ConvNorm(8, 4, 3, stride=2, norm_cfg=dict(type='BN'), relu=True)).eval()
@@ -110,7 +112,7 @@ def backbone(arch: str, deployed: bool = False) -> Outputs:
 
 
 def training(arch: str) -> Outputs:
-    """Statistics of the batch, and gradients: in float64, as which side of a ReLU's kink 0 is on is rounding."""
+    """Batch statistics and gradients, in float64: in float32, rounding would decide the gradient of ReLU near 0."""
     model = fill(EfficientViM(arch)).double().train()
     with torch.enable_grad():
         maps = model(images().double())
@@ -153,7 +155,7 @@ def retinanet() -> Outputs:
 
 
 def mask_rcnn() -> Outputs:
-    """Without proposals, which are decisions: the RPN's outputs, and those of the other heads on regions of ours."""
+    """Outputs of the RPN, and of the other heads for fixed RoIs: proposals could change by rounding."""
     cfg = read_config(str(CONFIGS / 'demo/maskrcnn_evm_m1_shapes.py'))
     model = fill(build_without_weights(cfg)).eval()
     maps = model.extract_feat(images())
@@ -171,9 +173,9 @@ def boxes_and_scores() -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat([corners, corners + sizes], dim=1), numbers.uniform(0, 1, 24), numbers.integers(3, 24)
 
 
-def suppression() -> Outputs:
+def nms() -> Outputs:
     boxes, scores, labels = boxes_and_scores()
-    small = boxes / 8  # what a pixel more in width and height changes
+    small = boxes / 8  # small boxes, so that offset=1 matters
     detections = {
         'nms': mmcv.ops.nms(boxes, scores, 0.4),
         'nms, offset 1': mmcv.ops.nms(small, scores, 0.4, offset=1),
@@ -193,7 +195,7 @@ def suppression() -> Outputs:
     }
 
 
-def regions() -> Outputs:
+def roi_ops() -> Outputs:
     maps, offset = Numbers(5).uniform(-1, 1, 2, 4, 16, 20), Numbers(6).uniform(-1, 1, 3, 2, 3, 2)
     rois = torch.tensor([[0, 2.3, 3.1, 17.6, 13.2], [1, -4.2, -3.3, 9.1, 22.7], [1, 5.2, 5.1, 34.3, 29.4]])
     return {
@@ -254,8 +256,8 @@ CASES: dict[str, Callable[[], Outputs]] = {
     'fusion_head': fusion_head,
     'retinanet': retinanet,
     'mask_rcnn': mask_rcnn,
-    'suppression': suppression,
-    'regions': regions,
+    'nms': nms,
+    'roi_ops': roi_ops,
     'convolutions': convolutions,
     'focal_losses': focal_losses,
 }
@@ -263,15 +265,15 @@ CASES: dict[str, Callable[[], Outputs]] = {
 
 @torch.no_grad()
 def compute(case: str) -> dict[str, Any]:
-    """What there is to record of a case: of each output its shape, figures of all its values, and some of them."""
-    return {name: summarise(x) for name, x in CASES[case]().items()}
+    """Return the record of a case: for each output its shape, statistics of all values, and some values."""
+    return {name: summarize(x) for name, x in CASES[case]().items()}
 
 
-def summarise(x: Tensor) -> dict[str, Any]:
-    """Figures of all values of a tensor, and some of the values."""
+def summarize(x: Tensor) -> dict[str, Any]:
+    """Return the shape of a tensor, statistics of all values, and some values."""
     flat = x.detach().double().flatten()
     at = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat))).round().long() if len(flat) else []
-    # Signs that follow no order in the tensor tell it from one with the same values in other places.
+    # The mean with random signs differs if the same values are at other positions.
     signs = torch.from_numpy(np.random.RandomState(9).choice([-1.0, 1.0], len(flat)))
     figures = dict(
         largest=flat.abs().max(), mean=flat.mean(), rms=flat.square().mean().sqrt(), mixed=(signs * flat).mean()
@@ -283,8 +285,8 @@ def summarise(x: Tensor) -> dict[str, Any]:
     )
 
 
-def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
-    """What is not as recorded, in words."""
+def find_mismatches(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+    """Describe each output that differs from its record."""
     for name in [*recorded, *(name for name in found if name not in recorded)]:
         if name not in found or name not in recorded:
             yield f'{name}: {"no longer there" if name in recorded else "not recorded"}'
@@ -297,7 +299,7 @@ def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> Iterat
         pairs = [(key, old[key], new[key]) for key in ('largest', 'mean', 'rms', 'mixed')]
         pairs += [(f'value {i}', a, b) for i, (a, b) in enumerate(zip(old['values'], new['values'], strict=True))]
         key, a, b = max(pairs, key=lambda pair: -1 if pair[1] == pair[2] else abs(pair[1] - pair[2]))
-        if not abs(a - b) <= TOLERANCE * scale:  # also where it is not a number
+        if not abs(a - b) <= TOLERANCE * scale:  # also if it is NaN
             yield f'{name}: {key} {b:.7g}, recorded {a:.7g}: {abs(a - b) / scale:.1e} of the largest'
 
 
@@ -306,7 +308,7 @@ def file_of(case: str) -> Path:
 
 
 def read(case: str) -> dict[str, Any]:
-    """The record of a case; one without outputs if there is none."""
+    """Return the record of a case; one without outputs if there is none."""
     return json.loads(file_of(case).read_text()) if file_of(case).exists() else dict(outputs={})
 
 
@@ -322,17 +324,19 @@ def write(case: str, outputs: Mapping[str, Any], reason: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('cases', nargs='*', choices=[*CASES, []], metavar='CASE', help=f'of {", ".join(CASES)}')
-    parser.add_argument('--write', action='store_true', help='record what differs anew; needs --reason')
-    parser.add_argument('--reason', help='why the numbers are others now; it is kept in the files')
+    parser.add_argument(
+        'cases', nargs='*', choices=[*CASES, []], metavar='CASE', help=f'{", ".join(CASES)} (default: all)'
+    )
+    parser.add_argument('--write', action='store_true', help='record the differing cases again; needs --reason')
+    parser.add_argument('--reason', help='why the numbers changed; written to the files')
     args = parser.parse_args()
     if args.write != bool((args.reason or '').strip()):
-        parser.error('--write and --reason are given together, or neither of them.')
+        parser.error('--write needs --reason, and --reason needs --write.')
 
     changed = {}
     for case in args.cases or CASES:
         outputs = compute(case)
-        problems = list(differences(read(case)['outputs'], outputs))
+        problems = list(find_mismatches(read(case)['outputs'], outputs))
         print(f'{case}: {len(problems)} of {len(outputs)} outputs differ' if problems else f'{case}: as recorded')
         for problem in problems:
             print(f'  {problem}')
@@ -341,9 +345,9 @@ def main() -> None:
     if args.write:
         for case, outputs in changed.items():
             write(case, outputs, args.reason)
-        print(f'written: {", ".join(map(str, map(file_of, changed))) or "nothing"}')
+        print(f'wrote: {", ".join(map(str, map(file_of, changed))) or "nothing"}')
     elif changed:
-        sys.exit(f'Nothing was written. If all of this is meant: {sys.argv[0]} --write --reason "…"')
+        sys.exit(f'Nothing was written. To record these numbers: {sys.argv[0]} --write --reason "…"')
 
 
 if __name__ == '__main__':

@@ -1,11 +1,8 @@
-"""From the words of a command line to the config of a run."""
-
 import argparse
 import os
 from pathlib import Path
 
 import pytest
-from command_line import succeed
 from mmengine.config import Config
 
 from mmevm.checkpoints import CheckpointError
@@ -23,7 +20,7 @@ visualizer = dict(vis_backends=[dict(type='LocalVisBackend')])
 
 @pytest.fixture
 def load(tmp_path, monkeypatch):
-    """The config that a command line leads to, beginning from a file ``some_config.py``."""
+    """Return the config that a command line with ``some_config.py`` results in."""
     monkeypatch.setenv('LOCAL_RANK', '0')  # so that monkeypatch restores it
     monkeypatch.delenv('LOCAL_RANK')
     path = tmp_path / 'some_config.py'
@@ -46,7 +43,7 @@ def strings(value):
     return [value] if isinstance(value, str) else []
 
 
-def test_without_arguments_the_config_is_that_of_the_file(load):
+def test_config_without_arguments_is_unchanged(load):
     cfg = load()
     assert cfg.data_root == 'data/coco/'
     assert cfg.train_dataloader.dataset.ann_file == 'train.json'
@@ -67,17 +64,17 @@ def test_work_dir(load, words, text, expected):
     assert load(*words, text=text).work_dir == expected
 
 
-def test_cfg_options_come_last(load):
+def test_cfg_options_override_other_arguments(load):
     options = ['data_root=there/', 'val_evaluator.ann_file=other.json', 'train_dataloader.batch_size=2', 'a.b=[1,2]']
     cfg = load('--data-root', 'here', '--cfg-options', *options)
     assert cfg.data_root == 'there/'
     assert cfg.val_evaluator.ann_file == 'other.json'
     assert cfg.train_dataloader.batch_size == 2
     assert cfg.a.b == [1, 2]
-    assert cfg.train_dataloader.dataset.data_root == 'here/'  # the other entries stay
+    assert cfg.train_dataloader.dataset.data_root == 'here/'  # other keys are unchanged
 
 
-def test_tensorboard_comes_beside_what_is_there(load):
+def test_tensorboard_is_added_to_other_backends(load):
     backends = [dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')]
     assert load('--tensorboard').visualizer.vis_backends == backends
 
@@ -87,23 +84,23 @@ def test_local_rank_of_the_old_launcher(load, monkeypatch, flag):
     assert load('--launcher', 'pytorch', f'{flag}=3').launcher == 'pytorch'
     assert os.environ['LOCAL_RANK'] == '3'
     load(f'{flag}=5')
-    assert os.environ['LOCAL_RANK'] == '3'  # what torchrun has set stays
+    assert os.environ['LOCAL_RANK'] == '3'  # the variable set by torchrun wins
 
 
-def test_replace_data_root_reaches_every_path():
+def test_replace_data_root_in_a_stock_config():
     cfg = Config.fromfile(CONFIGS / 'maskrcnn_evm_m1.py')
     before = [string for string in strings(cfg.to_dict()) if string.startswith('data/')]
     assert len(before) > 5
     replaced = replace_data_root(cfg, '/elsewhere')
     expected = ['/elsewhere' + string.removeprefix('data/coco') for string in before]
     assert [string for string in strings(replaced.to_dict()) if string.startswith(('data/', '/elsewhere'))] == expected
-    assert [string for string in strings(cfg.to_dict()) if string.startswith('data/')] == before  # is not changed
+    assert [string for string in strings(cfg.to_dict()) if string.startswith('data/')] == before  # not changed in place
     assert replaced.filename == cfg.filename
 
 
 @pytest.mark.parametrize('old', ['data/coco', 'data/coco/'])
 @pytest.mark.parametrize('new', ['/new', '/new/'])
-def test_replace_data_root_changes_paths_below_it_and_nothing_else(old, new):
+def test_replace_data_root_changes_only_paths_below_it(old, new):
     cfg = Config(
         dict(
             data_root=old,
@@ -124,29 +121,29 @@ def test_replace_data_root_changes_paths_below_it_and_nothing_else(old, new):
 @pytest.mark.parametrize(
     ('data_root', 'expected'), [('~/coco', '/home/me/coco/x'), ('s3://bucket/coco', 's3://bucket/coco/x'), ('.', './x')]
 )
-def test_replace_data_root_takes_what_a_shell_would_and_urls(monkeypatch, data_root, expected):
+def test_replace_data_root_with_home_folder_and_url(monkeypatch, data_root, expected):
     monkeypatch.setenv('HOME', '/home/me')
     assert replace_data_root(Config(dict(data_root='data/', path='data/x')), data_root).path == expected
 
 
 @pytest.mark.parametrize('entries', [dict(), dict(data_root=None), dict(data_root='')])
-def test_replace_data_root_needs_one(entries):
-    with pytest.raises(ConfigError, match='this config has none'):
+def test_replace_data_root_requires_data_root(entries):
+    with pytest.raises(ConfigError, match='the config has no data_root'):
         replace_data_root(Config(dict(entries, path='data/x')), '/new')
 
 
 @pytest.mark.parametrize('kind', [ConfigError, CheckpointError])
-def test_run_makes_known_errors_a_sentence(kind):
+def test_run_prints_only_the_message_of_user_errors(kind):
     def fail():
-        raise kind('What is wrong, and what to do.')
+        raise kind('What is wrong and what to do.')
 
     with pytest.raises(SystemExit) as stop:
         run(fail)
-    assert stop.value.code == f'{kind.__name__}: What is wrong, and what to do.'  # printed by Python, with status 1
+    assert stop.value.code == f'{kind.__name__}: What is wrong and what to do.'  # printed by Python, with status 1
 
 
 @pytest.mark.parametrize('kind', [RuntimeError, ValueError, KeyError, KeyboardInterrupt])
-def test_run_lets_other_errors_through(kind):
+def test_run_does_not_catch_other_errors(kind):
     def fail():
         raise kind('unexpected')
 
@@ -161,14 +158,14 @@ def test_run_runs():
 
 
 @pytest.mark.parametrize('path', ['nowhere.py', 'mmdet::nowhere.py', 'nothing::of_the_kind.py', 'data.csv'])
-def test_a_config_that_cannot_be_read_is_named(tmp_path, monkeypatch, path):
+def test_unreadable_config(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'data.csv').touch()
     with pytest.raises(ConfigError, match=f'^{path} cannot be read: .* Give the path of a config file'):
         read_config(path)
 
 
-def test_loaders_of_a_classifier_are_as_with_mmpretrain_s_own_tools(load):
+def test_mmpretrain_loader_defaults(load):
     text = """
 default_scope = 'mmpretrain'
 train_dataloader = dict(num_workers=4)
@@ -186,33 +183,13 @@ test_dataloader = dict(num_workers=4, persistent_workers=False, collate_fn=dict(
     assert 'collate_fn' not in load().train_dataloader
 
 
-def test_imports_print_nothing(tmp_path):
-    """Of what mmengine, mmdet and mmpretrain say about packages that they do without."""
-    script = tmp_path / 'tool.py'
-    script.write_text("""
-import importlib
-from mmevm.cli import run
-
-def main():
-    for name in ('mmdet.datasets', 'mmdet.evaluation', 'mmpretrain.datasets'):
-        importlib.import_module(name)
-    import mmengine.logging
-    mmengine.logging.print_log('printed as before')
-
-run(main)
-""")
-    lines = succeed(script, cwd=tmp_path).splitlines()
-    assert [line for line in lines if 'stand-in for mmcv._ext' not in line] == ['printed as before']
-
-
-def test_replace_data_root_that_changes_nothing():
-    """Its paths do not begin with its data_root: evaluating on other data than meant would be the result."""
+def test_replace_data_root_without_matching_paths():
     cfg = Config(dict(data_root='data/coco', train_dataloader=dict(dataset=dict(data_root='/data/coco'))))
-    with pytest.raises(ConfigError, match=r'^--data-root /new changed nothing'):
+    with pytest.raises(ConfigError, match=r'^--data-root /new: no path of the config begins with'):
         replace_data_root(cfg, '/new')
 
 
-def test_two_bases_of_data(tmp_path):
+def test_duplicate_keys_in_base_configs(tmp_path):
     for name in ('first', 'second'):
         (tmp_path / f'{name}.py').write_text("data_root = 'data/'")
     path = tmp_path / 'config.py'
@@ -221,7 +198,7 @@ def test_two_bases_of_data(tmp_path):
         read_config(str(path))
 
 
-def test_a_relative_path_is_given_whole(tmp_path, monkeypatch):
+def test_missing_config_is_named_with_its_absolute_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as error:
         read_config('configs/none.py')

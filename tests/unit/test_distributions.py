@@ -1,4 +1,4 @@
-"""In processes of their own, whose installed packages are made up: metadata alone, as pip writes it."""
+"""Import mmevm in processes whose installed packages are only metadata."""
 
 import os
 import subprocess
@@ -40,7 +40,7 @@ def import_mmevm(site):
         ['mmengine-lite', 'mmcv-lite'],
     ],
 )
-def test_one_family(names, tmp_path):
+def test_one_distribution(names, tmp_path):
     install(tmp_path, *names)
     provide(tmp_path, 'mmengine', 'mmcv')
     result = import_mmevm(tmp_path)
@@ -48,15 +48,15 @@ def test_one_family(names, tmp_path):
 
 
 @pytest.mark.parametrize(('there', 'missing'), [([], 'mmengine, mmcv'), (['mmengine'], 'mmcv'), (['mmcv'], 'mmengine')])
-def test_no_family_or_part_of_one(there, missing, tmp_path):
+def test_missing_packages(there, missing, tmp_path):
     install(tmp_path, 'torch', *(f'onedl-{name}' for name in there))
     provide(tmp_path, *there)
     result = import_mmevm(tmp_path)
     assert result.returncode == 1
-    sentence = result.stderr.splitlines()[-1]
-    assert f'not installed: {missing}. ' in sentence
-    assert "pip install -e '.[onedl]'" in sentence
-    assert "pip install -e '.[openmmlab]'" in sentence
+    message = result.stderr.splitlines()[-1]
+    assert f'not installed: {missing}. ' in message
+    assert "pip install -e '.[onedl]'" in message
+    assert "pip install -e '.[openmmlab]'" in message
 
 
 @pytest.mark.parametrize(
@@ -70,22 +70,22 @@ def test_no_family_or_part_of_one(there, missing, tmp_path):
         ['onedl-mmengine', 'mmengine-lite'],
     ],
 )
-def test_both_families(names, tmp_path):
+def test_both_distributions(names, tmp_path):
     install(tmp_path, *names)
     result = import_mmevm(tmp_path)
     assert result.returncode == 1
-    sentence = result.stderr.splitlines()[-1]
-    assert 'Both families' in sentence
-    assert all(repr(name) in sentence for name in names)
-    assert 'pip uninstall' in sentence
-    assert "pip install -e '.[onedl]' or pip install -e '.[openmmlab]'" in sentence
+    message = result.stderr.splitlines()[-1]
+    assert 'Both distributions' in message
+    assert all(repr(name) in message for name in names)
+    assert 'pip uninstall' in message
+    assert "pip install -e '.[onedl]' or pip install -e '.[openmmlab]'" in message
 
 
-def test_the_sentence_comes_through_a_config(tmp_path):
-    """mmengine's registry swallows an ImportError, and would say that there is no EfficientViM."""
+def test_error_is_raised_when_a_config_is_built(tmp_path):
+    """MMEngine's registry would ignore an ImportError and report that EfficientViM is not registered."""
     install(tmp_path, 'onedl-mmcv', 'mmcv-lite')
     code = "from mmengine.registry import MODELS; MODELS.build(dict(type='mmevm.EfficientViM', arch='m1'))"
     result = run(tmp_path, '-c', code)
     assert result.returncode == 1
-    assert 'Both families' in result.stderr.splitlines()[-1]
+    assert 'Both distributions' in result.stderr.splitlines()[-1]
     assert 'is not in the' not in result.stderr

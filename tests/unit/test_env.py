@@ -1,5 +1,3 @@
-"""``python -m mmevm.env`` says what a bug report needs."""
-
 from importlib.metadata import version
 
 import torch
@@ -13,7 +11,7 @@ def test_versions_operators_and_device(tmp_path):
     lines = dict(line.split(': ', 1) for line in output.splitlines() if ': ' in line)
     assert lines['mmevm'] == f'{mmevm.__version__} ({ROOT / "mmevm"})'
     assert lines['torch'] == version('torch')
-    families = [lines['OpenMMLab packages (onedl)'], lines['OpenMMLab packages (openmmlab)']]
-    assert families.count('none') == 1  # never both
+    distributions = [lines['OpenMMLab packages (onedl)'], lines['OpenMMLab packages (openmmlab)']]
+    assert distributions.count('none') == 1
     assert 'mmcv' in lines['mmcv operators']
     assert lines['device'].startswith(f'CPU ({torch.backends.cpu.get_cpu_capability()}')

@@ -5,22 +5,22 @@ import sys
 import pytest
 import regenerate_golden
 import torch
-from regenerate_golden import CASES, FOLDER, TOLERANCE, compute, differences, read, summarise
+from regenerate_golden import CASES, FOLDER, TOLERANCE, compute, find_mismatches, read, summarize
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_outputs_are_as_recorded(case):
-    problems = list(differences(read(case)['outputs'], compute(case)))
+def test_outputs_equal_the_record(case):
+    problems = list(find_mismatches(read(case)['outputs'], compute(case)))
     assert not problems, '; '.join(problems) + ' (python tests/helpers/regenerate_golden.py)'
 
 
-def test_each_record_is_of_a_case():
+def test_every_record_has_a_case():
     assert {file.stem for file in FOLDER.glob('*.json')} == set(CASES)
 
 
 @pytest.fixture
 def record(tmp_path, monkeypatch):
-    """A copy of the record of one case, in which a value of one output is a little off."""
+    """Copy the record of one case and change one value of one output."""
     file = tmp_path / 'fusion_head.json'
     shutil.copy(FOLDER / file.name, file)
     content = json.loads(file.read_text())
@@ -36,7 +36,7 @@ def regenerate(monkeypatch, *arguments):
     regenerate_golden.main()
 
 
-def test_nothing_is_written_unasked(record, monkeypatch, capsys):
+def test_nothing_is_written_without_the_option(record, monkeypatch, capsys):
     before = record.read_text()
     with pytest.raises(SystemExit) as stopped:
         regenerate(monkeypatch)
@@ -49,7 +49,7 @@ def test_nothing_is_written_unasked(record, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('arguments', [['--write'], ['--reason', 'None.'], ['--write', '--reason', ' ']])
-def test_who_writes_gives_a_reason(record, monkeypatch, arguments):
+def test_writing_needs_a_reason(record, monkeypatch, arguments):
     before = record.read_text()
     with pytest.raises(SystemExit) as stopped:
         regenerate(monkeypatch, *arguments)
@@ -57,7 +57,7 @@ def test_who_writes_gives_a_reason(record, monkeypatch, arguments):
     assert record.read_text() == before
 
 
-def test_writing_records_outputs_reason_and_versions(record, monkeypatch, capsys):
+def test_write(record, monkeypatch, capsys):
     regenerate(monkeypatch, '--write', '--reason', 'Another norm.')
     content = json.loads(record.read_text())
     assert content['reason'] == 'Another norm.'
@@ -67,15 +67,15 @@ def test_writing_records_outputs_reason_and_versions(record, monkeypatch, capsys
     assert 'fusion_head: as recorded' in capsys.readouterr().out
 
 
-def test_what_differs():
+def test_find_mismatches():
     x = torch.rand(4, 50)
-    record = dict(x=summarise(x))
-    assert not list(differences(record, dict(x=summarise(x + 0.5 * TOLERANCE * x.max()))))
+    record = dict(x=summarize(x))
+    assert not list(find_mismatches(record, dict(x=summarize(x + 0.5 * TOLERANCE * x.max()))))
     for other in (x + 2 * TOLERANCE * x.max(), x.flip(1), x[:3], x.where(x < x.max(), torch.nan)):
-        assert len(list(differences(record, dict(x=summarise(other))))) == 1
-    # Where no sample is taken, and without a change of sum or of squares.
+        assert len(list(find_mismatches(record, dict(x=summarize(other))))) == 1
+    # Swap values that are not sampled; the sum and the sum of squares stay the same.
     swapped = x.clone()
     swapped[0, [1, 2, 5, 7]], swapped[0, [3, 4, 6, 8]] = x[0, [3, 4, 6, 8]], x[0, [1, 2, 5, 7]]
-    assert len(list(differences(record, dict(x=summarise(swapped))))) == 1
-    assert list(differences(record, {})) == ['x: no longer there']
-    assert list(differences({}, record)) == ['x: not recorded']
+    assert len(list(find_mismatches(record, dict(x=summarize(swapped))))) == 1
+    assert list(find_mismatches(record, {})) == ['x: no longer there']
+    assert list(find_mismatches({}, record)) == ['x: not recorded']

@@ -1,4 +1,4 @@
-"""Strange image files: read as three channels of bytes, or named when they are read."""
+"""Unusual image files are read as three channels of bytes; unreadable ones are named in the error."""
 
 import json
 
@@ -28,7 +28,7 @@ def annotation(id_, image_id=1, **changes):
 
 
 def write(root, images, annotations, categories=({'id': 1, 'name': 'shape'}, {'id': 7, 'name': 'other'}), files=True):
-    """Data as the demo's config reads them, for training and evaluation alike."""
+    """Write the dataset that the demo's config reads for training and evaluation."""
     for split in ('train', 'val'):
         (root / split).mkdir(exist_ok=True)
         for entry in images if files else ():
@@ -63,7 +63,7 @@ def save_sixteen_bits(path):
 
 def save_rotated(path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90°
+    exif[0x0112] = 6  # rotate by 90°
     save(path, 'RGB', (SIDE // 2, SIDE), exif=exif)
 
 
@@ -82,8 +82,8 @@ STRANGE = [
 
 
 @pytest.mark.parametrize(('name', 'make', 'size'), STRANGE)
-def test_strange_images_are_read(tmp_path, name, make, size):
-    """As three channels of bytes, and turned as their EXIF says; annotations are of the turned image."""
+def test_unusual_images_are_read(tmp_path, name, make, size):
+    """Images have three channels of bytes and are rotated by their EXIF tag; annotations refer to the rotated image."""
     width, height = size
     (tmp_path / 'train').mkdir()
     make(tmp_path / 'train' / name)
@@ -91,7 +91,7 @@ def test_strange_images_are_read(tmp_path, name, make, size):
     write(tmp_path, [image(1, file_name=name, width=width, height=height)], [annotation(1, **box)], files=False)
     cfg = read(tmp_path, filter_cfg=None)
     assert summarize('train', build(cfg), training=True).objects.total() == 1
-    if 1 in size:  # mmdet cannot pack a row of pixels that is turned round
+    if 1 in size:  # mmdet cannot pack a flipped row of pixels
         (flip,) = (step for step in cfg.train_dataloader.dataset.pipeline if step.type == 'RandomFlip')
         flip.prob = 0.0
     packed = build(cfg)[0]
@@ -104,7 +104,7 @@ def test_strange_images_are_read(tmp_path, name, make, size):
 
 @pytest.mark.parametrize('content', ['text', 'half'])
 @pytest.mark.parametrize('name', ['1.png', '1.jpg'])
-def test_a_file_that_is_no_image_is_named(tmp_path, name, content):
+def test_unreadable_image_is_named(tmp_path, name, content):
     write(tmp_path, [image(1, file_name=name)], [annotation(1)])
     path = tmp_path / 'train' / name
     save(path, 'RGB')

@@ -1,4 +1,4 @@
-# Hard distillation from RegNetY-160 (DeiT's teacher), in place of MESA.
+# Hard distillation from RegNetY-160, the teacher of DeiT. Replaces MESA.
 custom_hooks = [
     dict(type='EMAHook', momentum=0.0005, update_buffers=True),  # decay 0.9995
     dict(

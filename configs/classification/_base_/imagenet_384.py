@@ -1,4 +1,4 @@
-# Fine-tuning at 384²: batch 8 GPUs × 128, augmented as in the training before; evaluation sees whole images, not crops.
+# Fine-tuning on ImageNet-1k at 384²: batch 8 GPUs × 128, same augmentation as at 224². Evaluation does not crop images.
 _base_ = './imagenet_224.py'
 
 train_pipeline = _base_.train_pipeline

@@ -1,5 +1,5 @@
-# The authors' recipe (paper, Supplement A): AdamW at batch 2048, 20 epochs of warm-up, a cosine from 2e-3 to 2e-5, and
-# 10 epochs of cool-down, which count among the 300.
+# ImageNet schedule of the paper (Supplement A): AdamW at batch 2048, 20 warm-up epochs, cosine from 2e-3 to 2e-5,
+# 10 cool-down epochs; 300 epochs in total.
 train_cfg = dict(by_epoch=True, max_epochs=300, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
@@ -7,7 +7,9 @@ test_cfg = dict()
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=2e-3, betas=(0.9, 0.999), weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0, flat_decay_mult=0.0),  # no decay of vectors
+    paramwise_cfg=dict(
+        norm_decay_mult=0.0, bias_decay_mult=0.0, flat_decay_mult=0.0
+    ),  # weight decay on matrices and kernels only
     clip_grad=dict(max_norm=0.02),
 )
 param_scheduler = [

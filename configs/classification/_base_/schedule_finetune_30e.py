@@ -1,4 +1,4 @@
-# Fine-tuning at a higher resolution (paper, Supplement A): batch 1024, a cosine from 1e-3, 30 epochs.
+# Fine-tuning at a higher resolution (paper, Supplement A): batch 1024, 30 epochs, cosine from 1e-3.
 _base_ = './schedule_300e.py'
 
 train_cfg = dict(max_epochs=30)

@@ -1,7 +1,6 @@
-"""How fast models are, on the machine at hand: mmevm's beside others, in turns.
+"""Compare the speed of models on this machine; ``tools/benchmark_latency.py`` is the command line.
 
-``tools/benchmark_latency.py`` is its command line; ``measuring`` says how it is measured. The
-pictures are in ``plots``.
+``benchmark`` describes how it is measured, ``plots`` draws the results.
 
 Example:
     >>> from mmevm.analysis.latency import benchmark, table
@@ -9,9 +8,9 @@ Example:
     >>> print(table(results, reference='efficientvim_m4'))  # doctest: +SKIP
 """
 
-from .benchmark import benchmark
+from .benchmark import Setting, benchmark, build
 from .breakdown import Breakdown, break_down
-from .engines import DTYPES, ENGINES, EngineError, prepare
+from .engines import DTYPES, ENGINES, prepare
 from .model_spec import DEFAULT_MODELS, PARTS, ModelSpec
 from .results import Result, environment, read_json, relative_times, table, write_json
 
@@ -21,11 +20,12 @@ __all__ = [
     'ENGINES',
     'PARTS',
     'Breakdown',
-    'EngineError',
     'ModelSpec',
     'Result',
+    'Setting',
     'benchmark',
     'break_down',
+    'build',
     'environment',
     'prepare',
     'read_json',

@@ -1,21 +1,20 @@
-"""From models and settings to rows.
+"""Time models in a grid of settings.
 
 How it is measured:
 
-- All models and engines of a setting (resolution, batch size, dtype) take turns, one call each, in an order that is
-  drawn anew in each round: when the machine's speed drifts, it does so for all of them. Medians and spreads are of the
-  calls of one such run.
-- Before, each is called until it is warm: until the later half of its calls has nothing faster than its earlier half,
-  but for 3 %, and half a second has passed. After a minute a note on the row says that it was still getting faster.
-- On CUDA the clock stops when the device has finished.
-- Weights are random and images normal noise, both the same for all and in each run.
-- Each model has the form for inference that its library gives it. mmevm's takes large batches in parts on a CPU, in
-  eager mode; BatchNorms that are left in other models are noted in their rows.
-- float32 is float32: TF32 is off on CUDA.
-- When memory does not suffice, the batch is halved until it does, and the row says the batch that was measured. On
-  Linux a process is forbidden to take more than is there, as the kernel would grant it at first and kill it later.
-- Peak memory on the CPU is that of a process of its own (``memory``); on CUDA it is that of PyTorch's allocator. What
-  compiles has no figure on the CPU, and what has its own memory on CUDA has none there.
+- All models and engines of a setting (resolution, batch size, dtype) are interleaved: one call each per round, in an
+  order that is shuffled for each round, so that drifts in the machine's speed affect all alike. Medians and spreads are
+  over the rounds.
+- Before that, each is called until the later half of its calls is at most 3 % faster than the earlier half, for half a
+  second at least. After a minute, a note says that it was still getting faster.
+- On CUDA, a time includes the device's work.
+- Weights are random and images are normal noise, the same for all models and in each run.
+- Models are in deploy mode, as their library defines it. BatchNorms that remain are noted.
+- float32 excludes TF32.
+- If a batch does not fit into memory, it is halved until it does, and the row says so. On Linux the process is not
+  allowed to take more memory than is available, as it would be killed.
+- Peak memory on the CPU is measured in a separate process, for engines that do not compile there; on CUDA it is that of
+  PyTorch's allocator.
 """
 
 import contextlib
@@ -23,7 +22,7 @@ import functools
 import gc
 import itertools
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,30 +35,30 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmevm.analysis.complexity import measure_complexity
 
 from .engines import DTYPES, ENGINES, prepare
-from .memory import MemoryMeter, is_out_of_memory, within_available_memory
+from .memory import is_out_of_memory, limit_memory, peak_cpu_memory
 from .model_spec import ModelSpec
-from .results import Result, in_one_line
+from .results import Result, summarize_error
 from .timing import interleave, is_cuda, time_call, warm_up
 
 ONNX_ENGINES = ('onnxruntime', 'openvino')
-# Engines whose memory can be told: on the CPU all but what compiles in the process, on CUDA what PyTorch allocates.
+# On the CPU torch.compile's memory includes the compiler's; on CUDA only PyTorch's allocator reports its peak.
 ENGINES_WITH_MEMORY = dict(cpu=('eager', 'onnxruntime', 'openvino'), cuda=('eager', 'compile'))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is called.
+    """How models are called.
 
     Args:
-        resolution: Pixels of a side of the image.
-        batch_size: Images of a call.
+        resolution: Side of the images in pixels.
+        batch_size: Images per call.
         dtype: One of ``DTYPES``.
-        device: Where it runs.
-        deploy: Whether it has its form for inference; never in training.
-        channels_last: Whether weights and images are in channels_last; engines other than PyTorch's have their own.
-        training: Whether a call is forward and backward, in training mode but for the BatchNorms, which stay in eval
-            mode as a detector's backbone has them.
-        threads: Threads of every engine on the CPU; None leaves PyTorch's number, and gives it to the others.
+        device: 'cpu' or 'cuda'.
+        deploy: Whether to switch models to deploy mode; ignored in training.
+        channels_last: Whether weights and images are in channels_last for PyTorch's engines.
+        training: Whether a call is forward and backward, in training mode except for the BatchNorms, which stay in eval
+            mode as in a detector's backbone.
+        threads: CPU threads of every engine; None is ``torch.get_num_threads()``.
     """
 
     resolution: int
@@ -71,58 +70,44 @@ class Setting:
     training: bool = False
     threads: int | None = None
 
-    @property
-    def is_deployed(self) -> bool:
-        """Whether the model has its form for inference."""
-        return self.deploy and not self.training
-
     def is_channels_last(self, engine: str) -> bool:
-        """Whether what an engine gets is in channels_last."""
+        """Return whether an engine's inputs are in channels_last."""
         return self.channels_last and engine not in ONNX_ENGINES
 
 
-def build(subject: ModelSpec, setting: Setting, engine: str = 'eager') -> tuple[nn.Module, Tensor]:
-    """Build a model and its input as a setting has them.
-
-    Args:
-        subject: The model.
-        setting: How it will be called.
-        engine: What will call it.
+def build(spec: ModelSpec, setting: Setting, engine: str = 'eager') -> tuple[nn.Module, Tensor]:
+    """Build a model and its input for a setting.
 
     Returns:
         The model, and the images, (B, 3, H, W).
     """
-    model = subject.build()
+    model = spec.build()
     if setting.training:
         model.train()
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()
     elif setting.deploy:
-        model = subject.deploy(model)
-    x = torch.randn(
-        setting.batch_size, 3, setting.resolution, setting.resolution, generator=torch.Generator().manual_seed(0)
-    )
+        model = spec.deploy(model)
+    shape = setting.batch_size, 3, setting.resolution, setting.resolution
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     layout = torch.channels_last if setting.is_channels_last(engine) else torch.contiguous_format
     form: dict[str, Any] = dict(device=setting.device, dtype=DTYPES[setting.dtype][0], memory_format=layout)
     return model.to(**form), x.to(**form)
 
 
-def make_call(subject: ModelSpec, setting: Setting, engine: str, onnx_file: Path | None = None) -> Callable[[], Any]:
-    """Build a model and make it ready to be called.
+def make_call(spec: ModelSpec, setting: Setting, engine: str, onnx_file: Path | None = None) -> Callable[[], Any]:
+    """Build a model and return a function that computes its outputs for one batch.
 
     Args:
-        subject: The model.
-        setting: How it will be called.
-        engine: What will call it.
-        onnx_file: Where its ONNX file is, or will be written.
-
-    Returns:
-        A function without arguments that computes all outputs for one batch.
+        spec: The model.
+        setting: How it is called.
+        engine: One of ``ENGINES``.
+        onnx_file: ONNX file for ONNX Runtime and OpenVINO, exported if it does not exist.
     """
     threads = setting.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
-    model, x = build(subject, setting, engine)
+    model, x = build(spec, setting, engine)
     return partial(prepare(engine, model, x, setting.dtype, setting.training, threads, onnx_file), x)
 
 
@@ -140,30 +125,30 @@ def benchmark(
     threads: int | None = None,
     rounds: int | None = None,
     memory: bool = True,
-    progress: Callable[[str, float], None] | None = None,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Result]:
-    """Time models in turns.
+    """Time models, interleaved within each setting.
 
     Args:
-        models: Names, or subjects for parts of configs and for ``with_cp``.
+        models: Names or model specs.
         resolutions: Sides of the images in pixels.
-        batch_sizes: Images of a call; None is :func:`default_batch_size`. Halved until memory suffices.
+        batch_sizes: Images per call; None is :func:`default_batch_size`. Halved until they fit into memory.
         dtypes: Of ``DTYPES``.
         engines: Of ``ENGINES``.
         device: 'cpu' or 'cuda'.
-        deploy: Whether models take their form for inference, but in training.
-        channels_last: Whether PyTorch's weights and images are in channels_last.
-        training: Whether a call is forward and backward in place of forward.
-        threads: Threads of every engine on the CPU; None is ``torch.get_num_threads()``.
-        rounds: How often each has its turn; None is :func:`default_rounds`.
+        deploy: Whether to switch models to deploy mode; ignored in training.
+        channels_last: Whether weights and images are in channels_last for PyTorch's engines.
+        training: Whether a call is forward and backward.
+        threads: CPU threads of every engine; None is ``torch.get_num_threads()``.
+        rounds: Number of calls to time; None is 50 on CUDA and 7 on the CPU.
         memory: Whether to measure peak memory.
-        progress: Called with what is being done, and the share of all that has been done, from 0 to 1.
+        progress: Called with a description of each step.
 
     Yields:
-        A row for each resolution, batch size, dtype, model and engine; those of a setting once it has been measured.
+        A row for each resolution, dtype, batch size, model and engine, after its setting has been measured.
 
     Raises:
-        ValueError: If a name or a number cannot be meant.
+        ValueError: If an argument is not valid.
         ConfigError: If a config cannot be read.
 
     Example:
@@ -171,127 +156,113 @@ def benchmark(
         >>> results = list(benchmark(['m1', 'shvit_s1'], [224], batch_sizes=[1], rounds=3))
         >>> print(table(results, reference='shvit_s1'))  # doctest: +SKIP
     """
-    subjects = [model if isinstance(model, ModelSpec) else ModelSpec(model) for model in models]
-    rounds = default_rounds(device) if rounds is None else rounds
+    specs = [model if isinstance(model, ModelSpec) else ModelSpec(model) for model in models]
+    rounds = (50 if is_cuda(device) else 7) if rounds is None else rounds
     for name, numbers in dict(resolutions=resolutions, batch_sizes=batch_sizes or (), rounds=[rounds]).items():
         if any(number < 1 for number in numbers):
-            raise ValueError(f'{name} are numbers from 1 on, not {list(numbers)}.')
-    choices: list[tuple[str, Sequence[str], Collection[str]]]
-    choices = [('dtypes', dtypes, DTYPES), ('engines', engines, ENGINES)]
-    for name, values, known in choices:
+            raise ValueError(f'{name}={list(numbers)} must be 1 or more.')
+    for name, values, known in (('dtypes', dtypes, list(DTYPES)), ('engines', engines, list(ENGINES))):
         if unknown := [value for value in values if value not in known]:
-            raise ValueError(f'{name}: {", ".join(unknown)} is none of {", ".join(known)}.')
-    if torch.device(device).type == 'cuda' and not torch.cuda.is_available():
-        raise ValueError(f'device={device!r}, but PyTorch {torch.__version__} sees no GPU here.')
+            raise ValueError(f'{name}: {", ".join(unknown)} is not one of {", ".join(known)}.')
+    if is_cuda(device) and not torch.cuda.is_available():
+        raise ValueError(f'device={device!r}, but PyTorch {torch.__version__} finds no GPU. Use the CPU.')
 
-    rows = list(itertools.product(subjects, engines))
-    settings = [
-        Setting(resolution, batch_size, dtype, device, deploy, channels_last, training, threads)
-        for resolution, dtype in itertools.product(resolutions, dtypes)
-        for batch_size in batch_sizes or [default_batch_size(device, resolution)]
-    ]
-    count = functools.cache(partial(_count, device=device, deployed=deploy and not training))
-    with _threads_of_pytorch(threads), cuda_settings(), MemoryMeter() as meter:
-        for i, setting in enumerate(settings):
-            steps = len(rows) * (1 + rounds + memory)
-            done = itertools.count(i * steps)
-
-            def report(text: str, done: Iterator[int] = done, steps: int = steps) -> None:
-                if progress is not None:
-                    progress(text, next(done) / (steps * len(settings)))
-
-            yield from _measure(rows, setting, rounds, count, meter if memory else None, report)
+    rows = list(itertools.product(specs, engines))
+    cost = functools.cache(partial(_cost, device=device, deployed=deploy and not training))
+    with _pytorch_threads(threads), cuda_settings():
+        for resolution, dtype in itertools.product(resolutions, dtypes):
+            for batch_size in batch_sizes or [default_batch_size(device, resolution)]:
+                setting = Setting(resolution, batch_size, dtype, device, deploy, channels_last, training, threads)
+                yield from _measure(rows, setting, rounds, cost, memory, progress)
 
 
 def default_batch_size(device: str, resolution: int) -> int:
-    """Images of a call: as many as in the paper (Sec. F), and above 512² no more pixels than that many of 512²."""
-    batch_size = 256 if torch.device(device).type == 'cuda' else 16
-    return max(1, int(batch_size * min(1, (512 / resolution) ** 2)))
-
-
-def default_rounds(device: str) -> int:
-    """Rounds: enough for a median, in a few minutes on a CPU."""
-    return 50 if torch.device(device).type == 'cuda' else 7
+    """Return the paper's batch size (Sec. F: 256 on a GPU, 16 on a CPU), reduced above 512² to as many pixels."""
+    return max(1, int((256 if is_cuda(device) else 16) * min(1, (512 / resolution) ** 2)))
 
 
 def _measure(
     rows: Sequence[tuple[ModelSpec, str]],
     setting: Setting,
     rounds: int,
-    count: Callable[[ModelSpec, int], tuple[int | None, int | None, tuple[str, ...]]],
-    meter: MemoryMeter | None,
-    report: Callable[[str], None],
+    cost: Callable[[ModelSpec, int], tuple[int | None, int | None, tuple[str, ...]]],
+    memory: bool,
+    progress: Callable[[str], None],
 ) -> list[Result]:
-    """Rows of one setting."""
-    if 'compile' in (engine for _, engine in rows):
-        torch._dynamo.reset()  # what earlier settings have compiled would be searched in each call
-    results, ready = [], {}
+    """Return the rows of one setting."""
+    if any(engine == 'compile' for _, engine in rows):
+        torch._dynamo.reset()  # otherwise each call checks the guards of all earlier settings
+    results: list[Result] = []
+    calls = {}
+    text = f'{setting.resolution}², batch {setting.batch_size}, {setting.dtype}'
     with tempfile.TemporaryDirectory(prefix='mmevm-latency-') as folder:
-        folders = {subject: Path(folder, str(i)) for i, (subject, _) in enumerate(rows)}
-        for i, (subject, engine) in enumerate(rows):
-            report(f'{subject.name}, {engine}: warm-up')
+        folders = {spec: Path(folder, str(i)) for i, (spec, _) in enumerate(rows)}  # engines share ONNX files
+        for i, (spec, engine) in enumerate(rows):
+            progress(f'{text}: warm-up of {spec.name}, {engine}')
+            params, flops, notes = cost(spec, setting.resolution)
             result = Result(
-                model=subject.name,
+                model=spec.name,
                 engine=engine,
-                deployed=setting.is_deployed,
+                deployed=setting.deploy and not setting.training,
                 resolution=setting.resolution,
                 batch_size=setting.batch_size,
                 dtype=setting.dtype,
                 channels_last=setting.is_channels_last(engine),
                 training=setting.training,
-                with_cp=setting.training and subject.recomputes,
+                params=params,
+                flops=flops,
+                notes=list(notes),
             )
-            result.params, result.flops, notes = count(subject, setting.resolution)
-            result.notes += notes
-            folders[subject].mkdir(exist_ok=True)
-            call = _get_ready(result, subject, setting, folders[subject], measure_memory=meter is not None)
-            if call is not None:
-                ready[i] = call
             results.append(result)
-        text = f'{setting.resolution}², batch {setting.batch_size}, {setting.dtype}: {rounds} rounds'
-        seconds, errors = interleave(ready, rounds, setting.device, lambda: report(text))
-        ready.clear()
+            folders[spec].mkdir(exist_ok=True)
+            if (call := _make_warm_call(result, spec, setting, folders[spec], memory)) is not None:
+                calls[i] = call
+        seconds, errors = interleave(
+            calls, rounds, setting.device, lambda done: progress(f'{text}: round {done} of {rounds}')
+        )
+        calls.clear()
         _free_memory(setting.device)
-        for i, ((subject, engine), result) in enumerate(zip(rows, results, strict=True)):
+        for i, ((spec, engine), result) in enumerate(zip(rows, results, strict=True)):
             result.seconds = seconds.get(i, [])
             if i in errors:
-                result.error = in_one_line(errors[i])
-            elif result.seconds and meter is not None and not is_cuda(setting.device):
-                report(f'{subject.name}, {engine}: memory')
-                if engine in ENGINES_WITH_MEMORY['cpu']:
-                    threads = torch.get_num_threads()
-                    setting_of_row = replace(setting, batch_size=result.batch_size, threads=threads)
-                    make = partial(make_call, subject, setting_of_row, engine, _onnx_file(folders[subject], result))
-                    result.peak_memory, error = meter.measure(make, [engine] if engine in ONNX_ENGINES else [])
-                    result.notes += [f'no peak memory: {error}'] if error else []
+                result.error = summarize_error(errors[i])
+            on_cpu = not is_cuda(setting.device)
+            if memory and on_cpu and result.seconds and engine in ENGINES_WITH_MEMORY['cpu']:
+                progress(f'{text}: memory of {spec.name}, {engine}')
+                used = replace(setting, batch_size=result.batch_size, threads=torch.get_num_threads())
+                make = partial(make_call, spec, used, engine, _onnx_file(folders[spec], result))
+                try:
+                    result.peak_memory = peak_cpu_memory(make, (engine,) if engine in ONNX_ENGINES else ())
+                except Exception as error:
+                    result.notes.append(f'peak memory not measured: {summarize_error(error)}')
     return results
 
 
-def _get_ready(
-    result: Result, subject: ModelSpec, setting: Setting, folder: Path, measure_memory: bool
+def _make_warm_call(
+    result: Result, spec: ModelSpec, setting: Setting, folder: Path, memory: bool
 ) -> Callable[[], Any] | None:
-    """A warm call with the largest batch that memory suffices for, which is noted in the row; None if there is none."""
+    """Return a warmed-up call with the largest batch that fits into memory; None, with an error in the row, if none."""
     on_cuda = is_cuda(setting.device)
     call: Callable[[], Any] | None
     while True:
-        _free_memory(setting.device)  # of what was measured before, or of what did not fit
+        _free_memory(setting.device)
         setting = replace(setting, batch_size=result.batch_size)
         try:
-            with within_available_memory():
+            with limit_memory():
                 before = torch.cuda.memory_allocated(setting.device) if on_cuda else 0
-                call = make_call(subject, setting, result.engine, _onnx_file(folder, result))
+                call = make_call(spec, setting, result.engine, _onnx_file(folder, result))
                 seconds, warm = warm_up(call, setting.device)
-                if on_cuda and measure_memory and result.engine in ENGINES_WITH_MEMORY['cuda']:
+                if on_cuda and memory and result.engine in ENGINES_WITH_MEMORY['cuda']:
                     torch.cuda.reset_peak_memory_stats(setting.device)
                     time_call(call, setting.device)
                     result.peak_memory = torch.cuda.max_memory_allocated(setting.device) - before
             if not warm:
-                result.notes.append(f'still becoming faster after {len(seconds)} calls of warm-up')
+                result.notes.append(f'still getting faster after {len(seconds)} warm-up calls')
             return call
         except Exception as error:
             if not is_out_of_memory(error) or setting.batch_size == 1:
-                result.error = in_one_line(error)
-        # After the except clause, as the error's traceback keeps what the call has allocated.
+                result.error = summarize_error(error)
+        # outside the except clause, as the error's traceback keeps the call's tensors alive
         call = None
         if result.error:
             return None
@@ -299,26 +270,26 @@ def _get_ready(
         result.batch_size //= 2
 
 
-def _count(
-    subject: ModelSpec, resolution: int, device: str, deployed: bool
+def _cost(
+    spec: ModelSpec, resolution: int, device: str, deployed: bool
 ) -> tuple[int | None, int | None, tuple[str, ...]]:
-    """Parameters and multiply-accumulates for one image, and notes on these and on the form for inference."""
+    """Return parameters, multiply-accumulates per image, and notes on them and on deploy mode."""
     params = None
     try:
-        with within_available_memory():
-            model = subject.build().to(device)
+        with limit_memory():
+            model = spec.build().to(device)
             params = sum(parameter.numel() for parameter in model.parameters())
             complexity = measure_complexity(model, (1, 3, resolution, resolution))
             if deployed:
-                model = subject.deploy(model)
-    except Exception as error:  # also of the model itself, which then has no times either
-        return params, None, (f'FLOPs not counted: {in_one_line(error)}',)
+                model = spec.deploy(model)
+    except Exception as error:  # also errors of the model itself, which _make_warm_call reports
+        return params, None, (f'FLOPs not counted: {summarize_error(error)}',)
     notes = []
     if unknown := ', '.join(sorted(complexity.unknown)):
-        notes.append(f'FLOPs without {unknown}, unknown to the counter')
-    left = sum(isinstance(module, _BatchNorm) for module in model.modules())
-    if deployed and left:
-        notes.append(f'{left} BatchNorms are left in its form for inference')
+        notes.append(f'FLOPs do not include {unknown}')
+    remaining = sum(isinstance(module, _BatchNorm) for module in model.modules())
+    if deployed and remaining:
+        notes.append(f'{remaining} BatchNorms remain in deploy mode')
     return params, complexity.flops, tuple(notes)
 
 
@@ -333,7 +304,7 @@ def _free_memory(device: str) -> None:
 
 
 @contextlib.contextmanager
-def _threads_of_pytorch(threads: int | None) -> Iterator[None]:
+def _pytorch_threads(threads: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -344,7 +315,7 @@ def _threads_of_pytorch(threads: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def cuda_settings() -> Iterator[None]:
-    """Within, cuDNN tries what is fastest for a size, and nothing takes TF32 for float32."""
+    """Enable cuDNN's autotuning and disable TF32."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
     cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, False, False

@@ -1,4 +1,4 @@
-"""What runs a model: from a model to a call."""
+"""Inference engines: turn a model into a function to time."""
 
 import contextlib
 from collections.abc import Callable
@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
-# Of each dtype by name: that of weights and images, and that of autocast.
+from mmevm.errors import EngineError
+from mmevm.tensors import flatten_tensors
+
+# dtype of weights and images, and dtype of autocast
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     'float32': (torch.float32, None),
     'float16': (torch.float16, None),
@@ -23,10 +25,6 @@ DTYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
 Call = Callable[[Tensor], Any]
 
 
-class EngineError(RuntimeError):
-    """An engine that cannot run here, or not so; the message says what to do."""
-
-
 def prepare(
     engine: str,
     model: nn.Module,
@@ -36,30 +34,30 @@ def prepare(
     threads: int | None = None,
     onnx_file: str | Path | None = None,
 ) -> Call:
-    """Make a model ready to be called by an engine.
+    """Prepare a model for an engine.
 
     Args:
-        engine: 'eager'; 'compile', torch.compile; 'cudagraph', eager captured as a CUDA graph; 'onnxruntime';
-            'openvino'.
-        model: A model, on the device of x and with its dtype; in training mode for ``training``.
-        x: What it will be called with, (B, C, H, W). Only eager takes other shapes later.
-        dtype: One of ``DTYPES``. The first of its two dtypes is that of the model and of x.
-        training: Whether a call is forward and backward of the sum of all outputs in place of forward.
-        threads: Threads of ONNX Runtime and OpenVINO; None leaves it to them. PyTorch has ``torch.set_num_threads``.
-        onnx_file: Where the ONNX file of the model is or, if it is not there, is written: ONNX Runtime and OpenVINO
-            read the same.
+        engine: One of ``ENGINES``: 'eager'; 'compile' (torch.compile); 'cudagraph' (eager mode captured as a CUDA
+            graph); 'onnxruntime'; 'openvino'.
+        model: A model with the device and dtype of ``x``, in training mode if ``training``.
+        x: Input of the calls, (B, C, H, W). Only eager mode accepts other shapes later.
+        dtype: One of ``DTYPES``.
+        training: Whether a call runs forward and backward (of the sum of all outputs).
+        threads: Threads of ONNX Runtime and OpenVINO; None is their default. Set PyTorch's with
+            ``torch.set_num_threads``.
+        onnx_file: ONNX file for ONNX Runtime and OpenVINO, exported if it does not exist.
 
     Returns:
-        A function of x that computes all outputs. On CUDA it may return before they are there.
+        A function of ``x`` that computes all outputs. On CUDA it may return before the device has finished.
 
     Raises:
-        ValueError: If there is no such engine or dtype.
-        EngineError: If the engine is not installed, or does not do that; the message says what to do.
+        ValueError: If the engine or dtype is unknown.
+        EngineError: If the engine is not installed, or does not support these arguments.
     """
     if engine not in ENGINES:
-        raise ValueError(f'engine={engine!r} is none of {", ".join(ENGINES)}.')
+        raise ValueError(f'engine={engine!r} is not one of {", ".join(ENGINES)}.')
     if dtype not in DTYPES:
-        raise ValueError(f'dtype={dtype!r} is none of {", ".join(DTYPES)}.')
+        raise ValueError(f'dtype={dtype!r} is not one of {", ".join(DTYPES)}.')
     if engine in ('eager', 'compile', 'cudagraph'):
         autocast = DTYPES[dtype][1]
         precision = (
@@ -67,11 +65,11 @@ def prepare(
         )
         return ENGINES[engine](model, x, precision, training)
     if training:
-        raise EngineError(f'{engine} is for inference: train with eager or compile.')
+        raise EngineError(f'{engine} supports inference only. Use eager or compile for training.')
     if dtype != 'float32':
-        raise EngineError(f'{engine} is timed in float32 alone: leave out the dtype {dtype}, or the engine.')
+        raise EngineError(f'{engine} supports float32 only, not {dtype}. Omit that dtype or that engine.')
     if onnx_file is None:
-        raise ValueError(f'{engine} needs onnx_file, the place of an ONNX file.')
+        raise ValueError(f'onnx_file=None, but {engine} needs the path of an ONNX file.')
     return ENGINES[engine](model, x, threads, Path(onnx_file))
 
 
@@ -89,8 +87,7 @@ def _forward_and_backward(model: nn.Module, precision: Callable, x: Tensor) -> N
     with torch.enable_grad():
         with precision():
             outputs = model(x)
-        tensors = (out for out in tree_flatten(outputs)[0] if isinstance(out, Tensor) and out.requires_grad)
-        loss: Any = sum(out.sum() for out in tensors)
+        loss: Any = sum(out.sum() for out in flatten_tensors(outputs) if out.requires_grad)
         loss.backward()
 
 
@@ -98,30 +95,30 @@ def _compile(model: nn.Module, x: Tensor, precision: Callable, training: bool) -
     import torch._dynamo
     import torch._inductor.config
 
-    # No CUDA graphs within: what they bring is the engine 'cudagraph'.
+    # without CUDA graphs, which the engine 'cudagraph' measures
     mode = 'max-autotune-no-cudagraphs' if x.is_cuda else None
-    # Classes that many models share are compiled for each, and dynamo would give up in silence after a few.
+    # The models share classes, and after a few recompilations of one dynamo would silently fall back to eager mode.
     limit = 'recompile_limit' if hasattr(torch._dynamo.config, 'recompile_limit') else 'cache_size_limit'
     with (
         torch._dynamo.config.patch({limit: 1000}),
-        torch._inductor.config.patch(freezing=not training),  # weights become constants, which is for inference alone
+        torch._inductor.config.patch(freezing=not training),  # treat weights as constants
     ):
         compiled = torch.compile(model, dynamic=False, mode=mode)
-        call = _eager(compiled, x, precision, training)  # type: ignore[arg-type]  # of a module it is one
+        call = _eager(compiled, x, precision, training)  # type: ignore[arg-type]  # a module, as the model
         call(x)
     return call
 
 
 def _cudagraph(model: nn.Module, x: Tensor, precision: Callable, training: bool) -> Call:
     if not x.is_cuda:
-        raise EngineError('cudagraph needs a GPU: give it --device cuda, or take eager or compile.')
+        raise EngineError('cudagraph needs a GPU. Use --device cuda, or the engine eager or compile.')
     if training:
-        raise EngineError('cudagraph captures inference alone: train with eager or compile.')
+        raise EngineError('cudagraph supports inference only. Use eager or compile for training.')
     call = _eager(model, x, precision, training)
     static_x = x.clone()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # libraries set themselves up before the capture
+    with torch.cuda.stream(stream):  # let libraries initialize before the capture
         for _ in range(3):
             call(static_x)
     torch.cuda.current_stream().wait_stream(stream)
@@ -143,17 +140,17 @@ def _onnxruntime(model: nn.Module, x: Tensor, threads: int | None, onnx_file: Pa
 
     provider = 'CUDAExecutionProvider' if x.is_cuda else 'CPUExecutionProvider'
     if provider not in onnxruntime.get_available_providers():
-        raise EngineError(f'This onnxruntime has no {provider}: pip install onnxruntime-gpu in its place.')
+        raise EngineError(f'onnxruntime has no {provider} here. Replace it: pip install onnxruntime-gpu.')
     _export(model, x, onnx_file)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
-    # Between calls its threads would spin, and take the cores from what has its turn next.
+    # Otherwise its threads keep spinning after a call and slow down the next model.
     options.add_session_config_entry('session.force_spinning_stop', '1')
-    # TF32 is off, as in PyTorch here.
-    of_provider = {'use_tf32': '0'} if x.is_cuda else {}
-    session = onnxruntime.InferenceSession(onnx_file, options, providers=[(provider, of_provider)])
-    if provider not in session.get_providers():  # it only warns, and takes the CPU
-        raise EngineError(f'onnxruntime could not start its {provider}: see its warning above.')
+    # no TF32, as for PyTorch
+    provider_options = {'use_tf32': '0'} if x.is_cuda else {}
+    session = onnxruntime.InferenceSession(onnx_file, options, providers=[(provider, provider_options)])
+    if provider not in session.get_providers():  # it falls back to the CPU with a warning
+        raise EngineError(f'onnxruntime could not start its {provider}. See its warning above.')
     (name,) = (put.name for put in session.get_inputs())
     if not x.is_cuda:
         return lambda x: session.run(None, {name: x.numpy(force=True)})
@@ -164,7 +161,7 @@ def _onnxruntime(model: nn.Module, x: Tensor, threads: int | None, onnx_file: Pa
         binding.bind_input(name, 'cuda', x.get_device(), 'float32', tuple(x.shape), x.data_ptr())
         for put in session.get_outputs():
             binding.bind_output(put.name, 'cuda', x.get_device())
-        torch.cuda.current_stream().synchronize()  # the session has a stream of its own
+        torch.cuda.current_stream().synchronize()  # the session uses its own stream
         session.run_with_iobinding(binding)
         return binding.get_outputs()
 
@@ -173,12 +170,12 @@ def _onnxruntime(model: nn.Module, x: Tensor, threads: int | None, onnx_file: Pa
 
 def _openvino(model: nn.Module, x: Tensor, threads: int | None, onnx_file: Path) -> Call:
     if x.is_cuda:
-        raise EngineError('openvino runs on the CPU here: give it --device cpu, or leave it out.')
+        raise EngineError('openvino runs on the CPU only. Use --device cpu, or omit this engine.')
     _require('openvino')
     import openvino
 
     _export(model, x, onnx_file)
-    # Without the second it would compute in bfloat16 where a CPU has that.
+    # By default OpenVINO computes in bfloat16 on CPUs that support it.
     options: dict[str, Any] = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32'}
     if threads:
         options['INFERENCE_NUM_THREADS'] = threads
@@ -193,7 +190,7 @@ ENGINES: dict[str, Callable[..., Call]] = dict(
 
 def _require(package: str) -> None:
     if find_spec(package) is None:
-        raise EngineError(f"{package} is not installed: pip install 'mmevm[export]' has it.")
+        raise EngineError(f"{package} is not installed. Run pip install 'mmevm[export]'.")
 
 
 def _export(model: nn.Module, x: Tensor, onnx_file: Path) -> None:

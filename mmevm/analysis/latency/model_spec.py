@@ -1,4 +1,4 @@
-"""What is timed: from a name to a model with random weights. Nothing is downloaded."""
+"""Build the models to time, with random weights, from their names. Nothing is downloaded."""
 
 import difflib
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from mmengine.config import Config
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from mmevm.analysis.complexity import build_without_weights
+from mmevm.analysis.build import build_without_weights
 from mmevm.cli import read_config
 from mmevm.deployment import deploy
 from mmevm.errors import ConfigError
@@ -19,127 +19,111 @@ from mmevm.tensors import DETECTORS, TensorFunction
 
 PARTS = ('backbone', 'model')
 
-# Ours, the authors' as timm has it, and of the peers in the paper's Table B those that have maintained code.
+# mmevm's M4, timm's port of it, and the peers of the paper's Table B that have maintained code.
 DEFAULT_MODELS = (
     *('m4', 'efficientvim_m4', 'shvit_s4', 'efficientnet_b0', 'poolformer_s12', 'fastvit_sa12', 'pvt_v2_b0'),
 )
 
-
+# Suffix of a model that is not switched to deploy mode.
 AS_TRAINED = '@trained'
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model by its name.
+    """A model to time.
 
     Args:
-        name: 'm1' to 'm4' for mmevm's backbones; a name of timm's, whose feature maps are taken; or a config of mmevm,
-            MMDetection or MMPretrain, as a path or within a package (``mmdet::…``). With '@trained' after it, the model
-            keeps the form in which it is trained, beside others that are deployed.
-        part: What is taken of a config's model, 'backbone' or the whole 'model': a classifier with its head, a detector
-            up to what its heads put out, without post-processing. Names of timm's and of mmevm's are backbones.
-        with_cp: Whether the blocks of mmevm's backbones recompute their activations in the backward pass; other
-            backbones do not know it.
+        name: 'm1' to 'm4' for mmevm's backbones; a timm model, of which the feature maps are used; or a config of
+            mmevm, MMDetection or MMPretrain, as a path or in a package (``mmdet::…``). The suffix '@trained' excludes
+            the model from deploy mode.
+        part: Part of a config's model: 'backbone', or the whole 'model', which is a classifier with its head, or a
+            detector up to the outputs of its heads, without post-processing.
 
     Raises:
-        ValueError: If there is no model of that name, or no such part.
-        ConfigError: If the config cannot be read, or has no such part.
+        ValueError: If the name or the part is unknown.
+        ConfigError: If the config cannot be read or lacks the part.
 
     Example:
         >>> from mmevm.analysis.latency import ModelSpec
-        >>> subject = ModelSpec('efficientvim_m1')
-        >>> model = subject.deploy(subject.build())
+        >>> spec = ModelSpec('efficientvim_m1')
+        >>> model = spec.deploy(spec.build())
         >>> [tuple(feature.shape) for feature in model(torch.rand(1, 3, 64, 64))]
         [(1, 128, 4, 4), (1, 192, 2, 2), (1, 320, 1, 1)]
     """
 
     name: str
     part: str = 'backbone'
-    with_cp: bool = False
 
     def __post_init__(self) -> None:
         if self.part not in PARTS:
-            raise ValueError(f'part={self.part!r} is none of {", ".join(PARTS)}.')
+            raise ValueError(f'part={self.part!r} is not one of {", ".join(PARTS)}.')
         if self.is_config:
-            self._config()
+            self._read_config()
         elif not self.is_ours and not timm.is_model(self.base):
             raise ValueError(
-                f'{self.base} is neither one of mmevm ({", ".join(EfficientViM.arch_settings)}) nor of timm '
-                f'{timm.__version__}{_suggestion(self.base)}. A config is named by a path that ends with .py, or by '
-                'something like mmdet::retinanet/retinanet_r50_fpn_1x_coco.py.'
+                f'{self.base} is not a model of mmevm ({", ".join(EfficientViM.arch_settings)}) or timm '
+                f'{timm.__version__}{_suggest(self.base)}. For a config, pass a path that ends with .py, or a name '
+                'such as mmdet::retinanet/retinanet_r50_fpn_1x_coco.py.'
             )
 
     @property
     def base(self) -> str:
-        """The name without the form."""
+        """The name without '@trained'."""
         return self.name.removesuffix(AS_TRAINED)
 
     @property
     def is_config(self) -> bool:
-        """Whether the name is one of a config."""
+        """Whether the name is that of a config."""
         return '::' in self.base or self.base.endswith('.py')
 
     @property
     def is_ours(self) -> bool:
-        """Whether the name is one of mmevm's backbones."""
+        """Whether the name is that of an mmevm backbone."""
         return self.base in EfficientViM.arch_settings
 
-    @property
-    def recomputes(self) -> bool:
-        """Whether activations are recomputed in the backward pass."""
-        return self.with_cp and (self.is_ours or (self.is_config and _has_our_backbone(self._config())))
-
     def build(self) -> nn.Module:
-        """Build the model, in eval mode, with random weights: the same in each call.
-
-        Raises:
-            ConfigError: If the config's model has no such part.
-        """
+        """Build the model in eval mode, with the same random weights in each call."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model: nn.Module
             if self.is_ours:
-                model = EfficientViM(self.base, with_cp=self.recomputes)
+                model = EfficientViM(self.base)
             elif self.is_config:
-                model = self._build_config()
+                model = self._build_from_config()
             else:
                 model = _build_timm(self.base)
-        model.eval()  # some of MMDetection's return nothing
+        model.eval()  # a separate statement, as some models of MMDetection return None
         return model
 
     def deploy(self, model: nn.Module) -> nn.Module:
-        """Give the model that :meth:`build` has made its form for inference; timm's models have timm's own."""
+        """Switch a model of :meth:`build` to deploy mode; timm's are reparameterized by timm."""
         if self.name != self.base:
             return model
         if not (self.is_ours or self.is_config):
             return reparameterize_model(model).eval()
         return deploy(model)
 
-    def _config(self) -> Config:
+    def _read_config(self) -> Config:
         cfg = read_config(self.base)
         if 'model' not in cfg:
-            raise ConfigError(f'{self.base} has no `model`, so there is nothing to measure.')
+            raise ConfigError(f'{self.base} has no `model`, so there is nothing to measure. Pass a complete config.')
         if self.part == 'backbone' and 'backbone' not in cfg.model:
-            raise ConfigError(f'{self.base}: its {cfg.model.type} has no backbone; take the whole with part model.')
+            raise ConfigError(f'{self.base}: {cfg.model.type} has no backbone. Use --part model for the whole model.')
         return cfg
 
-    def _build_config(self) -> nn.Module:
-        cfg = self._config()
-        if self.recomputes:
-            cfg.model.backbone.with_cp = True
-        model = build_without_weights(cfg)
+    def _build_from_config(self) -> nn.Module:
+        model = build_without_weights(self._read_config())
         if self.part == 'backbone':
             return model.get_submodule('backbone')
-        # A two-stage detector asks for the sizes of the images.
         return TensorFunction(model) if isinstance(model, DETECTORS) else model
 
 
-class _LastMap(nn.Module):
-    """A model of timm's that offers no feature maps of its stages, up to its head."""
+class _LastFeatures(nn.Module):
+    """A timm model without ``features_only`` support, up to its head."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model: Any = model  # what else than a module timm's have in common has no type
+        self.model: Any = model  # timm's models have no common type with forward_features
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model.forward_features(x)
@@ -148,16 +132,11 @@ class _LastMap(nn.Module):
 def _build_timm(name: str) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=False, features_only=True)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):  # how differs among the models
-        return _LastMap(timm.create_model(name, pretrained=False, num_classes=0))
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):  # differs between models
+        return _LastFeatures(timm.create_model(name, pretrained=False, num_classes=0))
 
 
-def _has_our_backbone(cfg: Config) -> bool:
-    backbone = cfg.model.get('backbone') or {}
-    return getattr(backbone.get('type'), '__name__', backbone.get('type')) in ('EfficientViM', 'mmevm.EfficientViM')
-
-
-def _suggestion(name: str) -> str:
+def _suggest(name: str) -> str:
     known = [*EfficientViM.arch_settings, *timm.list_models()]
-    close = timm.list_models(f'{name}*')[:4] or difflib.get_close_matches(name, known, n=10)
-    return f'; close to it are {", ".join(close)}' if close else ''
+    similar = timm.list_models(f'{name}*')[:4] or difflib.get_close_matches(name.lower(), known, n=10)
+    return f' (similar names: {", ".join(similar)})' if similar else ''

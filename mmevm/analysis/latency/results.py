@@ -1,4 +1,4 @@
-"""The rows of a benchmark, their file, and their table."""
+"""Rows of a benchmark, their JSON file and their table."""
 
 import json
 import os
@@ -13,36 +13,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.table import Table
 
-# What has a say in the times, by the names of the distributions.
-PACKAGES = (
+from mmevm.distributions import DISTRIBUTIONS
+
+# Packages whose versions affect the times.
+_PACKAGES = (
     *('mmevm', 'torch', 'torchvision', 'timm', 'numpy', 'onnx', 'onnxscript', 'onnxruntime', 'onnxruntime-gpu'),
-    *('openvino', 'triton', 'onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmpretrain'),
-    *('mmengine', 'mmcv', 'mmcv-lite', 'mmdet', 'mmpretrain'),
+    *('openvino', 'triton'),
+    *(name for names in DISTRIBUTIONS.values() for name in names),
 )
 
 
 @dataclass
 class Result:
-    """One row of a benchmark: one model in one setting.
+    """One row of a benchmark: one model with one engine in one setting.
 
     Attributes:
-        model: The name that was asked for: 'm4', 'shvit_s4', 'configs/….py'.
+        model: Name of the model: 'm4', 'shvit_s4', 'configs/….py'.
         engine: One of ``mmevm.analysis.latency.ENGINES``.
-        deployed: Whether the model had its form for inference.
-        resolution: Pixels of a side of the image.
-        batch_size: Images of a call, after halvings.
+        deployed: Whether models were switched to deploy mode.
+        resolution: Side of the images in pixels.
+        batch_size: Images per call, after any halving.
         dtype: One of ``mmevm.analysis.latency.DTYPES``.
         channels_last: Whether weights and images were in channels_last.
-        training: Whether a call was forward and backward in place of forward.
-        params: Parameters, before deployment.
-        flops: Multiply-accumulates for one image, before deployment.
-        peak_memory: Bytes that the model needed in all, see ``mmevm.analysis.latency.benchmark``.
-        seconds: Times of one call each, in the order in which they were measured.
+        training: Whether a call was forward and backward.
+        params: Parameters, before deploy mode.
+        flops: Multiply-accumulates per image, before deploy mode.
+        peak_memory: Bytes for weights, batch and activations.
+        seconds: Times of single calls, in the order of measurement.
         error: Why there are no times.
-        with_cp: Whether activations were recomputed in the backward pass.
-        asked_batch_size: Images of a call that were asked for, if memory sufficed for fewer.
-        notes: What else a reader has to know.
+        asked_batch_size: The requested images per call, if they did not fit into memory.
+        notes: Remarks for the reader.
     """
 
     model: str
@@ -58,13 +62,12 @@ class Result:
     peak_memory: int | None = None
     seconds: list[float] = field(default_factory=list)
     error: str | None = None
-    with_cp: bool = False
     asked_batch_size: int | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
     def milliseconds(self) -> float | None:
-        """Median time, in milliseconds per image; None if there are no times."""
+        """Median time per image in milliseconds; None without times."""
         return 1e3 * statistics.median(self.seconds) / self.batch_size if self.seconds else None
 
     @property
@@ -77,46 +80,49 @@ class Result:
 
     @property
     def images_per_second(self) -> float | None:
-        """Images a second at the median time; None if there are no times."""
-        milliseconds = self.milliseconds
-        return None if milliseconds is None else 1e3 / milliseconds
+        """Images per second at the median time; None without times."""
+        return 1e3 / self.milliseconds if self.milliseconds else None
 
     @property
     def setting(self) -> tuple:
-        """What rows must have in common to be compared: all but the model, and what follows from it."""
+        """What rows must share to be compared."""
         batch_size = self.asked_batch_size or self.batch_size
         return self.engine, self.resolution, batch_size, self.dtype, self.training
 
 
 def relative_times(results: Sequence[Result], reference: str) -> list[float | None]:
-    """Times per image divided by those of a reference, in the same setting and by the same engine.
+    """Divide times per image by those of a reference model with the same engine and setting.
 
     Args:
-        results: Rows, of any settings.
-        reference: Model of the rows to divide by.
+        results: Rows of any settings.
+        reference: Name of the reference model.
 
     Returns:
         A ratio for each row, below 1 if it is faster than the reference; None if one of the two has no times.
 
     Raises:
-        ValueError: If no row is of the reference.
+        ValueError: If there is no row of the reference.
     """
     times = {result.setting: result.milliseconds for result in results if result.model == reference}
     if not times:
         models = ', '.join(dict.fromkeys(result.model for result in results))
-        raise ValueError(f'The reference {reference!r} is none of the models that were measured: {models}.')
-    return [_ratio(result.milliseconds, times.get(result.setting)) for result in results]
+        raise ValueError(f'reference={reference!r} is not one of the measured models: {models}.')
+    ratios: list[float | None] = []
+    for result in results:
+        own, other = result.milliseconds, times.get(result.setting)
+        ratios.append(own / other if own and other else None)
+    return ratios
 
 
 def table(results: Sequence[Result], reference: str) -> str:
-    """The rows as tables in Markdown, one for each resolution, batch size and dtype.
+    """Return the rows as Markdown tables, one for each resolution, batch size and dtype.
 
     Args:
-        results: Rows, of any settings.
+        results: Rows of any settings.
         reference: Model that the column ``relative`` divides by.
 
     Raises:
-        ValueError: If no row is of the reference.
+        ValueError: If there is no row of the reference.
 
     Example:
         >>> from mmevm.analysis.latency import Result, table
@@ -127,27 +133,61 @@ def table(results: Sequence[Result], reference: str) -> str:
         512×512, batch 2, float32, forward; relative: time per image divided by that of slow
         <BLANKLINE>
         | model | engine | ms/image | ± % | images/s | relative | params (M) | MFLOPs | memory (MB) |
-        |-------|--------|---------:|----:|---------:|---------:|-----------:|-------:|------------:|
+        |-------|--------|----------|-----|----------|----------|------------|--------|-------------|
         | fast  | eager  |    50.00 | 0.0 |     20.0 |     0.50 |          – |      – |           – |
         | slow  | eager  |   100.00 | 0.0 |     10.0 |     1.00 |          – |      – |           – |
     """
-    groups: dict[str, list[tuple[Result, float | None]]] = {}
+    header = ('model', 'engine', 'ms/image', '± %', 'images/s', 'relative', 'params (M)', 'MFLOPs', 'memory (MB)')
+    groups: dict[str, list[tuple[str, ...]]] = {}
+    remarks: dict[str, list[str]] = {}
     for result, ratio in zip(results, relative_times(results, reference), strict=True):
         _, resolution, batch_size, dtype, training = result.setting
         task = 'forward+backward' if training else 'forward'
         title = f'{resolution}×{resolution}, batch {batch_size}, {dtype}, {task}'
-        groups.setdefault(title, []).append((result, ratio))
-    explanation = f'relative: time per image divided by that of {reference}'
-    return '\n\n'.join(f'{title}; {explanation}\n\n{_group(rows)}' for title, rows in groups.items())
+        cells = [
+            _number(result.milliseconds, 2),
+            _number(result.spread, 1, 1e-2),
+            _number(result.images_per_second, 1),
+            _number(ratio, 2),
+            _number(result.params, 2, 1e6),
+            _number(result.flops, 0, 1e6),
+            _number(result.peak_memory, 0, 1e6),
+        ]
+        groups.setdefault(title, []).append((result.model, result.engine, *cells))
+        notes = list(result.notes)
+        if result.error:
+            notes.insert(0, f'not measured: {result.error}')
+        elif result.asked_batch_size:
+            notes.insert(0, f'batch {result.batch_size}, as larger ones did not fit into memory')
+        remarks.setdefault(title, []).extend(f'{result.model}, {result.engine}: {note}' for note in notes)
+    blocks = []
+    for title, rows in groups.items():
+        blocks.append(f'{title}; relative: time per image divided by that of {reference}')
+        blocks.append(format_table(header, rows, text_columns=2))
+        blocks += ['\n'.join(remarks[title])] if remarks[title] else []
+    return '\n\n'.join(blocks)
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+    """Return a Markdown table; the columns after the first ``text_columns`` are aligned to the right."""
+    grid = Table(box=MARKDOWN)
+    for i, title in enumerate(header):
+        grid.add_column(title, justify='left' if i < text_columns else 'right', no_wrap=True)
+    for row in rows:
+        grid.add_row(*row)
+    console = Console(width=1000, markup=False, emoji=False, highlight=False, color_system=None)
+    with console.capture() as capture:
+        console.print(grid)
+    return capture.get().strip()
 
 
 def write_json(file: str | Path, results: Sequence[Result], **parts: Any) -> None:
-    """Write rows to a file, with everything else that is given.
+    """Write rows to a JSON file.
 
     Args:
-        file: A JSON file; its folder is made if need be.
+        file: The file; its folder is created if needed.
         results: The rows.
-        parts: What else goes into the file under its name: ``arguments``, ``environment``, ``breakdown``.
+        parts: Further entries of the file: ``arguments``, ``environment``, ``breakdown``.
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -155,10 +195,10 @@ def write_json(file: str | Path, results: Sequence[Result], **parts: Any) -> Non
 
 
 def read_json(file: str | Path) -> tuple[list[Result], dict[str, Any]]:
-    """Read what :func:`write_json` has written: the rows, and the other parts.
+    """Read a file of :func:`write_json`: the rows, and the other entries.
 
     Raises:
-        ValueError: If the file is not one of a benchmark.
+        ValueError: If it is not such a file.
     """
     names = {field.name for field in fields(Result)}
     try:
@@ -166,11 +206,11 @@ def read_json(file: str | Path) -> tuple[list[Result], dict[str, Any]]:
         rows = parts.pop('results')
         return [Result(**{name: value for name, value in row.items() if name in names}) for row in rows], parts
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f'{file} is no file of tools/benchmark_latency.py: {error!r}.') from error
+        raise ValueError(f'{file} was not written by tools/benchmark_latency.py: {error!r}.') from error
 
 
 def environment(device: str | torch.device = 'cpu') -> dict[str, Any]:
-    """Where a benchmark runs: hardware, versions, threads, load, and the commit of mmevm.
+    """Return what a benchmark ran on: hardware, versions, threads, load, and the commit of mmevm.
 
     Args:
         device: Where the models run.
@@ -180,10 +220,10 @@ def environment(device: str | torch.device = 'cpu') -> dict[str, Any]:
         date=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
         platform=platform.platform(),
         python=platform.python_version(),
-        versions={name: found for name in PACKAGES if (found := _version(name))} | dict(torch=torch.__version__),
+        versions={name: found for name in _PACKAGES if (found := _version(name))} | dict(torch=torch.__version__),
         commit=git_commit(),
         device=str(device),
-        cpu=cpu_name(),
+        cpu=_cpu_name(),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         logical_cores=os.cpu_count(),
         threads=torch.get_num_threads(),
@@ -194,37 +234,30 @@ def environment(device: str | torch.device = 'cpu') -> dict[str, Any]:
     )
 
 
-def in_one_line(error: BaseException) -> str:
-    """An error's type and the first line of what it says."""
+def summarize_error(error: BaseException) -> str:
+    """Return an error's type and the first line of its message."""
     return ': '.join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
-def cpu_name() -> str:
-    """The processor's name."""
-    cpuinfo = Path('/proc/cpuinfo')
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def git_commit() -> str | None:
-    """The commit of the checkout that mmevm runs from, with '-dirty' if its files differ; None outside a checkout."""
-    folder = Path(__file__).parent
+    """Return the commit of mmevm's checkout, with '-dirty' if files differ; None if mmevm runs from elsewhere."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ['git', '-C', folder, *arguments], capture_output=True, text=True, check=True, timeout=60
-        ).stdout.strip()
+        command = ['git', '-C', str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
 
     try:
-        git('ls-files', '--error-unmatch', '../__init__.py')  # not the checkout of somebody who has installed mmevm
+        git('ls-files', '--error-unmatch', '__init__.py')  # not another project's checkout with mmevm in its venv
         return git('describe', '--always', '--dirty', '--abbrev=40', '--exclude=*')
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _ratio(time: float | None, of_reference: float | None) -> float | None:
-    return time / of_reference if time is not None and of_reference else None
+def _cpu_name() -> str:
+    cpuinfo = Path('/proc/cpuinfo')
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
+    return next(names, platform.processor() or platform.machine())
 
 
 def _version(name: str) -> str | None:
@@ -234,40 +267,5 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _group(rows: Sequence[tuple[Result, float | None]]) -> str:
-    header = ('model', 'engine', 'ms/image', '± %', 'images/s', 'relative', 'params (M)', 'MFLOPs', 'memory (MB)')
-    lines, remarks = [header], []
-    for result, ratio in rows:
-        lines.append(
-            (
-                result.model,
-                result.engine,
-                _number(result.milliseconds, 2),
-                _number(result.spread and 100 * result.spread, 1),
-                _number(result.images_per_second, 1),
-                _number(ratio, 2),
-                _number(result.params and result.params / 1e6, 2),
-                _number(result.flops and result.flops / 1e6, 0),
-                _number(result.peak_memory and result.peak_memory / 1e6, 0),
-            )
-        )
-        name = f'{result.model}, {result.engine}'
-        if result.error:
-            remarks.append(f'{name}: not measured: {result.error}')
-        elif result.asked_batch_size:
-            remarks.append(f'{name}: batch {result.batch_size}, as memory did not suffice for more')
-        remarks += [f'{name}: {note}' for note in result.notes]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text_columns = 2
-    aligned = [
-        [cell.ljust(width) if i < text_columns else cell.rjust(width) for i, (cell, width) in enumerate(cells)]
-        for cells in (list(zip(line, widths, strict=True)) for line in lines)
-    ]
-    rule = ['-' * (width + 2) if i < text_columns else '-' * (width + 1) + ':' for i, width in enumerate(widths)]
-    head, *body = (f'| {" | ".join(cells)} |' for cells in aligned)
-    text = '\n'.join([head, f'|{"|".join(rule)}|', *body])
-    return text + '\n\n' + '\n'.join(remarks) if remarks else text
-
-
-def _number(value: float | None, digits: int) -> str:
-    return '–' if value is None else f'{value:,.{digits}f}'
+def _number(value: float | None, digits: int, unit: float = 1) -> str:
+    return '–' if value is None else f'{value / unit:,.{digits}f}'

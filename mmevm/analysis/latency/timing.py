@@ -1,4 +1,4 @@
-"""The clock: calls in turns, after a warm-up."""
+"""Time calls: warm-up, synchronization and interleaving."""
 
 import os
 import random
@@ -11,43 +11,43 @@ import torch
 Key = TypeVar('Key', bound=Hashable)
 
 
-def keep_kernels() -> None:
-    """Let oneDNN keep the kernels of all models that take turns: of the 1024 of its default, each drives out another's.
+def enlarge_kernel_cache() -> None:
+    """Let oneDNN cache the kernels of all interleaved models; the default of 1024 makes them evict each other.
 
-    For the beginning of a process: oneDNN asks for it once, with its first kernel.
+    Call it at the start of a process: oneDNN reads the setting with its first kernel.
     """
     os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '65536')
 
 
 def is_cuda(device: str | torch.device) -> bool:
-    """Whether a device is a GPU of CUDA's."""
+    """Return whether a device is a CUDA GPU."""
     return torch.device(device).type == 'cuda'
 
 
-def synchronise(device: str | torch.device) -> None:
-    """Wait until a GPU has done what it was given; a CPU has."""
+def synchronize(device: str | torch.device) -> None:
+    """Wait for all work queued on a GPU; do nothing for a CPU."""
     if is_cuda(device):
         torch.cuda.synchronize(device)
 
 
 def time_call(call: Callable[[], Any], device: str | torch.device = 'cpu') -> float:
-    """Seconds of one call, until the device has finished."""
-    synchronise(device)
+    """Return the seconds of one call, including the device's work."""
+    synchronize(device)
     start = time.perf_counter()
     outputs = call()
-    synchronise(device)
+    synchronize(device)
     seconds = time.perf_counter() - start
-    del outputs  # after the clock has stopped
+    del outputs  # freeing them is not timed
     return seconds
 
 
 def is_warm(seconds: Sequence[float], tolerance: float = 0.03) -> bool:
-    """Whether calls have stopped becoming faster.
+    """Return whether calls have stopped becoming faster.
 
     Args:
         seconds: Times of all calls so far, in order.
-        tolerance: How much faster than the fastest call of the earlier half that of the later may be. The fastest are
-            compared because whatever else a machine does only makes calls slower.
+        tolerance: How much the fastest call of the later half may undercut the fastest of the earlier half. Minima are
+            compared because other load on the machine only makes calls slower.
 
     Example:
         >>> is_warm([3.0, 1.0, 1.0]), is_warm([3.0, 1.0, 1.0, 1.0])
@@ -58,26 +58,26 @@ def is_warm(seconds: Sequence[float], tolerance: float = 0.03) -> bool:
 
 
 def warm_up(
-    call: Callable[[], Any], device: str = 'cpu', at_least: float = 0.5, at_most: float = 60.0
+    call: Callable[[], Any], device: str = 'cpu', min_seconds: float = 0.5, max_seconds: float = 60.0
 ) -> tuple[list[float], bool]:
-    """Call until it is warm.
+    """Call repeatedly until the calls stop becoming faster.
 
     Args:
-        call: What to call.
+        call: Function to call.
         device: Where it runs.
-        at_least: Seconds that it takes.
-        at_most: Seconds after which it ends, warm or not.
+        min_seconds: Minimum duration.
+        max_seconds: Duration after which to stop in any case.
 
     Returns:
-        The times of the calls, and whether they have become warm.
+        The times of the calls in seconds, and whether they have become stable.
     """
     seconds: list[float] = []
     start = time.perf_counter()
     while True:
         seconds.append(time_call(call, device))
         elapsed = time.perf_counter() - start
-        warm = elapsed >= at_least and is_warm(seconds)
-        if warm or elapsed >= at_most:
+        warm = elapsed >= min_seconds and is_warm(seconds)
+        if warm or elapsed >= max_seconds:
             return seconds, warm
 
 
@@ -85,30 +85,32 @@ def interleave(
     calls: Mapping[Key, Callable[[], Any]],
     rounds: int,
     device: str = 'cpu',
-    after_call: Callable[[], None] | None = None,
+    after_round: Callable[[int], None] | None = None,
 ) -> tuple[dict[Key, list[float]], dict[Key, Exception]]:
-    """Time calls in rounds, each once in a round, in an order that changes from round to round.
+    """Time calls in rounds: one call each per round, in an order that is shuffled for each round.
+
+    Drifts in the machine's speed then affect all calls alike.
 
     Args:
-        calls: What to call, warm.
-        rounds: How often each has its turn.
+        calls: Functions to call, warmed up.
+        rounds: Number of rounds.
         device: Where they run.
-        after_call: Called after each, outside of its time.
+        after_round: Called with the number of finished rounds.
 
     Returns:
-        The seconds of each, round by round, of those that have ended all their calls; and why others have not.
+        The seconds of each call by round, for those that never failed; and the errors of the others.
     """
-    order, draw = list(calls), random.Random(0)
+    order, rng = list(calls), random.Random(0)
     seconds: dict[Key, list[float]] = {key: [] for key in calls}
     errors: dict[Key, Exception] = {}
-    for _ in range(rounds):
-        draw.shuffle(order)
+    for i in range(rounds):
+        rng.shuffle(order)
         for key in order:
             if key not in errors:
                 try:
                     seconds[key].append(time_call(calls[key], device))
                 except Exception as error:
-                    errors[key] = error.with_traceback(None)  # which would keep what the call has allocated
-            if after_call is not None:
-                after_call()
+                    errors[key] = error.with_traceback(None)  # a traceback would keep the call's tensors alive
+        if after_round is not None:
+            after_round(i + 1)
     return {key: times for key, times in seconds.items() if key not in errors}, errors

@@ -1,4 +1,4 @@
-"""Who teaches a ``mmevm.DistillationClassifier``: its own average, or a larger network."""
+"""MESA and hard-distillation hooks."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,80 +12,82 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmevm.checkpoints import CheckpointError, fetch_checkpoint, unwrap_model
-from mmevm.checkpoints.convert import differences, some, state_shapes, unwrap
+from mmevm.checkpoints.state_dict import find_mismatches, preview, state_shapes, unwrap
 from mmevm.errors import ConfigError
 from mmevm.models.weight_init import pretrained_cfgs
 from mmevm.registry import HOOKS
 
-if TYPE_CHECKING:  # classification needs MMPretrain, the other hooks do not
+if TYPE_CHECKING:  # needs MMPretrain, which detectors do without
     from mmevm.models import DistillationClassifier
 
 
 @HOOKS.register_module()
 class MESAHook(Hook):
-    """Lets a classifier learn from its own average (MESA: Du et al., Sharpness-Aware Training for Free, 2022).
+    """Train a classifier with its averaged weights as teacher (MESA).
 
-    The average is that of mmengine's ``EMAHook``, which has to be there too.
+    Source: Du et al., Sharpness-Aware Training for Free, 2022. The average is that of ``EMAHook``, which must be in the
+    config too.
 
     Args:
-        begin: When it begins, as a share of the training: by then the average is worth hearing.
+        begin: Fraction of the training after which MESA begins, in [0, 1).
 
     Raises:
-        ConfigError: If there is no ``EMAHook``, or the model cannot be taught in this way.
+        ConfigError: If there is no ``EMAHook``, or the model is not a DistillationClassifier without distilled head.
     """
 
     def __init__(self, begin: float = 0.25) -> None:
         if not 0 <= begin < 1:
-            raise ValueError(f'begin={begin}: a share of the training, from 0 to below 1.')
+            raise ValueError(f'begin={begin} must be a fraction of the training, at least 0 and below 1.')
         self.begin = begin
 
     def before_train(self, runner: Runner) -> None:
-        """Find the average."""
+        """Find the averaged model."""
         student = _student(runner, self)
         if student.head.distilled:
             raise ConfigError(
-                'MESAHook is for heads with distilled=False: a distilled head learns from the teacher of '
-                'DistillationHook. Leave one of the two out.'
+                'model.head.distilled=True does not work with MESAHook: distilled heads learn from the teacher of '
+                'DistillationHook. Set model.head.distilled=False, or remove MESAHook from custom_hooks.'
             )
         averages = [hook for hook in runner.hooks if isinstance(hook, EMAHook)]
         if not averages:
             raise ConfigError(
-                "MESAHook learns from the model's average, but there is no EMAHook: add dict(type='EMAHook', "
-                'momentum=0.0005, update_buffers=True) to custom_hooks.'
+                "custom_hooks has no EMAHook, whose averaged model MESAHook needs. Add dict(type='EMAHook', "
+                'momentum=0.0005, update_buffers=True).'
             )
         self.teacher = _teacher(averages[0].ema_model.module)
 
     def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        """Begin when it is time, which on resuming may be at once."""
+        """Set the teacher after the given fraction of the training, or at once when resuming later."""
         student = _student(runner, self)
         if student.teacher is None and runner.iter >= self.begin * runner.max_iters:
             student.teacher = self.teacher
             print_log(f'MESA begins at iteration {runner.iter} of {runner.max_iters}.', logger='current')
 
     def after_train(self, runner: Runner) -> None:
-        """Take the teacher away."""
+        """Remove the teacher."""
         _student(runner, self).teacher = None
 
 
 @HOOKS.register_module()
 class DistillationHook(Hook):
-    """Lets a classifier learn from a trained network, which stays as it is (hard distillation, as in DeiT).
+    """Attach a frozen teacher to the classifier for hard distillation (DeiT).
 
     Args:
-        teacher: Config of the teacher, a classifier of mmpretrain or, by its ``TimmClassifier``, of timm. It sees the
-            student's images, normalised as for the student.
+        teacher: Config of the teacher, a classifier of MMPretrain or, as ``TimmClassifier``, of timm. It receives the
+            images of the student, (B, 3, H, W), normalized for the student.
 
     Raises:
-        ConfigError: If the teacher has no weights, or the model cannot be taught in this way.
-        CheckpointError: If the teacher's weights cannot be had, or are not those of the whole network.
+        ConfigError: If the teacher has no pretrained weights, or the model is not a DistillationClassifier with a
+            distilled head.
+        CheckpointError: If the teacher's weights cannot be downloaded or read, or do not have all of its tensors.
     """
 
     def __init__(self, teacher: dict) -> None:
         weights = [teacher.get('pretrained'), teacher.get('checkpoint_path'), pretrained_cfgs(teacher.get('init_cfg'))]
         if not any(weights):
             raise ConfigError(
-                f'DistillationHook: the teacher {teacher.get("type")} has random weights. Give it pretrained=True or '
-                "checkpoint_path=… (TimmClassifier), or init_cfg=dict(type='Pretrained', checkpoint=…) (of mmpretrain)."
+                f'DistillationHook: teacher {teacher.get("type")} has random weights. Set pretrained=True or '
+                "checkpoint_path (TimmClassifier), or init_cfg=dict(type='Pretrained', checkpoint=…) (MMPretrain)."
             )
         self.teacher = teacher
 
@@ -94,8 +96,8 @@ class DistillationHook(Hook):
         student = _student(runner, self)
         if not student.head.distilled:
             raise ConfigError(
-                'DistillationHook is for heads with distilled=True, which have classifiers of their own for the '
-                "teacher's answers: set model.head.distilled=True."
+                'model.head.distilled=False does not work with DistillationHook, which trains additional classifiers. '
+                'Set model.head.distilled=True.'
             )
         teacher = _build(self.teacher)
         for cfg in pretrained_cfgs(teacher.init_cfg):
@@ -104,7 +106,7 @@ class DistillationHook(Hook):
         student.teacher = _teacher(teacher.to(device).requires_grad_(False))
 
     def after_train(self, runner: Runner) -> None:
-        """Take the teacher away."""
+        """Remove the teacher."""
         _student(runner, self).teacher = None
 
 
@@ -112,8 +114,8 @@ def _student(runner: Runner, hook: Hook) -> 'DistillationClassifier':
     student: Any = unwrap_model(runner)
     if not (hasattr(student, 'teacher') and hasattr(getattr(student, 'head', None), 'distilled')):
         raise ConfigError(
-            f"{type(hook).__name__} needs model.type='mmevm.DistillationClassifier' and "
-            f"model.head.type='mmevm.FusionClsHead', but the model is {type(student).__name__}."
+            f'The model is {type(student).__name__}, but {type(hook).__name__} needs '
+            "model.type='mmevm.DistillationClassifier' and model.head.type='mmevm.FusionClsHead'."
         )
     return student
 
@@ -121,28 +123,28 @@ def _student(runner: Runner, hook: Hook) -> 'DistillationClassifier':
 def _build(cfg: dict) -> BaseModule:
     try:
         return MODELS.build(cfg)
-    except OSError as error:  # of the hub, whose errors are of this kind, or of a file
+    except OSError as error:  # of the Hugging Face Hub or of a file
         raise CheckpointError(
-            f'DistillationHook: the weights of the teacher {cfg.get("model_name", cfg["type"])} could not be had '
-            f'({type(error).__name__}): fetch them elsewhere, and give checkpoint_path=… in place of pretrained=True.'
+            f'DistillationHook: download of the weights of teacher {cfg.get("model_name", cfg["type"])} failed '
+            f'({type(error).__name__}). Download them by other means and set checkpoint_path, not pretrained=True.'
         ) from error
 
 
 def _load(teacher: nn.Module, checkpoint: str, prefix: str | None = None, map_location: str = 'cpu') -> None:
-    # mmengine's loading would only warn of what is missing, and its init_weights gives a timm model random weights.
+    # mmengine would only warn of missing tensors, and its init_weights gives a timm model random weights.
     raw, _, _ = unwrap(fetch_checkpoint(checkpoint, map_location))
     prefix = f'{prefix.rstrip(".")}.' if prefix else ''
     state = {name.removeprefix(prefix): tensor for name, tensor in raw.items() if name.startswith(prefix)}
     expected = state_shapes(teacher)
-    if problems := differences(expected, state):
+    if problems := find_mismatches(expected, state):
         raise CheckpointError(
-            f'DistillationHook: {checkpoint} is not one of the teacher, which has {len(expected)} tensors: '
-            f'{"; ".join(problems)}. The file has {some(raw)}. Give a file of this very network, or init_cfg.prefix if '
-            'its names begin with one.'
+            f'DistillationHook: {checkpoint} does not fit the teacher, which has {len(expected)} tensors: '
+            f'{"; ".join(problems)}. The names in the file are {preview(raw)}. Use a file of this network, or set '
+            'init_cfg.prefix to the prefix of its names.'
         )
     teacher.load_state_dict({name: state[name] for name in expected})
 
 
 def _teacher(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    # A function, not a module: a module would become part of the student, of its checkpoints and of its optimiser.
+    # A function, because a module would become part of the student, its checkpoints and its optimizer.
     return partial(model.eval(), mode='tensor')

@@ -1,4 +1,4 @@
-"""The memory of a training without a GPU."""
+"""Memory of a training on CPU."""
 
 import sys
 from importlib import import_module
@@ -15,15 +15,15 @@ resource = import_module('resource') if find_spec('resource') else None  # None 
 
 @HOOKS.register_module()
 class PeakMemoryHook(Hook):
-    """Log the peak memory of the process in MB, as ``memory``; mmengine itself logs that of a GPU only.
+    """Log the peak memory of the process in MB as ``memory``, which mmengine logs on GPUs only.
 
-    Nothing is logged on Windows, which does not have Python's module ``resource``.
+    Nothing is logged on Windows, where Python has no module ``resource``.
     """
 
-    priority = 'VERY_HIGH'  # before what writes the log
+    priority = 'VERY_HIGH'  # before LoggerHook
 
     def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        """Hand the figure to the message hub, from which the log is written."""
+        """Add the peak memory to the message hub."""
         if resource is None:
             return
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""A cluster that wants its machine back gets it, and the training goes on elsewhere."""
+"""Save a checkpoint and end when a cluster preempts the job."""
 
 import os
 import signal
@@ -20,19 +20,19 @@ from mmevm.registry import HOOKS
 
 @HOOKS.register_module()
 class PreemptionHook(Hook):
-    """Saves a checkpoint on SIGTERM, which a cluster sends before it takes a machine away, and ends the process.
+    """Save a checkpoint on SIGTERM, which a cluster sends before it takes a machine away, and end the process.
 
-    The exit status is 143 (128 + SIGTERM), as of a process that the signal has ended: the training is not complete.
-    ``--resume`` goes on with the next iteration, within the epoch too.
+    The exit status is 143 (128 + SIGTERM), as for a process that the signal ended. ``--resume`` continues with the next
+    iteration, also within an epoch.
 
-    A single process acts after the iteration. Several processes agree first, by an all-reduce, and only where each of
-    them arrives: every ``interval`` iterations of training; at the start and the end of an evaluation; and every
-    ``interval`` batches of it, as long as no process is out of batches.
+    A single process saves after the current iteration. Several processes all-reduce the flag where all of them arrive:
+    every ``interval`` training iterations, at the start and the end of an evaluation, and every ``interval`` batches of
+    it as long as every process has batches.
 
-    Each checkpoint is also checked while it is saved: a warning names what a resume will refuse.
+    While a checkpoint is saved, a warning names what a resume will refuse.
 
     Args:
-        interval: Number of iterations between two agreements of several processes.
+        interval: Number of iterations between two all-reduces of several processes.
     """
 
     priority = 'LOWEST'  # after the schedules, the average and the regular checkpoint
@@ -45,7 +45,7 @@ class PreemptionHook(Hook):
         self.warned: set[str] = set()
 
     def before_run(self, runner: Runner) -> None:
-        """Listen to SIGTERM, and let the evaluation's loader outlive it, as the loops of ``mmevm.engine`` do."""
+        """Handle SIGTERM, and let the workers of the evaluation's loader survive it, as those of the training do."""
         if threading.current_thread() is not threading.main_thread():
             runner.logger.warning('PreemptionHook is off: Python receives signals in the main thread only.')
             return
@@ -58,7 +58,7 @@ class PreemptionHook(Hook):
             loader.worker_init_fn = partial(init_worker, init=loader.worker_init_fn)
 
     def after_run(self, runner: Runner) -> None:
-        """Restore the handler that was there before the run."""
+        """Restore the previous signal handler."""
         if self.previous is not None:
             signal.signal(signal.SIGTERM, self.previous)
             self.previous = None
@@ -67,12 +67,12 @@ class PreemptionHook(Hook):
         self.received = True
 
     def after_train_iter(self, runner: Runner, batch_idx: int, *args: Any, **kwargs: Any) -> None:
-        """Save and end if it is time."""
+        """Save and exit if SIGTERM was received."""
         if self._is_time(runner.iter + 1):
-            self._save_and_exit(runner, runner.iter + 1, trained=batch_idx + 1)
+            self._save_and_exit(runner, runner.iter + 1, batches_done=batch_idx + 1)
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """Find the number of batches that each process evaluates; save and end if it is time."""
+        """Find the number of batches that every process evaluates; save and exit if SIGTERM was received."""
         try:
             batches = len(runner.val_loop.dataloader)
         except TypeError:  # an iterable dataset or batch sampler without a length
@@ -84,20 +84,20 @@ class PreemptionHook(Hook):
             self._save_and_exit_in_evaluation(runner)
 
     def after_val_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        """Save and end if it is time; this evaluation is not done again."""
-        # A process without further batches waits in the evaluator's collective calls. If there are more batches than in
-        # the loader, MMPretrain's EMAHook evaluates them again, without the average.
+        """Save and exit if SIGTERM was received; resuming does not repeat the evaluation."""
+        # A process without further batches waits in the evaluator's collective calls. More batches than in the loader
+        # are those of MMPretrain's EMAHook, which evaluates a second time with the original weights.
         self.evaluated += 1
         if self.evaluated <= self.shared_batches and self._is_time(self.evaluated):
             self._save_and_exit_in_evaluation(runner)
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        """Save and end if it is time."""
-        if self._is_time():  # EMAHook has taken the average out of the model
-            self._save_and_exit(runner, runner.iter, trained=0)
+        """Save and exit if SIGTERM was received."""
+        if self._is_time():  # EMAHook has restored the original weights
+            self._save_and_exit(runner, runner.iter, batches_done=0)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Warn once of each thing that a resume from this checkpoint will refuse."""
+        """Warn once about each object that a resume will refuse."""
         for problem in find_unresumable(checkpoint):
             if problem not in self.warned:
                 self.warned.add(problem)
@@ -114,41 +114,41 @@ class PreemptionHook(Hook):
 
     def _save_and_exit_in_evaluation(self, runner: Runner) -> None:
         for hook in runner.hooks:
-            # Take the average out of the model. MMPretrain's after_val_epoch would evaluate as well.
+            # Restore the original weights. MMPretrain's after_val_epoch would evaluate again.
             if isinstance(hook, EMAHook) and getattr(hook, 'evaluate_on_ema', True):
                 hook._swap_ema_parameters()
-        self._save_and_exit(runner, runner.iter, trained=0)
+        self._save_and_exit(runner, runner.iter, batches_done=0)
 
-    def _save_and_exit(self, runner: Runner, iteration: int, trained: int) -> None:
+    def _save_and_exit(self, runner: Runner, iteration: int, batches_done: int) -> None:
         name = f'iter_{iteration}.pth'
         meta = dict(epoch=runner.epoch, iter=iteration)
         loop = runner.train_loop
         if isinstance(loop, EpochBasedTrainLoop):
             name = f'epoch_{runner.epoch}_{name}'
-            meta.update(trained=trained, batches_of_epoch=len(loop.dataloader))
+            meta.update(trained=batches_done, batches_of_epoch=len(loop.dataloader))
         runner.save_checkpoint(
             runner.work_dir, name, meta=meta, by_epoch=False, backend_args=dict(backend='mmevm.atomic')
         )
-        barrier()  # torchrun ends the process that writes soon after another one has ended
+        barrier()  # torchrun ends the other processes soon after the first one has ended
         runner.logger.warning(
-            f'SIGTERM: the training ends after {iteration} of {runner.max_iters} iterations. {name} has been saved; '
-            'the same command with --resume goes on from there.'
+            f'SIGTERM: the training ends after {iteration} of {runner.max_iters} iterations. Saved {name}; repeat the '
+            'command with --resume to continue.'
         )
         sys.exit(128 + signal.SIGTERM)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Find the place within the epoch."""
+        """Skip the batches of the epoch that were trained on before."""
         meta, loop = checkpoint.get('meta', {}), runner.train_loop
         if not (runner.cfg.get('resume') and meta.get('trained')):
             return
         if isinstance(loop, ResumableEpochLoop) and meta['batches_of_epoch'] == len(loop.dataloader):
-            loop.trained = meta['trained']
-            runner.logger.info(f'{loop.trained} of {len(loop.dataloader)} batches of this epoch are passed over.')
+            loop.batches_done = meta['trained']
+            runner.logger.info(f'Skipping {loop.batches_done} of {len(loop.dataloader)} batches of this epoch.')
         else:
             runner.logger.warning(
-                f'The training had ended within epoch {meta["epoch"] + 1}, after {meta["trained"]} of '
-                f'{meta["batches_of_epoch"]} batches; now an epoch has {len(loop.dataloader)}, or the loop is not '
-                "type='mmevm.ResumableEpochLoop': this epoch begins anew."
+                f'The checkpoint is from epoch {meta["epoch"] + 1}, after {meta["trained"]} of '
+                f'{meta["batches_of_epoch"]} batches, but an epoch now has {len(loop.dataloader)}, or train_cfg.type '
+                "is not 'mmevm.ResumableEpochLoop': this epoch restarts."
             )
 
 
@@ -157,7 +157,7 @@ def _restore_default_handler() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-# SIGTERM has to end forked processes at any moment: an evaluator's pool sends it to its own, and waits for them to
-# end. A handler written in Python does not run in a process that is about to wait for a lock.
+# Forked processes must end on SIGTERM: an evaluator's pool sends it to its processes and waits for them. A handler in
+# Python does not run in a process that waits for a lock.
 if hasattr(os, 'register_at_fork'):
     os.register_at_fork(after_in_child=_restore_default_handler)

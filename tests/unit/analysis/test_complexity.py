@@ -1,4 +1,4 @@
-"""Counts of whole networks against the paper and timm, of small ones against arithmetic; and what cannot be counted."""
+"""FLOPs of whole networks against the paper and timm, of small ones against formulas; uncounted operators."""
 
 import dataclasses
 import functools
@@ -15,20 +15,19 @@ from mmengine.structures import InstanceData
 from torch import nn
 from torch.nn import functional as F
 
-from mmevm.analysis.complexity import build_without_weights, default_input_size, measure_complexity, padded_size
-from mmevm.errors import ConfigError
+from mmevm.analysis import build_without_weights, default_input_size, measure_complexity
 from mmevm.models import EfficientViM
 
 CONFIGS = Path(__file__).parents[3] / 'configs'
 
-# The paper's input size, parameters (M) and MFLOPs; with heads that learn from a teacher, parameters alone.
+# Input size, parameters (M) and MFLOPs of the paper; parameters of the models with distillation heads.
 PAPER = {
-    'evm_m1_in1k': (224, 6.679458, 238.93),
-    'evm_m2_in1k': (224, 13.903842, 355.13),
-    'evm_m3_in1k': (224, 16.604174, 656.04),
-    'evm_m4_in1k': (256, 19.606505, 1111.93),
-    'evm_m4_ft384_in1k': (384, 19.606505, 2379.49),
-    'evm_m4_ft512_in1k': (512, 19.606505, 4154.08),
+    'efficientvim-m1_300e_in1k': (224, 6.679458, 238.93),
+    'efficientvim-m2_300e_in1k': (224, 13.903842, 355.13),
+    'efficientvim-m3_300e_in1k': (224, 16.604174, 656.04),
+    'efficientvim-m4_300e_in1k': (256, 19.606505, 1111.93),
+    'efficientvim-m4_ft30e_in1k-384px': (384, 19.606505, 2379.49),
+    'efficientvim-m4_ft30e_in1k-512px': (512, 19.606505, 4154.08),
 }
 DISTILLED = {'m1': 7.643462, 'm2': 15.315846, 'm3': 18.176178, 'm4': 21.178509}
 
@@ -39,14 +38,14 @@ def read(name):
 
 @functools.cache
 def cost_of_classifier(name):
-    """What it costs at the size that its config tests with."""
+    """Return the complexity at the config's test size."""
     cfg = read(f'classification/{name}')
     complexity = measure_complexity(build_without_weights(cfg), (1, 3, *default_input_size(cfg)[0]))
-    return dataclasses.replace(complexity, _analyzer=None)  # it would keep the model in memory
+    return dataclasses.replace(complexity, _analyzer=None)  # it keeps the model in memory
 
 
 class Function(nn.Module):
-    """A function of a tensor, and of modules, as a module."""
+    """A function of a tensor and of submodules."""
 
     def __init__(self, function, *parts):
         super().__init__()
@@ -58,13 +57,13 @@ class Function(nn.Module):
 
 
 @pytest.mark.parametrize('name', PAPER)
-def test_classifiers_cost_what_the_paper_says(name):
+def test_classifiers_have_the_flops_of_the_paper(name):
     size, params, mflops = PAPER[name]
     complexity = cost_of_classifier(name)
     assert complexity.input_shape == (1, 3, size, size)
     assert complexity.params == round(params * 1e6)
     assert complexity.flops / 1e6 == pytest.approx(mflops, rel=5e-3)
-    # The authors' LayerNorm is made of sums and products, which fvcore does not count; ours is one operator.
+    # fvcore does not count the authors' LayerNorm, which consists of sums and products; ours is one operator
     assert (complexity.flops - complexity.by_operator['layer_norm']) / 1e6 == pytest.approx(mflops, rel=1e-4)
     assert not complexity.unknown
     assert not complexity.uncalled
@@ -72,7 +71,7 @@ def test_classifiers_cost_what_the_paper_says(name):
 
 @pytest.mark.parametrize('arch', DISTILLED)
 def test_distilled_classifiers_cost_what_those_of_timm_cost(arch):
-    ours = cost_of_classifier(f'evm_{arch}_distill_in1k')
+    ours = cost_of_classifier(f'efficientvim-{arch}-distilled_300e_in1k')
     timms = measure_complexity(timm.create_model(f'efficientvim_{arch}_dist'), ours.input_shape)
     assert ours.params == timms.params == round(DISTILLED[arch] * 1e6)
     for operator in ('conv', 'batch_norm', 'layer_norm', 'linear', 'matmul'):
@@ -80,7 +79,7 @@ def test_distilled_classifiers_cost_what_those_of_timm_cost(arch):
     assert ours.flops == pytest.approx(timms.flops, rel=1e-4)  # they differ in how logits are summed
 
 
-@pytest.mark.parametrize('name', [*PAPER, *(f'evm_{arch}_distill_in1k' for arch in DISTILLED)])
+@pytest.mark.parametrize('name', [*PAPER, *(f'efficientvim-{arch}-distilled_300e_in1k' for arch in DISTILLED)])
 def test_what_classifiers_cost_is_in_the_list_of_models(name):
     listed = mmengine.load(CONFIGS / 'classification' / 'metafile.yml')['Models']
     (costs,) = [model['Metadata'] for model in listed if model['Config'] == f'configs/classification/{name}.py']
@@ -88,7 +87,7 @@ def test_what_classifiers_cost_is_in_the_list_of_models(name):
     assert (costs['Parameters'], costs['FLOPs']) == (complexity.params, complexity.flops)
 
 
-ARITHMETIC = {
+FORMULAS = {
     'conv': (nn.Conv2d(4, 6, 3, 2, 1, groups=2), (2, 4, 8, 10), 2 * 6 * 4 * 5 * (4 // 2) * 9),
     'transposed conv': (nn.ConvTranspose2d(4, 6, 2, 2), (2, 4, 5, 7), 2 * 4 * 5 * 7 * 6 * 4),
     'linear': (nn.Linear(10, 3), (2, 4, 8, 10), 2 * 4 * 8 * 10 * 3),
@@ -130,9 +129,9 @@ ARITHMETIC = {
 }
 
 
-@pytest.mark.parametrize('case', ARITHMETIC)
-def test_operators_cost_what_arithmetic_says(case):
-    module, shape, flops = ARITHMETIC[case]
+@pytest.mark.parametrize('case', FORMULAS)
+def test_operators_have_the_flops_of_their_formulas(case):
+    module, shape, flops = FORMULAS[case]
     complexity = measure_complexity(module, shape)
     assert complexity.flops == flops
     assert not complexity.unknown
@@ -152,7 +151,7 @@ def test_operators_without_a_rule_are_reported():
     assert complexity.flops == 0
 
 
-def test_modules_add_up_to_the_whole():
+def test_modules_sum_to_the_whole_network():
     model = EfficientViM('m1')
     complexity = measure_complexity(model, (1, 3, 64, 96))
     assert complexity.by_module[''] == (complexity.params, complexity.flops)
@@ -164,13 +163,13 @@ def test_modules_add_up_to_the_whole():
     assert complexity.by_module['patch_embed.conv.0.conv'] == (3 * 16 * 9, 3 * 16 * 9 * 32 * 48)
 
 
-def test_costs_grow_with_the_batch():
+def test_flops_are_proportional_to_the_batch_size():
     one, three = (measure_complexity(EfficientViM('m1'), (batch, 3, 64, 64)) for batch in (1, 3))
     assert three.flops == 3 * one.flops
     assert three.input_shape == (3, 3, 64, 64)
 
 
-def test_table_goes_as_deep_as_asked():
+def test_table_lists_the_requested_levels():
     complexity = measure_complexity(EfficientViM('m1'), (1, 3, 64, 64))
     assert 'patch_embed' not in complexity.table(0)
     assert 'stages.1' not in complexity.table(1)
@@ -182,7 +181,7 @@ def fused_attention_is_allowed():
     return not hasattr(torch.backends, 'mha') or torch.backends.mha.get_fastpath_enabled()
 
 
-def test_a_model_is_left_as_it_was():
+def test_the_model_is_not_changed():
     model = EfficientViM('m1', frozen_stages=1, norm_eval=True, with_cp=True, drop_path_rate=0.5).train()
     modes = [module.training for module in model.modules()]
     assert len(set(modes)) == 2
@@ -197,7 +196,7 @@ def test_a_model_is_left_as_it_was():
     assert fused_attention_is_allowed()
 
 
-def test_a_model_is_left_as_it_was_by_a_pass_that_fails():
+def test_the_model_is_not_changed_by_a_failing_pass():
     model = EfficientViM('m1').train()
     with pytest.raises(RuntimeError):
         measure_complexity(model, (1, 4, 64, 64))
@@ -205,23 +204,23 @@ def test_a_model_is_left_as_it_was_by_a_pass_that_fails():
     assert fused_attention_is_allowed()
 
 
-class Spare(nn.Module):
+class PartlyUsed(nn.Module):
     def __init__(self):
         super().__init__()
         self.used = nn.Linear(4, 4)
-        self.spare = nn.Linear(4, 4)
-        self.by_owner = nn.Linear(4, 4)
+        self.unused = nn.Linear(4, 4)
+        self.by_parent = nn.Linear(4, 4)
 
     def forward(self, x):
-        return F.linear(self.used(x), self.by_owner.weight)
+        return F.linear(self.used(x), self.by_parent.weight)
 
 
-def test_modules_that_are_not_called_are_reported():
-    complexity = measure_complexity(Spare(), torch.rand(1, 4))
-    assert complexity.uncalled == ('spare', 'by_owner')
+def test_uncalled_modules_are_reported():
+    complexity = measure_complexity(PartlyUsed(), torch.rand(1, 4))
+    assert complexity.uncalled == ('unused', 'by_parent')
     assert complexity.params == 3 * 20
     assert complexity.flops == 2 * 16
-    assert complexity.by_module['by_owner'] == (20, 0)
+    assert complexity.by_module['by_parent'] == (20, 0)
 
 
 def test_outputs_of_any_structure_are_counted():
@@ -231,18 +230,18 @@ def test_outputs_of_any_structure_are_counted():
     assert measure_complexity(Function(forward, nn.Linear(4, 4)), torch.rand(1, 4)).flops == 2 * 16
 
 
-def test_a_model_without_outputs_cannot_be_counted():
+def test_a_model_without_tensor_outputs_is_refused():
     with pytest.raises(ValueError, match='returns no tensor'):
-        measure_complexity(Function(lambda x: 'a cat'), (1, 3, 8, 8))
+        measure_complexity(Function(lambda x: 'text'), (1, 3, 8, 8))
 
 
 @pytest.mark.parametrize('shape', [(224, 224), (1, 3, 0, 8), (1, 3, -8, 8), (1, 1, 3, 8, 8)])
-def test_a_shape_that_is_not_an_images_is_refused(shape):
+def test_an_invalid_shape_is_refused(shape):
     with pytest.raises(ValueError, match='B, C, H, W'):
         measure_complexity(nn.Identity(), shape)
 
 
-def test_a_one_stage_detector_is_counted_with_neck_and_head():
+def test_one_stage_detectors_include_neck_and_head():
     model = build_without_weights(read('retinanet_evm_m1'))
     complexity = measure_complexity(model, (1, 3, 128, 192))
     backbone = measure_complexity(model.backbone, (1, 3, 128, 192))
@@ -253,14 +252,14 @@ def test_a_one_stage_detector_is_counted_with_neck_and_head():
     parts = [complexity.by_module[name][1] for name in ('backbone', 'neck', 'bbox_head')]
     assert sum(parts) == complexity.flops
     assert all(parts)
-    assert not complexity.regions
+    assert not complexity.rois
 
 
-def test_a_two_stage_detector_is_counted_for_the_regions_it_says():
+def test_two_stage_detectors_report_their_rois():
     model = build_without_weights(read('maskrcnn_evm_m1'))
     complexity = measure_complexity(model, (1, 3, 128, 192))
-    boxes = complexity.regions['roi_head.bbox_roi_extractor']
-    masks = complexity.regions['roi_head.mask_roi_extractor']
+    boxes = complexity.rois['roi_head.bbox_roi_extractor']
+    masks = complexity.rois['roi_head.mask_roi_extractor']
     assert masks == min(boxes, 100)
     assert 100 < boxes <= 1000
     of_a_box = 256 * 49 * 1024 + 1024 * 1024 + 1024 * (81 + 4 * 80)
@@ -268,57 +267,3 @@ def test_a_two_stage_detector_is_counted_for_the_regions_it_says():
     assert complexity.by_module['roi_head.bbox_head'][1] == boxes * of_a_box
     assert complexity.by_module['roi_head.mask_head'][1] == masks * of_a_mask
     assert set(complexity.unknown) == {'prim::PythonOp.NMSop', 'prim::PythonOp.RoIAlignFunction'}
-
-
-def test_models_are_built_without_reading_weights():
-    nowhere = '/nowhere/weights.pth'
-    backbone = dict(type='TIMMBackbone', model_name='resnet18', checkpoint_path=nowhere)
-    model = dict(
-        type='ImageClassifier',
-        backbone=dict(backbone, init_cfg=[dict(type='Pretrained', checkpoint=nowhere)]),
-        init_cfg=dict(type='Pretrained', checkpoint=nowhere),
-    )
-    cfg = Config(dict(model=model, default_scope='mmpretrain'))
-    built = build_without_weights(cfg)
-    built.init_weights()
-    assert measure_complexity(built, (1, 3, 32, 32)).params == 11_176_512  # ResNet-18 without its classifier
-    assert cfg.model.backbone.checkpoint_path == nowhere
-
-
-def test_a_config_without_a_model_is_refused():
-    with pytest.raises(ConfigError, match='no `model`'):
-        build_without_weights(Config(dict(default_scope='mmdet')))
-
-
-SIZES = {
-    'crop': ([dict(type='ResizeEdge', scale=320), dict(type='CenterCrop', crop_size=288)], (288, 288)),
-    'crop that is not square': ([dict(type='CenterCrop', crop_size=(96, 64))], (64, 96)),  # width first, as in mmcv
-    'fixed': ([dict(type='mmdet.Resize', scale=(300, 200), keep_ratio=False)], (200, 300)),
-    'within a square': ([dict(type='Resize', scale=512, keep_ratio=True)], (512, 512)),
-    'within a frame': ([dict(type='Resize', scale=(480, 640), keep_ratio=True)], (480, 640)),
-    'within the usual frame': ([dict(type='Resize', scale=(1333, 800), keep_ratio=True)], (800, 1280)),
-    'padded': ([dict(type='Resize', scale=(512, 512), keep_ratio=True), dict(type='Pad', size=(640, 384))], (384, 640)),
-    'unknown': ([dict(type='LoadImageFromFile'), dict(type='Pad', size_divisor=32)], None),
-}
-
-
-@pytest.mark.parametrize('wrapped', [False, True])
-@pytest.mark.parametrize('case', SIZES)
-def test_the_test_pipeline_says_the_size(case, wrapped):
-    pipeline, size = SIZES[case]
-    dataset = dict(type='CocoDataset', pipeline=pipeline)
-    dataset = dict(type='RepeatDataset', times=1, dataset=dataset) if wrapped else dataset
-    for scope, usual in [('mmdet', (800, 1280)), ('mmpretrain', (224, 224))]:
-        cfg = Config(dict(default_scope=scope, test_dataloader=dict(dataset=dataset)))
-        assert default_input_size(cfg)[0] == (size or usual)
-
-
-def test_without_a_test_pipeline_the_size_is_the_usual_one():
-    assert default_input_size(Config(dict(default_scope='mmdet')))[0] == (800, 1280)
-    assert default_input_size(Config())[0] == (224, 224)
-
-
-def test_detectors_pad_their_images():
-    model = build_without_weights(read('retinanet_evm_m1'))
-    assert padded_size(model, (65, 96)) == (96, 96)
-    assert padded_size(model.backbone, (65, 96)) == (65, 96)

@@ -5,7 +5,8 @@ import xml.etree.ElementTree as ET
 import cv2
 import numpy as np
 import pytest
-from command_line import ROOT, succeed
+import tiny_data
+from command_line import ROOT
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
@@ -18,15 +19,13 @@ NUMBERS = itertools.count()
 
 @pytest.fixture(scope='session')
 def shapes(tmp_path_factory):
-    """A small COCO data set with masks."""
-    root = tmp_path_factory.mktemp('shapes')
-    succeed(ROOT / 'tools/make_shapes.py', root, '--num-train', '4', '--num-val', '2', cwd=root)
-    return root
+    """The folder of a small COCO dataset with masks."""
+    return tiny_data.make_shapes(tmp_path_factory.mktemp('shapes'))
 
 
 @pytest.fixture
 def detector(shapes):
-    """The config of the demo's Mask R-CNN, with which nothing is wrong."""
+    """The config of the detection demo, without mistakes."""
     cfg = replace_data_root(Config.fromfile(ROOT / 'configs/demo/maskrcnn_evm_m1_shapes.py'), str(shapes))
     for split in ('train', 'val', 'test'):
         cfg[f'{split}_dataloader'].update(num_workers=0, persistent_workers=False)
@@ -35,22 +34,13 @@ def detector(shapes):
 
 @pytest.fixture
 def classifier(tmp_path):
-    """The config of the demo's classifier, and images in two folders."""
-    for split, name, i in itertools.product(('train', 'val'), ('cat', 'dog'), range(4)):
-        (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
-        image = np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)
-        cv2.imwrite(str(tmp_path / split / name / f'{i}.png'), image)
-    cfg = replace_data_root(Config.fromfile(ROOT / 'configs/demo/evm_m1_digits.py'), str(tmp_path))
-    for split in ('train', 'val', 'test'):
-        cfg[f'{split}_dataloader'].update(num_workers=0, persistent_workers=False, batch_size=4)
-    cfg.val_evaluator.topk = cfg.test_evaluator.topk = (1,)
-    cfg.model.head.num_classes = cfg.data_preprocessor.num_classes = 2
-    return cfg
+    """The config of a classifier of two classes."""
+    return tiny_data.make_classifier(tmp_path)
 
 
 @pytest.fixture
 def voc(tmp_path, detector):
-    """The config of a detector, and a data set in Pascal VOC's format."""
+    """The config of a detector with a dataset in Pascal VOC format."""
     names = {'train': 'ab', 'val': 'c'}
     for folder in ('JPEGImages', 'Annotations', 'sets'):
         (tmp_path / folder).mkdir()
@@ -94,7 +84,7 @@ def voc(tmp_path, detector):
 
 @pytest.fixture
 def check(capsys, tmp_path):
-    """Run ``tools/train.py --check`` in this process: give it a config, get its exit status, summary and warnings."""
+    """Run ``tools/train.py --check`` in this process. The fixture maps a config to its summary and warnings."""
 
     def check(cfg, splits=('train', 'val'), check_only=True):
         cfg = cfg.copy()
@@ -118,7 +108,7 @@ def check(capsys, tmp_path):
 
 @pytest.fixture
 def edit(shapes, tmp_path, detector):
-    """Let a test change the training annotations of the detector's data: give it a function of their dict."""
+    """A function that changes the training annotations of the detector with another function."""
 
     def edit(change):
         path = tmp_path / 'train.json'

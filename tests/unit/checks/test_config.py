@@ -1,5 +1,3 @@
-"""Likely mistakes in a config are one warning each; what is right, or not understood, gets none."""
-
 # ruff: noqa: E501
 import pytest
 from mmengine.config import Config
@@ -25,18 +23,18 @@ def warnings(detector, **changes):
 )  # fmt: skip
 def test_misspelled_key(detector, key, known):
     assert warnings(detector, **{key: {}}) == [
-        f'{key} is not a key that MMEngine reads. If {known} is meant, rename it.'
+        f'{key} is not a key that MMEngine reads. If you mean {known}, rename it.'
     ]
 
 
 @pytest.mark.parametrize(
     'key', ['dataset_kind', 'max_epochs', 'base_lr', 'train_pipeline_stage2', 'img_scales', 'num_classes', 'lang_model_name', 'val_data_root', 'train_dataset', 'backend']
 )  # fmt: skip
-def test_keys_of_the_users_own(detector, key):
+def test_users_own_keys_get_no_warning(detector, key):
     assert warnings(detector, **{key: {}}) == []
 
 
-def test_classes_as_a_string(detector, tmp_path):
+def test_string_classes(detector, tmp_path):
     (message,) = warnings(detector, train_dataloader__dataset__metainfo=dict(classes='raccoon'))
     assert "metainfo.classes='raccoon' is a string" in message
     assert "classes=('raccoon',)" in message
@@ -44,9 +42,11 @@ def test_classes_as_a_string(detector, tmp_path):
     assert warnings(detector, train_dataloader__dataset__metainfo=dict(classes=str(tmp_path / 'classes.txt'))) == []
 
 
-def test_annotations_of_the_evaluator(detector, shapes):
+def test_evaluator_reads_another_file(detector, shapes):
     (message,) = warnings(detector, val_evaluator__ann_file=f'{shapes}/annotations/instances_train.json')
-    assert message.startswith(f"val_evaluator.ann_file='{shapes}/annotations/instances_train.json' is not that of")
+    assert message.startswith(
+        f"val_evaluator.ann_file='{shapes}/annotations/instances_train.json', but val_dataloader.dataset reads "
+    )
     same = f'{shapes}/train/../annotations/instances_val.json'
     assert warnings(detector, val_evaluator__ann_file=same) == []
 
@@ -63,7 +63,7 @@ def test_normalization(detector):
         (message,) = warnings(cfg, **pretrained, **changes)
         assert message.startswith('model.data_preprocessor gives ')
         assert 'mean=[123.675, 116.28, 103.53]' in message
-        own = dict(type='Pretrained', checkpoint='work_dirs/own/epoch_3.pth')  # of any normalization
+        own = dict(type='Pretrained', checkpoint='work_dirs/own/epoch_3.pth')  # may expect any normalization
         assert warnings(cfg, model__backbone__init_cfg=own) == []
 
 
@@ -73,12 +73,12 @@ def test_norm_eval_with_random_weights(detector):
     assert warnings(detector, load_from='some.pth') == []
 
 
-def test_batch_size_of_a_batch_sampler(detector):
+def test_no_batch_size_with_a_batch_sampler(detector):
     assert warnings(detector, train_dataloader__batch_size=None) == []
 
 
 def test_faster_coco_metric(detector):
     detector.test_evaluator = dict(type='mmdet.FasterCocoMetric', ann_file=detector.test_evaluator.ann_file)
-    assert warnings(detector) == []  # testing has no part in a training
+    assert warnings(detector) == []  # training does not use test_evaluator
     (message,) = check_config(detector, ['test'])
     assert 'pip install faster-coco-eval' in message

@@ -1,5 +1,3 @@
-"""Errors of building a run, and of its first iteration, name the key and say what to do."""
-
 import pytest
 from mmcv.transforms import BaseTransform
 from mmdet.models import FPN
@@ -16,22 +14,22 @@ NECK = 'model.neck.in_channels'
 
 # ruff: noqa: E501
 MISTAKES = [
-    ('model.backbone.ach', 'm4', "model.backbone.ach: EfficientViM has no argument 'ach' (did you mean 'arch'?); it ta"),
+    ('model.backbone.ach', 'm4', "model.backbone.ach: EfficientViM has no argument 'ach' (did you mean 'arch'?); it accepts"),
     ('model.backbone.arch', 'm5', "model.backbone.arch='m5' is unknown: choose from ['m1', 'm2', "),
     ('model.backbone.out_indices', (0, 3), 'model.backbone.out_indices=(0, 3): give one or more of [0'),
     ('model.backbone.type', 'mmevm.EfficentViM', "model.backbone.type='mmevm.EfficentViM' is not registered. Did you mean 'mmevm.EfficientViM'?"),
     ('model.backbone.type', 'EfficientViM', "model.backbone.type='EfficientViM' is not registered. Did you mean 'mmevm.EfficientViM'?"),
-    ('model.backbone', (dict(type='mmevm.EfficientViM'),), 'model.backbone is a tuple. Remove the comma'),
+    ('model.backbone', (dict(type='mmevm.EfficientViM'),), 'model.backbone is a tuple, not a dict. Remove the comma'),
     ('model.backbone.norm_cfg', dict(type='BNN'), "model.backbone.norm_cfg.type='BNN' is not registered."),
     ('model.backbone.mixer_cfg', dict(type='mmevm.HSMSSD', expand=2), "model.backbone.mixer_cfg.expand: HSMSSD has no argument 'expand' (did you mean 'ssd_expand'?)"),
-    ('model.backbone.arch', 'm4', f'{NECK}=[128, 192, 320] does not match the channels [224, 320, 512] of the maps that model.backbone returns. Set {NECK}=[224, 320, 512].'),
-    ('model.neck', dict(type='FPN', in_channels=[256, 512, 1024], out_channels=64, num_outs=5), f"{NECK}=[256, 512, 1024] does not match the channels [128, 192, 320] of the maps that model.backbone returns. Replace the neck: model.neck=dict(_delete_=True, type='mmevm.UpsampleFPN', in_channels=[128, 192, 320], out_channels=64, num_outs=5, num_upsamples=2)."),
-    ('model.neck', dict(type='FPN', in_channels=[256, 512, 1024], start_level=1, add_extra_convs='on_input', out_channels=64, num_outs=5), f"{NECK}=[256, 512, 1024] does not match the channels [128, 192, 320] of the maps that model.backbone returns. Replace the neck: model.neck=dict(_delete_=True, type='mmevm.UpsampleFPN', in_channels=[128, 192, 320], out_channels=64, num_outs=5, num_upsamples=1, add_extra_convs='on_input')."),
+    ('model.backbone.arch', 'm4', f'{NECK}=[128, 192, 320] does not match the output channels [224, 320, 512] of model.backbone. Set {NECK}=[224, 320, 512].'),
+    ('model.neck', dict(type='FPN', in_channels=[256, 512, 1024], out_channels=64, num_outs=5), f"{NECK}=[256, 512, 1024] does not match the output channels [128, 192, 320] of model.backbone. Replace the neck: model.neck=dict(_delete_=True, type='mmevm.UpsampleFPN', in_channels=[128, 192, 320], out_channels=64, num_outs=5, num_upsamples=2)."),
+    ('model.neck', dict(type='FPN', in_channels=[256, 512, 1024], start_level=1, add_extra_convs='on_input', out_channels=64, num_outs=5), f"{NECK}=[256, 512, 1024] does not match the output channels [128, 192, 320] of model.backbone. Replace the neck: model.neck=dict(_delete_=True, type='mmevm.UpsampleFPN', in_channels=[128, 192, 320], out_channels=64, num_outs=5, num_upsamples=1, add_extra_convs='on_input')."),
     ('model.neck', dict(type=FPN, in_channels=[1, 2, 3], out_channels=64, num_outs=5), f"{NECK}=[1, 2, 3] does not match"),
-    ('model.neck', None, 'model.rpn_head.in_channels=64, but model.backbone returns maps of [128, 192, 320] channels. Put a neck'),
+    ('model.neck', None, 'model.rpn_head.in_channels=64, but model.backbone returns [128, 192, 320] channels. Add a neck'),
     ('model.neck.in_channel', 64, "model.neck.in_channel: UpsampleFPN has no argument 'in_channel' (did you mean 'in_"),
     ('model.neck.num_outs', 4, 'model.neck.num_outs=4 levels cannot hold'),
-    ('model.neck.num_outs', 6, 'model.rpn_head has anchors or points for 5 maps, of strides [4, 8, 16, 32, 64], but model.neck returns 6 maps.'),
+    ('model.neck.num_outs', 6, 'model.rpn_head has anchors or points for 5 feature maps (strides [4, 8, 16, 32, 64]), but model.neck returns 6.'),
     ('model.neck.out_channels', 128, 'model.rpn_head.in_channels=64, but model.neck returns 128 channels. Set'),
     ('model.roi_head.bbox_roi_extractor.out_channels', 256, 'model.roi_head.bbox_roi_extractor.out_channels=256, but model.neck returns 64 channels. Set'),
     ('model.roi_head.bbox_head.in_channels', 256, 'model.roi_head.bbox_head.in_channels=256, but model.roi_head.bbox_roi_extractor returns 64 channels. Set'),
@@ -44,8 +42,8 @@ MISTAKES = [
     ('optim_wrapper.clip_gradient', {}, "optim_wrapper.clip_gradient: OptimWrapper has no argument 'clip_gradient'"),
     ('param_scheduler.1.type', 'CosineLR', "param_scheduler.1.type='CosineLR' is not registered."),
     ('train_cfg.max_iter', 3, "train_cfg.max_iter: ResumableIterLoop has no argument 'max_iter' (did you mean"),
-    ('train_dataloader.batchsize', 1, "train_dataloader.batchsize: DataLoader has no argument 'batchsize' (did you"),
-    ('train_dataloader.batch_size', '4', "train_dataloader.batch_size='4' is a str, but must be an integer."),
+    ('train_dataloader.batchsize', 1, "train_dataloader.batchsize: DataLoader has no argument 'batchsize'."),
+    ('train_dataloader.batch_size', '4', "train_dataloader.batch_size='4' is a string, not an integer."),
     (f'{DATASET}.type', 'COCODataset', f"{DATASET}.type='COCODataset' is not registered. Did you mean 'CocoDataset'?"),
     (f'{DATASET}.anno_file', 'x', f"{DATASET}.anno_file: CocoDataset has no argument 'anno_file' (did you mean"),
     (f'{DATASET}.pipeline.2.type', 'Rezise', f"{DATASET}.pipeline.2.type='Rezise' is not registered. Did you mean"),
@@ -79,23 +77,25 @@ def test_mistake(check, detector, key, value, start):
 def test_backbone_without_delete(check, detector):
     detector.model.backbone.update(depth=50, num_stages=4, style='pytorch')
     with pytest.raises(
-        ConfigError, match=r'^model\.backbone has the arguments depth, num_stages, style, which'
+        ConfigError, match=r'^model\.backbone has arguments that EfficientViM does not accept: depth, num_stages, style'
     ) as error:
         check(detector)
-    assert 'add _delete_=True to model.backbone' in str(error.value)
+    assert 'Add _delete_=True to model.backbone' in str(error.value)
 
 
-def test_missing_files_are_absolute(check, detector, tmp_path, monkeypatch):
+def test_missing_file_is_named_with_its_absolute_path(check, detector, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     detector.val_dataloader.dataset.update(data_root='data/', ann_file='none.json')
     with pytest.raises(ConfigError) as error:
         check(detector)
-    assert str(error.value).startswith(f'val_dataloader.dataset cannot be read: there is no {tmp_path}/data/none.json')
+    assert str(error.value).startswith(
+        f'val_dataloader.dataset cannot be read: {tmp_path}/data/none.json does not exist'
+    )
     assert f'the current folder is {tmp_path}' in str(error.value)
 
 
 @pytest.mark.parametrize('text', ['', '{"images": [{"id": 1, "fi', 'no JSON', '[]', '{"annotations": []}'])
-def test_annotations_that_cannot_be_read(check, detector, tmp_path, text):
+def test_unreadable_annotations(check, detector, tmp_path, text):
     detector.train_dataloader.dataset.ann_file = str(tmp_path / 'train.json')
     (tmp_path / 'train.json').write_text(text)
     with pytest.raises(ConfigError, match=f'^{DATASET} cannot be read: {tmp_path}/train.json'):
@@ -104,12 +104,11 @@ def test_annotations_that_cannot_be_read(check, detector, tmp_path, text):
 
 def test_annotations_without_area(check, detector, edit):
     edit(lambda coco: coco['annotations'][0].pop('area') and None)
-    with pytest.raises(ConfigError, match=r"cannot be read: .*train\.json has no 'area' in one of its entries"):
+    with pytest.raises(ConfigError, match=r"cannot be read: .*train\.json has an entry without 'area'"):
         check(detector)
 
 
-def test_the_first_iteration_of_a_training(check, detector):
-    """Channels that do not fit are explained where the training fails, without a pass before it."""
+def test_error_in_the_first_training_iteration(check, detector):
     put(detector, NECK, [128, 192, 321])
     with pytest.raises(ConfigError, match=r'^model\.neck\.in_channels=\[128, 192, 321\] does not match'):
         check(detector, check_only=False)
@@ -123,7 +122,6 @@ def test_unknown_errors_pass(error):
 
 
 def test_errors_after_the_first_iteration_pass():
-    """Even those that look like a mistake in the config."""
     hook = CheckHook()
     hook.finished = True
     with pytest.raises(TypeError), explain_errors(Config(dict(model=dict(type='X'))), hook):
@@ -138,8 +136,7 @@ def test_errors_after_the_first_iteration_pass():
         KeyError('Mine is not in the mmdet::model registry. Please check'),
     ],
 )
-def test_errors_of_the_users_own_code_pass(error):
-    """They look like a mistake in the config, which does not have these names, and come with their traceback."""
+def test_errors_of_the_users_code_pass(error):
     with pytest.raises(type(error)) as raised, explain_errors(Config(dict(model=dict(type='X'))), CheckHook()):
         raise error
     assert raised.value is error
@@ -152,7 +149,7 @@ class FailingTransform(BaseTransform):
 
 
 def test_error_in_a_transform_keeps_its_traceback(check, detector):
-    """MMEngine hides where a TypeError within a hook comes from."""
+    """MMEngine replaces the traceback of a TypeError in a hook."""
     detector.train_dataloader.dataset.pipeline.insert(2, dict(type='FailingTransform'))
     with pytest.raises(TypeError) as error:
         check(detector)

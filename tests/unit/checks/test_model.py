@@ -1,4 +1,4 @@
-"""What passes between the parts of a model is told as it is, and nothing is read into a model of another kind."""
+"""Trace feature maps between small stand-ins for a backbone, a neck and heads."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from mmevm.checks.model import FeatureTracer
 
 
 class Layer(nn.Module):
-    """Returns maps of given shapes; a head has anchors of given strides."""
+    """Return feature maps of given shapes. A head has anchors of given strides."""
 
     def __init__(self, *shapes, strides=None):
         super().__init__()
@@ -35,37 +35,37 @@ def trace(**parts):
 
 
 def test_resizing_in_the_preprocessor():
-    """The size of the input is that of the backbone."""
+    """The size of the input is that of the backbone's input."""
     preprocessor = nn.ModuleList([Layer()])
     model = nn.ModuleDict(dict(data_preprocessor=preprocessor, backbone=Layer((2, 8, 6, 6))))
     cfg = dict(data_preprocessor=[dict(type='x')], backbone=dict(type='x'))
     with FeatureTracer(model, cfg) as tracer:
         preprocessor[0](torch.zeros(2, 3, 40, 40))
         model.backbone(torch.zeros(2, 3, 96, 96))
-    assert tracer.table() == ['model.backbone (Layer) returns 8 channels at stride 16']
+    assert list(tracer.table()) == ['model.backbone (Layer) returns 8 channels at stride 16']
 
 
-def test_queries_are_no_maps():
+def test_queries_are_not_feature_maps():
     tracer = trace(backbone=Layer((2, 8, 6, 6)), decoder=Layer((6, 2, 100, 256)), bbox_head=Layer((6, 2, 100, 4)))
-    assert len(tracer.table()) == 1
+    assert len(list(tracer.table())) == 1
 
 
 def test_strides_of_anchors():
-    assert trace(backbone=Layer(*MAPS), bbox_head=Layer(strides=[8, 16])).warnings() == []
+    assert list(trace(backbone=Layer(*MAPS), bbox_head=Layer(strides=[8, 16])).warnings()) == []
     (message,) = trace(backbone=Layer(*MAPS), bbox_head=Layer(strides=[4, 8])).warnings()
-    assert message.startswith('model.bbox_head has anchors or points for maps of strides [4, 8]')
+    assert message.startswith('model.bbox_head has anchors or points for strides [4, 8], but model.backbone returns')
 
 
 def test_points_for_one_of_several_maps():
-    """As CondInst's mask head has them."""
+    """As in the mask head of CondInst."""
     tracer = trace(backbone=Layer(*MAPS), mask_head=Layer(strides=[8]))
-    assert tracer.warnings() == []
+    assert list(tracer.warnings()) == []
     assert tracer.explain(RuntimeError('something else')) is None
 
 
 @pytest.mark.parametrize('wanted', [[8, 16], [16, 8]])
 def test_channels_in_another_order(wanted):
-    """As YOLOv3's neck takes them: an error within it has another cause."""
+    """As in the neck of YOLOv3. An error in it has another cause."""
 
     class Neck(nn.Module):
         def forward(self, maps):

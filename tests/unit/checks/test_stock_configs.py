@@ -1,6 +1,6 @@
-"""No config that ships with MMDetection or MMPretrain is refused once EfficientViM is its backbone.
+"""Check all configs of MMDetection and MMPretrain with EfficientViM as their backbone: none may be refused.
 
-Models and data sets are built by the libraries themselves; what they cannot build here is listed and passed over.
+The libraries build models and datasets. What they cannot build here is listed and skipped.
 """
 
 import copy
@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from mmevm.checks import check_config
 from mmevm.checks.config import iter_datasets
-from mmevm.checks.data import different_classes, summarize_all
+from mmevm.checks.data import compare_class_order, summarize_all
 from mmevm.checks.model import FeatureTracer, check_topk, compare_class_counts
 
 ARCH = 'm1'
@@ -28,7 +28,7 @@ BACKBONE = dict(type='mmevm.EfficientViM', arch=ARCH)
 
 
 def replace_backbone(model):
-    """In a model and in those within it; its neck may not fit, which the first iteration would say."""
+    """Replace the backbone of a model and of models in it. The neck may not fit, but nothing is run."""
     if isinstance(model, dict):
         for key, value in model.items():
             if key == 'backbone' and isinstance(value, dict) and 'type' in value:
@@ -41,7 +41,7 @@ def replace_backbone(model):
 
 
 class Cached:
-    """Builds what several configs have in common once; an error is as good as a result."""
+    """Build what several configs have in common once. Cache errors too."""
 
     def __init__(self, build):
         self.build = build
@@ -62,7 +62,7 @@ class Cached:
 @pytest.mark.parametrize('package', ['mmdet', 'mmpretrain'])
 def test_no_stock_config_is_refused(package, tmp_path, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    for layer in (_ConvNd, nn.Linear, nn.Embedding):  # whose values nobody reads
+    for layer in (_ConvNd, nn.Linear, nn.Embedding):  # weights are not used
         monkeypatch.setattr(layer, 'reset_parameters', lambda self: None)
     root = Path(find_spec(package).submodule_search_locations[0], '.mim/configs')
     generator = Generator(tmp_path)
@@ -74,7 +74,7 @@ def test_no_stock_config_is_refused(package, tmp_path, monkeypatch):
         return DATASETS.build(local)
 
     def build_model(cfg):
-        return MODELS.build(copy.deepcopy(cfg)).to('meta')  # which takes no memory
+        return MODELS.build(copy.deepcopy(cfg)).to('meta')  # without memory
 
     datasets, models = Cached(build_dataset), Cached(build_model)
     counts, lines = Counter(), []
@@ -97,20 +97,20 @@ def test_no_stock_config_is_refused(package, tmp_path, monkeypatch):
             for split in splits:
                 for key, dataset in iter_datasets(cfg[f'{split}_dataloader'].get('dataset'), split):
                     result, error = datasets(dataset)
-                    counts['data sets' if result is not None else 'data sets not built'] += 1
+                    counts['datasets' if result is not None else 'datasets not built'] += 1
                     if result is None:
                         errors.append(error)
                     else:
                         built[key] = result
             summaries = summarize_all(built)
-            warnings += [*different_classes(summaries), *(line for summary in summaries for line in summary.warnings)]
+            warnings += [*compare_class_order(summaries), *(line for summary in summaries for line in summary.warnings)]
 
             model, error = models(cfg.model) if 'type' in (cfg.get('model') or {}) else (None, None)
             if model is not None:
                 counts['models'] += 1
                 check_topk(cfg, model, ['val', 'test'])
                 with FeatureTracer(model, cfg.model) as tracer:
-                    assert not tracer.warnings()
+                    assert not list(tracer.warnings())
                 for key, dataset in built.items():
                     warnings += compare_class_counts(model, dataset, key)
             elif error:
@@ -123,10 +123,10 @@ def test_no_stock_config_is_refused(package, tmp_path, monkeypatch):
         logging.disable(logging.NOTSET)
     folder = Path('work_dirs/stock_configs')
     folder.mkdir(parents=True, exist_ok=True)
-    family = 'onedl' if is_installed('onedl-mmengine') else 'openmmlab'
-    (folder / f'{family}_{package}.txt').write_text('\n'.join([json.dumps(counts), *lines, '']))
+    distribution = 'onedl' if is_installed('onedl-mmengine') else 'openmmlab'
+    (folder / f'{distribution}_{package}.txt').write_text('\n'.join([json.dumps(counts), *lines, '']))
     print(dict(counts))
     assert counts['configs'] > 300
     assert counts['models'] > 0.8 * counts['configs']
-    assert counts['data sets'] > 0.8 * counts['data sets not built']
+    assert counts['datasets'] > 0.8 * counts['datasets not built']
     assert counts['configs with a warning'] < 0.02 * counts['configs']

@@ -1,4 +1,4 @@
-"""A whole classifier or detector in its deploy form gives what it gave before."""
+"""A classifier or detector in deploy mode returns the same outputs as before."""
 
 import copy
 from itertools import chain
@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from versions import needs_half
 
-from mmevm.analysis.complexity import build_without_weights
+from mmevm.analysis import build_without_weights
 from mmevm.deployment import deploy
 
 RTMDET = """
@@ -31,7 +31,7 @@ model = dict(
 
 
 @pytest.mark.parametrize('distilled', [False, True])
-def test_a_classifier(distilled):
+def test_deployed_classifier_returns_the_same(distilled):
     init_default_scope('mmpretrain')
     backbone = dict(type='mmevm.EfficientViM', arch='m1', out_indices=(2,), out_hidden_states=True)
     head = dict(type='mmevm.FusionClsHead', num_classes=10, in_channels=[128, 192, 320, 320], distilled=distilled)
@@ -44,8 +44,8 @@ def test_a_classifier(distilled):
 
 
 @pytest.mark.parametrize('name', ['maskrcnn', 'retinanet', 'rtmdet'])
-def test_a_detector(name, tmp_path):
-    """RTMDet's heads share convolutions among levels, whose BatchNorms are different ones."""
+def test_deployed_detector_returns_the_same(name, tmp_path):
+    """The heads of RTMDet share convolutions between levels, each with its own BatchNorm."""
     path = ROOT / f'configs/{name}_evm_m1.py'
     if name == 'rtmdet':
         path = tmp_path / 'rtmdet.py'
@@ -116,8 +116,8 @@ LAYERS = dict(
     no_statistics=(lambda: conv_module(dict(BN, track_running_stats=False)), False),
     instance_norm=(lambda: conv_module(dict(type='IN')), False),
     activation_between=(lambda: conv_module(order=('conv', 'act', 'norm')), False),
-    weight_standardisation=(lambda: conv_module(conv_cfg=dict(type='ConvWS')), False),
-    adaptive_weight_standardisation=(lambda: conv_module(conv_cfg=dict(type='ConvAWS')), False),
+    weight_standardization=(lambda: conv_module(conv_cfg=dict(type='ConvWS')), False),
+    adaptive_weight_standardization=(lambda: conv_module(conv_cfg=dict(type='ConvAWS')), False),
     switchable_atrous=(lambda: conv_module(conv_cfg=dict(type='SAC')), False),
     deformable=(lambda: conv_module(conv_cfg=dict(type='DCN')), False),
     modulated_deformable=(lambda: conv_module(conv_cfg=dict(type='DCNv2')), False),
@@ -171,8 +171,8 @@ def test_folding_keeps_reduced_precision(dtype):
     assert (out.double() - expected).abs().max() < 8 * torch.finfo(dtype).eps * expected.abs().max()
 
 
-def test_a_convolution_whose_weight_its_parent_uses_is_not_folded():
-    """TOOD multiplies it with attention weights and calls the norm itself."""
+def test_convolution_used_directly_by_its_parent_is_not_folded():
+    """TOOD multiplies the weight with attention weights and calls the norm itself."""
     from mmdet.models.dense_heads.tood_head import TaskDecomposition
 
     layer = randomize(TaskDecomposition(4, 2, norm_cfg=BN)).eval()
@@ -182,7 +182,7 @@ def test_a_convolution_whose_weight_its_parent_uses_is_not_folded():
         torch.testing.assert_close(deploy(layer)(x), expected)
 
 
-def test_a_model_deployed_in_inference_mode_can_be_changed_later():
+def test_model_deployed_in_inference_mode_can_be_changed_later():
     layer = conv_module().eval()
     with torch.inference_mode():
         deploy(layer)

@@ -1,4 +1,4 @@
-"""Boxes are those that MMDetection's own post-processing finds, image by image."""
+"""Exportable post-processing returns the boxes of MMDetection's own, image by image."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from mmdet.models.dense_heads import ATSSHead, FCOSHead, GFLHead, RetinaHead, RT
 from mmengine.config import ConfigDict
 from mmengine.registry import init_default_scope
 
-from mmevm.deployment.post_processing import PostProcessing, differences
+from mmevm.deployment.post_processing import PostProcessing, compare_detections
 from mmevm.errors import ConfigError
 
 SIZE = (72, 104)
@@ -55,7 +55,7 @@ def outputs_of(head, batch_size=2):
     return head(maps)
 
 
-def assert_as_mmdetection(head, outputs):
+def assert_equals_mmdetection(head, outputs):
     dets, labels = PostProcessing(head)(outputs, SIZE)
     expected = head.predict_by_feat(*outputs, batch_img_metas=[dict(img_shape=SIZE)] * len(dets))
     assert dets.shape == (len(expected), head.test_cfg.max_per_img, 5)
@@ -70,9 +70,9 @@ def assert_as_mmdetection(head, outputs):
 
 
 @pytest.mark.parametrize(('kind', 'arguments'), HEADS.values(), ids=HEADS)
-def test_the_heads_of_mmdetection(kind, arguments):
+def test_heads_of_mmdetection(kind, arguments):
     head = build(kind, arguments)
-    counts = assert_as_mmdetection(head, outputs_of(head))
+    counts = assert_equals_mmdetection(head, outputs_of(head))
     assert min(counts) > 5
 
 
@@ -86,12 +86,12 @@ def test_the_heads_of_mmdetection(kind, arguments):
     ],
     ids=str,
 )
-def test_the_settings_of_a_test_cfg(test_cfg):
+def test_settings_of_test_cfg(test_cfg):
     head = build(*HEADS['RetinaNet'], **test_cfg)
-    assert min(assert_as_mmdetection(head, outputs_of(head))) > 0
+    assert min(assert_equals_mmdetection(head, outputs_of(head))) > 0
 
 
-def test_all_are_candidates_without_a_limit():
+def test_without_nms_pre_all_boxes_are_candidates():
     limited, unlimited = (build(*HEADS['RetinaNet'], nms_pre=nms_pre) for nms_pre in (100_000, -1))
     outputs = outputs_of(limited)
     for one, other in zip(
@@ -100,23 +100,23 @@ def test_all_are_candidates_without_a_limit():
         assert one.equal(other)
 
 
-def test_boxes_that_leave_the_image():
+def test_boxes_are_clipped_as_by_the_box_coder():
     inside = build(*HEADS['RetinaNet'])
     coder = dict(type='DeltaXYWHBBoxCoder', clip_border=False)
     across = build(RetinaHead, dict(HEADS['RetinaNet'][1], bbox_coder=coder))
     outputs = outputs_of(inside)
-    assert_as_mmdetection(across, outputs)
+    assert_equals_mmdetection(across, outputs)
     dets, _ = PostProcessing(across)(outputs, SIZE)
     assert dets.min() < -1
     assert PostProcessing(inside)(outputs, SIZE)[0].min() == 0
 
 
-def test_nothing_is_found():
+def test_no_detections():
     head = build(*HEADS['RetinaNet'], score_thr=1.0)
-    assert assert_as_mmdetection(head, outputs_of(head)) == [0, 0]
+    assert assert_equals_mmdetection(head, outputs_of(head)) == [0, 0]
 
 
-def test_an_image_does_not_depend_on_the_others():
+def test_images_of_a_batch_are_independent():
     head = build(*HEADS['RetinaNet'])
     outputs = outputs_of(head, batch_size=3)
     last = [[level[2:] for level in levels] for levels in outputs]
@@ -124,17 +124,17 @@ def test_an_image_does_not_depend_on_the_others():
         torch.testing.assert_close(all_of_them[2:], alone)
 
 
-def test_what_cannot_be_exported_is_refused():
+def test_unsupported_heads_raise():
     gfl = GFLHead(**SMALL, anchor_generator=ONE, norm_cfg=None, test_cfg=ConfigDict(nms=dict(type='nms')))
-    with pytest.raises(ConfigError, match='a GFLHead has a post-processing of its own'):
+    with pytest.raises(ConfigError, match='GFLHead has its own post-processing'):
         PostProcessing(gfl)
     for nms in (dict(type='soft_nms', iou_threshold=0.5), {}):
-        with pytest.raises(ConfigError, match=r'test_cfg\.nms=.* is not exported'):
+        with pytest.raises(ConfigError, match=r'test_cfg\.nms=.* cannot be exported'):
             PostProcessing(build(*HEADS['RetinaNet'], nms=nms))
     without = build(*HEADS['RetinaNet'])
     del without.test_cfg['max_per_img']
     for head in (without, *(build(*HEADS['RetinaNet'], max_per_img=number) for number in (None, -1))):
-        with pytest.raises(ConfigError, match=r'test_cfg\.max_per_img=(None|-1) is not how many rows'):
+        with pytest.raises(ConfigError, match=r'test_cfg\.max_per_img=(None|-1): expected the number of rows'):
             PostProcessing(head)
 
 
@@ -145,21 +145,21 @@ def detections(count=40):
     return dets, torch.randint(3, (2, count), generator=generator)
 
 
-def test_differences_of_detections():
+def test_compare_detections():
     dets, labels = detections()
-    assert differences((dets, labels), (dets, labels)) == [0, 0]
+    assert compare_detections((dets, labels), (dets, labels)) == [0, 0]
     order = torch.randperm(40)
-    assert differences((dets[:, order], labels[:, order]), (dets, labels)) == [0, 0]
+    assert compare_detections((dets[:, order], labels[:, order]), (dets, labels)) == [0, 0]
     largest = dets[..., :4].max().item()
     moved = dets + torch.tensor([0, 0, 0.02 * largest, 0, 0])
-    assert differences((moved, labels), (dets, labels)) == [pytest.approx(0.02, rel=1e-4)] * 2
-    assert differences((dets * torch.tensor([1, 1, 1, 1, 0.9]), labels), (dets, labels))[0] == pytest.approx(
+    assert compare_detections((moved, labels), (dets, labels)) == [pytest.approx(0.02, rel=1e-4)] * 2
+    assert compare_detections((dets * torch.tensor([1, 1, 1, 1, 0.9]), labels), (dets, labels))[0] == pytest.approx(
         0.1, rel=0.1
     )
 
 
 @pytest.mark.parametrize('lost', [2, 8])
-def test_a_few_detections_may_have_no_counterpart(lost):
+def test_compare_detections_accepts_a_few_without_counterpart(lost):
     dets, labels = detections()
     fewer = labels.clone()
     fewer[0, :lost] = -1
@@ -167,15 +167,15 @@ def test_a_few_detections_may_have_no_counterpart(lost):
     others[0, :lost] = 3
     for changed in (fewer, others):
         for one, other in ((changed, labels), (labels, changed)):
-            difference, again = differences((dets, one), (dets, other))
+            difference, again = compare_detections((dets, one), (dets, other))
             assert difference == again
             assert difference == 0 if lost == 2 else difference > 0.02
 
 
-def test_differences_where_one_finds_nothing_or_no_number():
+def test_compare_detections_with_empty_or_nan_detections():
     dets, labels = detections()
     nothing = torch.full_like(labels, -1)
-    assert differences((dets, nothing), (dets, nothing)) == [0, 0]
-    assert differences((dets, labels), (dets, nothing)) == [float('inf')] * 2
-    assert differences((dets, nothing), (dets, labels)) == [float('inf')] * 2
-    assert differences((dets * float('nan'), labels), (dets, labels)) == [float('inf')] * 2
+    assert compare_detections((dets, nothing), (dets, nothing)) == [0, 0]
+    assert compare_detections((dets, labels), (dets, nothing)) == [float('inf')] * 2
+    assert compare_detections((dets, nothing), (dets, labels)) == [float('inf')] * 2
+    assert compare_detections((dets * float('nan'), labels), (dets, labels)) == [float('inf')] * 2

@@ -18,14 +18,14 @@ from mmevm.engine import AtomicBackend
 ATOMIC = dict(backend='mmevm.atomic')
 
 
-def test_mmengine_saves_with_it(tmp_path):
+def test_mmengine_saves_with_the_atomic_backend(tmp_path):
     state = {'weight': torch.randn(3)}
     save_checkpoint(state, str(tmp_path / 'new' / 'a.pth'), backend_args=ATOMIC)
     assert [path.name for path in (tmp_path / 'new').iterdir()] == ['a.pth']
     assert torch.equal(torch.load(tmp_path / 'new/a.pth')['weight'], state['weight'])
 
 
-def test_readers_see_the_old_file_or_the_new_one(tmp_path):
+def test_readers_see_only_complete_files(tmp_path):
     path, contents = tmp_path / 'a.pth', [bytes([digit]) * 2**22 for digit in range(8)]
     backend = AtomicBackend()
     backend.put(contents[0], path)
@@ -46,8 +46,8 @@ def test_readers_see_the_old_file_or_the_new_one(tmp_path):
     assert all(content in contents for content in seen)
 
 
-def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path):
-    """A process with a quota of 1 MB for a file."""
+def test_failed_write_keeps_the_previous_file(tmp_path):
+    """The process has a limit of 1 MB per file."""
     resource = pytest.importorskip('resource')  # Windows has none
     path = tmp_path / 'a.pth'
     path.write_bytes(b'before')
@@ -69,8 +69,8 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path):
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b'before']
 
 
-def test_the_old_checkpoint_goes_when_the_new_one_is_there(tmp_path):
-    """In the order in which mmengine's hook does it: it removes first."""
+def test_old_checkpoint_is_removed_after_the_new_one_is_written(tmp_path):
+    """mmengine's hook removes the old one first."""
     backend = get_file_backend(backend_args=ATOMIC)
     old, new = tmp_path / 'epoch_1.pth', tmp_path / 'epoch_2.pth'
     backend.put(b'1', old)
@@ -81,7 +81,7 @@ def test_the_old_checkpoint_goes_when_the_new_one_is_there(tmp_path):
     assert new.read_bytes() == b'2'
 
 
-def test_a_checkpoint_replaced_by_one_of_its_name_stays(tmp_path):
+def test_replaced_checkpoint_of_the_same_name_is_kept(tmp_path):
     backend, path = AtomicBackend(), tmp_path / 'best_acc.pth'
     backend.put(b'1', path)
     backend.remove(path)
@@ -89,23 +89,23 @@ def test_a_checkpoint_replaced_by_one_of_its_name_stays(tmp_path):
     assert path.read_bytes() == b'2'
 
 
-def test_the_old_checkpoint_stays_where_the_new_one_cannot_be_written(tmp_path):
+def test_failed_write_keeps_the_old_checkpoint(tmp_path):
     backend, old = AtomicBackend(), tmp_path / 'epoch_1.pth'
     backend.put(b'1', old)
     backend.remove(old)
     (tmp_path / 'epoch_2.pth').mkdir()  # a folder is in the way
-    with pytest.raises(CheckpointError, match='the checkpoints before it are as they were'):
+    with pytest.raises(CheckpointError, match='Earlier checkpoints are unchanged'):
         backend.put(b'2', tmp_path / 'epoch_2.pth')
     assert old.read_bytes() == b'1'
     assert not list(tmp_path.glob('*.part'))
 
 
-def test_mmengine_hook_takes_it(tmp_path):
+def test_mmengine_hook_accepts_the_atomic_backend(tmp_path):
     hook = CheckpointHook(backend_args=ATOMIC)
     assert isinstance(get_file_backend(str(tmp_path), backend_args=hook.backend_args), AtomicBackend)
 
 
-# Faults of a file system: what os.fsync answers, for files or for folders
+# Errors of os.fsync for files or folders
 
 
 def fail_fsync(monkeypatch, number, *, folders):
@@ -126,14 +126,14 @@ def fail_fsync(monkeypatch, number, *, folders):
         *((number, True) for number in (errno.EBADF, errno.EACCES, errno.EPERM)),
     ],
 )
-def test_a_file_system_that_cannot_sync_is_tolerated(tmp_path, monkeypatch, number, folders):
+def test_file_system_without_sync_is_tolerated(tmp_path, monkeypatch, number, folders):
     fail_fsync(monkeypatch, number, folders=folders)
     AtomicBackend().put(b'1', tmp_path / 'new' / 'epoch_1.pth')
     assert [path.read_bytes() for path in (tmp_path / 'new').iterdir()] == [b'1']
 
 
 @pytest.mark.skipif(not hasattr(os, 'O_DIRECTORY'), reason='Windows cannot open a folder')
-def test_a_folder_that_cannot_be_opened_is_tolerated(tmp_path, monkeypatch):
+def test_folder_that_cannot_be_opened_is_tolerated(tmp_path, monkeypatch):
     os_open = os.open
 
     def fail(path, flags, *args, **kwargs):
@@ -148,7 +148,7 @@ def test_a_folder_that_cannot_be_opened_is_tolerated(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('folders', [False, True])
 @pytest.mark.parametrize('number', [errno.EIO, errno.ENOSPC])
-def test_a_failing_disk_is_an_error(tmp_path, monkeypatch, number, folders):
+def test_failing_disk_is_an_error(tmp_path, monkeypatch, number, folders):
     fail_fsync(monkeypatch, number, folders=folders)
     with pytest.raises(CheckpointError, match=f'cannot be written .{os.strerror(number)}'):
         AtomicBackend().put(b'1', tmp_path / 'epoch_1.pth')

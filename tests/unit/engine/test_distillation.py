@@ -1,4 +1,4 @@
-"""Short trainings by mmengine's runner, whose student has a teacher."""
+"""MESA and distillation hooks in short trainings by mmengine's runner."""
 
 import copy
 import functools
@@ -53,7 +53,7 @@ def dataset():
 
 
 class Recorder(Hook):
-    """Keeps the losses of each iteration, calls ``check`` before it, and may pull the plug."""
+    """Record the losses of each iteration, call ``check`` before it, and stop at ``stop_at``."""
 
     priority = 'VERY_LOW'  # after the others
 
@@ -103,7 +103,7 @@ def train(folder, hooks, **kwargs):
     return runner
 
 
-def the_average(runner):
+def averaged_model(runner):
     (hook,) = [hook for hook in runner.hooks if isinstance(hook, EMAHook)]
     return hook.ema_model.module
 
@@ -117,32 +117,32 @@ def with_state(model, state):
     return model
 
 
-def as_the_student_sees_them(iteration):
+def normalized_images(iteration):
     first = 2 * (iteration % 2)
     return (torch.stack([sample['inputs'] for sample in dataset()[first : first + 2]]) - 127.5) / 127.5
 
 
 @pytest.fixture(scope='module')
 def mesa(tmp_path_factory):
-    """Train from the second epoch on with MESA, and note what there is before each iteration."""
+    """Train with MESA from the second epoch, and record the state before each iteration."""
 
     @functools.cache
     def train_once(update_buffers):
         before, after_the_step = [], []
 
         def note(runner):
-            average = the_average(runner)
+            average = averaged_model(runner)
             moment = SimpleNamespace(student=copy.deepcopy(runner.model.state_dict()))
             moment.average = copy.deepcopy(average.state_dict())
-            moment.answer = None if runner.model.teacher is None else runner.model.teacher(IMAGES)
-            moment.average_once_asked = copy.deepcopy(average.state_dict())
+            moment.output = None if runner.model.teacher is None else runner.model.teacher(IMAGES)
+            moment.average_after_forward = copy.deepcopy(average.state_dict())
             before.append(moment)
 
         class AfterTheStep(Hook):
             priority = 'VERY_HIGH'  # before EMAHook averages
 
             def after_train_iter(self, runner, *args, **kwargs):
-                after_the_step.append(copy.deepcopy(the_average(runner).state_dict()))
+                after_the_step.append(copy.deepcopy(averaged_model(runner).state_dict()))
 
         folder = tmp_path_factory.mktemp('mesa')
         recorder = Recorder(note)
@@ -165,7 +165,7 @@ def assert_begins_at(first, folder, runner, recorder):
 
 
 class TestMESA:
-    def test_begins_at_a_quarter_of_the_training(self, mesa):
+    def test_begins_after_a_quarter_of_the_training(self, mesa):
         training = mesa(update_buffers=True)
         assert_begins_at(2, training.folder, training.runner, training.recorder)
 
@@ -177,29 +177,29 @@ class TestMESA:
             (True, 'mmengine.EMAHook', dict(begin=0.55), 5),
         ],
     )
-    def test_begins_at_its_share_of_the_training(self, tmp_path, by_epoch, ema, begin, first):
+    def test_begins_after_the_given_fraction(self, tmp_path, by_epoch, ema, begin, first):
         recorder = Recorder()
         hooks = [dict(EMA, type=ema), dict(type='mmevm.MESAHook', **begin), recorder]
         assert_begins_at(first, tmp_path, train(tmp_path, hooks, by_epoch=by_epoch), recorder)
 
     @pytest.mark.parametrize('update_buffers', [True, False])
-    def test_the_teacher_is_the_average_in_eval_mode_and_does_not_move_by_being_asked(self, mesa, update_buffers):
+    def test_teacher_is_the_averaged_model_in_eval_mode_and_its_forward_changes_nothing(self, mesa, update_buffers):
         training = mesa(update_buffers=update_buffers)
         for moment, after_the_step in zip(training.before, training.after_the_step, strict=True):
-            assert_same(moment.average_once_asked, moment.average)
+            assert_same(moment.average_after_forward, moment.average)
             assert_same(after_the_step, moment.average)
-        taught = [moment for moment in training.before if moment.answer is not None]
-        assert len(taught) == 6
-        for moment in taught:
+        with_teacher = [moment for moment in training.before if moment.output is not None]
+        assert len(with_teacher) == 6
+        for moment in with_teacher:
             reference = with_state(build(network()), moment.average).eval()
-            torch.testing.assert_close(moment.answer, reference(IMAGES), rtol=0, atol=0)
-            assert not torch.allclose(moment.answer, with_state(build(network()), moment.student).train()(IMAGES))
-        assert not torch.allclose(taught[0].answer, taught[-1].answer)
+            torch.testing.assert_close(moment.output, reference(IMAGES), rtol=0, atol=0)
+            assert not torch.allclose(moment.output, with_state(build(network()), moment.student).train()(IMAGES))
+        assert not torch.allclose(with_teacher[0].output, with_teacher[-1].output)
 
-    def test_the_loss_is_of_the_average_of_that_iteration(self, mesa):
+    def test_loss_compares_with_the_averaged_model(self, mesa):
         training = mesa(update_buffers=True)
         for i in range(2, 8):
-            images = as_the_student_sees_them(i)
+            images = normalized_images(i)
             student = with_state(build(network()), training.before[i].student).train()
             average = with_state(build(network()), training.before[i].average).eval()
             with torch.no_grad():
@@ -207,13 +207,13 @@ class TestMESA:
             torch.testing.assert_close(training.recorder.losses[i]['loss_mesa'], expected)
 
     @pytest.mark.parametrize(('begin', 'first'), [(0.25, 4), (0.7, 6)])
-    def test_a_resumed_training_goes_on_as_if_nothing_had_happened(self, tmp_path, mesa, monkeypatch, begin, first):
+    def test_resumed_training_equals_an_uninterrupted_one(self, tmp_path, mesa, monkeypatch, begin, first):
         monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')  # mmengine 0.10.7 cannot resume without it
         hook = dict(type='mmevm.MESAHook', begin=begin)
         if begin == 0.25:  # as by default
-            whole = mesa(update_buffers=True).runner
+            uninterrupted = mesa(update_buffers=True).runner
         else:
-            whole = train(tmp_path / 'whole', [EMA, hook, Recorder()])
+            uninterrupted = train(tmp_path / 'uninterrupted', [EMA, hook, Recorder()])
         with pytest.raises(InterruptedError):
             train(tmp_path / 'part', [EMA, hook, Recorder(stop_at=5)], saving=True)
         recorder = Recorder()
@@ -221,35 +221,35 @@ class TestMESA:
         rest.train()
         assert list(recorder.losses) == list(range(4, 8))
         assert recorder.having('loss_mesa') == list(range(first, 8))
-        assert_same(rest.model.state_dict(), whole.model.state_dict())
-        assert_same(the_average(rest).state_dict(), the_average(whole).state_dict())
+        assert_same(rest.model.state_dict(), uninterrupted.model.state_dict())
+        assert_same(averaged_model(rest).state_dict(), averaged_model(uninterrupted).state_dict())
 
-    def test_a_checkpoint_has_the_weights_of_the_average_and_no_others(self, mesa):
+    def test_checkpoint_has_the_averaged_weights_and_no_others(self, mesa):
         training = mesa(update_buffers=True)
         runner = training.runner
         checkpoint = torch.load(training.folder / 'epoch_4.pth', weights_only=False)
-        assert_same(checkpoint['state_dict'], the_average(runner).state_dict())
+        assert_same(checkpoint['state_dict'], averaged_model(runner).state_dict())
         assert not torch.equal(checkpoint['state_dict']['head.heads.0.weight'], runner.model.head.heads[0].weight)
         assert set(checkpoint['state_dict']) == set(build(network('ImageClassifier')).state_dict())
 
-    def test_without_an_average_it_is_an_error(self, tmp_path):
+    def test_missing_ema_hook_is_an_error(self, tmp_path):
         runner = make_runner(tmp_path, [dict(type='mmevm.MESAHook'), Recorder()])
-        with pytest.raises(ConfigError, match=r"no EMAHook: add dict\(type='EMAHook'"):
+        with pytest.raises(ConfigError, match=r"no EMAHook, .* Add dict\(type='EMAHook'"):
             runner.train()
 
-    def test_a_distilled_head_is_an_error(self, tmp_path):
+    def test_distilled_head_is_an_error(self, tmp_path):
         runner = make_runner(tmp_path, [EMA, dict(type='mmevm.MESAHook'), Recorder()], model=network(distilled=True))
-        with pytest.raises(ConfigError, match='MESAHook is for heads with distilled=False'):
+        with pytest.raises(ConfigError, match='distilled=True does not work with MESAHook'):
             runner.train()
 
     @pytest.mark.parametrize('begin', [-0.1, 1, 25])
-    def test_begin_is_a_share(self, begin):
-        with pytest.raises(ValueError, match=f'begin={begin}: a share'):
+    def test_begin_must_be_a_fraction(self, begin):
+        with pytest.raises(ValueError, match=f'begin={begin} must be a fraction'):
             MESAHook(begin)
 
 
 def write_teacher(kind, folder):
-    """The config of a trained teacher, and the same network with its weights."""
+    """Return the config of a trained teacher, and the same network with its weights."""
     path = str(folder / 'teacher.pth')
     name, _, how = kind.partition(' ')
     if name == 'timm':
@@ -284,17 +284,17 @@ TEACHERS = [
 
 @pytest.fixture(scope='module')
 def distillation(tmp_path_factory):
-    """Train with a teacher, and note what there is before each iteration."""
+    """Train with a teacher, and record the state before each iteration."""
 
     @functools.cache
     def train_once(kind):
         folder = tmp_path_factory.mktemp('distillation')
         cfg, reference = write_teacher(kind, folder)
-        answers, students = [], []
+        outputs, students = [], []
 
         def note(runner):
             students.append(copy.deepcopy(runner.model.state_dict()))
-            answers.append(runner.model.teacher(IMAGES))
+            outputs.append(runner.model.teacher(IMAGES))
             parameters = {id(p) for group in runner.optim_wrapper.param_groups for p in group['params']}
             assert parameters == {id(p) for p in runner.model.parameters()}
 
@@ -302,7 +302,7 @@ def distillation(tmp_path_factory):
         hooks = [EMA, ConfigDict(type='mmevm.DistillationHook', teacher=cfg), recorder]
         runner = train(folder, hooks, model=network(distilled=True), epochs=2, saving=True)
         return SimpleNamespace(
-            folder=folder, runner=runner, recorder=recorder, reference=reference, answers=answers, students=students
+            folder=folder, runner=runner, recorder=recorder, reference=reference, outputs=outputs, students=students
         )
 
     return train_once
@@ -310,36 +310,36 @@ def distillation(tmp_path_factory):
 
 class TestDistillation:
     @pytest.mark.parametrize('kind', TEACHERS)
-    def test_the_teacher_has_the_weights_of_the_file_to_the_end_and_is_in_no_checkpoint(self, distillation, kind):
+    def test_teacher_keeps_the_weights_of_the_file_and_is_in_no_checkpoint(self, distillation, kind):
         training = distillation(kind)
         recorder, runner = training.recorder, training.runner
         assert recorder.having('loss_distill') == recorder.having('loss') == list(range(4))
-        assert len(training.answers) == 4
-        for answer in training.answers:
-            assert not answer.requires_grad
-            torch.testing.assert_close(answer, training.reference(IMAGES).detach(), rtol=0, atol=0)
+        assert len(training.outputs) == 4
+        for output in training.outputs:
+            assert not output.requires_grad
+            torch.testing.assert_close(output, training.reference(IMAGES).detach(), rtol=0, atol=0)
         assert runner.model.teacher is None
 
         checkpoint = torch.load(training.folder / 'epoch_2.pth', weights_only=False)
-        assert_same(checkpoint['state_dict'], the_average(runner).state_dict())
+        assert_same(checkpoint['state_dict'], averaged_model(runner).state_dict())
         names = set(build(network('ImageClassifier', distilled=True)).state_dict())
         assert set(checkpoint['state_dict']) == names
         assert {name.removeprefix('module.') for name in checkpoint['ema_state_dict']} == {*names, 'steps'}
 
-    def test_the_loss_is_of_the_teachers_choice(self, distillation):
+    def test_loss_uses_the_argmax_of_the_teacher(self, distillation):
         training = distillation('mmpretrain init_cfg')
         for i, state in enumerate(training.students):
-            images = as_the_student_sees_them(i)
+            images = normalized_images(i)
             student = with_state(build(network(distilled=True)), state).train()
             with torch.no_grad():
                 choice = training.reference(images).argmax(1)
                 expected = -student(images)[1].log_softmax(1)[range(2), choice].mean() / 2
             torch.testing.assert_close(training.recorder.losses[i]['loss_distill'], expected)
 
-    def test_a_head_that_is_not_distilled_is_an_error(self, tmp_path):
+    def test_head_without_distillation_is_an_error(self, tmp_path):
         cfg, _ = write_teacher('mmpretrain init_cfg', tmp_path)
         runner = make_runner(tmp_path, [dict(type='mmevm.DistillationHook', teacher=cfg), Recorder()])
-        with pytest.raises(ConfigError, match=r'set model\.head\.distilled=True'):
+        with pytest.raises(ConfigError, match=r'Set model\.head\.distilled=True'):
             runner.train()
 
     @pytest.mark.parametrize(
@@ -355,12 +355,12 @@ class TestDistillation:
             ),
         ],
     )
-    def test_a_teacher_without_weights_is_an_error(self, teacher):
-        with pytest.raises(ConfigError, match=f'the teacher {teacher["type"]} has random weights'):
+    def test_teacher_without_weights_is_an_error(self, teacher):
+        with pytest.raises(ConfigError, match=f'teacher {teacher["type"]} has random weights'):
             DistillationHook(teacher)
 
     @pytest.mark.parametrize(
-        ('kind', 'harm'),
+        ('kind', 'change'),
         [
             ('timm init_cfg', 'one tensor is missing'),
             ('timm init_cfg', 'one tensor has another shape'),
@@ -368,13 +368,13 @@ class TestDistillation:
             ('mmpretrain pretrained', 'one tensor is missing'),
         ],
     )
-    def test_a_teacher_that_does_not_receive_everything_is_an_error(self, tmp_path, kind, harm):
+    def test_incomplete_teacher_weights_are_an_error(self, tmp_path, kind, change):
         cfg, _ = write_teacher(kind, tmp_path)
         path = tmp_path / 'teacher.pth'
         content = torch.load(path)
         state = content.get('state_dict', content)
         (name,) = [name for name in state if name.endswith('stages.1.blocks.0.ffn.fc1.conv.weight')]
-        harmed, told = {
+        changed, message = {
             'one tensor is missing': (
                 {k: v for k, v in state.items() if k != name},
                 r'208 tensors: 1 missing \(.*fc1\.conv\.weight\)',
@@ -383,27 +383,27 @@ class TestDistillation:
                 {**state, name: state[name][:-1]},
                 r'fc1\.conv\.weight: .* expected, .* in the file',
             ),
-            'all tensors are missing': ({'x.y': state[name]}, r'208 missing .*The file has x\.y'),
-        }[harm]
-        torch.save(harmed, path)
+            'all tensors are missing': ({'x.y': state[name]}, r'208 missing .*The names in the file are x\.y'),
+        }[change]
+        torch.save(changed, path)
         runner = make_runner(
             tmp_path, [dict(type='mmevm.DistillationHook', teacher=cfg), Recorder()], model=network(distilled=True)
         )
-        with pytest.raises(CheckpointError, match=told) as error:
+        with pytest.raises(CheckpointError, match=message) as error:
             runner.train()
         assert str(path) in str(error.value)
 
-    def test_weights_that_cannot_be_had_are_an_error(self, tmp_path, monkeypatch):
+    def test_failed_download_of_teacher_weights_is_an_error(self, tmp_path, monkeypatch):
         monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
         monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
         name = 'test_resnet.r160_in1k'
         teacher = dict(type='mmpretrain.TimmClassifier', model_name=name, pretrained=True)
         hooks = [dict(type='mmevm.DistillationHook', teacher=teacher), Recorder()]
         runner = make_runner(tmp_path, hooks, model=network(distilled=True))
-        with pytest.raises(CheckpointError, match=rf'{name} could not be had .* give checkpoint_path='):
+        with pytest.raises(CheckpointError, match=rf'{name} failed .* set checkpoint_path'):
             runner.train()
 
-    def test_a_teacher_of_other_classes_is_an_error(self, tmp_path):
+    def test_teacher_with_another_number_of_classes_is_an_error(self, tmp_path):
         path = tmp_path / 'teacher.pth'
         cfg = network('ImageClassifier', num_classes=7)
         torch.save(build(cfg).state_dict(), path)
@@ -411,13 +411,13 @@ class TestDistillation:
         runner = make_runner(
             tmp_path, [dict(type='mmevm.DistillationHook', teacher=cfg), Recorder()], model=network(distilled=True)
         )
-        with pytest.raises(ValueError, match='teacher knows 7 classes'):
+        with pytest.raises(ValueError, match='teacher, which has 7 classes'):
             runner.train()
 
 
 @pytest.mark.parametrize('hook', ['MESAHook', 'DistillationHook'])
 @pytest.mark.parametrize('part', ['model', 'head'])
-def test_a_model_that_cannot_be_taught_is_an_error(tmp_path, hook, part):
+def test_model_without_distillation_support_is_an_error(tmp_path, hook, part):
     model = network('ImageClassifier') if part == 'model' else network()
     if part == 'head':
         model['backbone']['out_hidden_states'] = False

@@ -4,8 +4,8 @@ import pytest
 from command_line import run
 from recorded_training import EPOCHS, LENGTH, PER_EPOCH, train
 
-# By another process, as a cluster does.
-TOLD = "subprocess.run(['kill', *(str(process.pid) for process in children)], check=True); time.sleep(0.5)"
+# Sent by another process, as a cluster does.
+TERMINATE = "subprocess.run(['kill', *(str(process.pid) for process in children)], check=True); time.sleep(0.5)"
 
 
 def images(seen):
@@ -18,7 +18,7 @@ def augmentations(seen):
 
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('by_epoch', [True, False])
-def test_an_epoch_has_each_image_once_and_no_random_number_twice(tmp_path, by_epoch, workers):
+def test_epoch_has_each_image_once_and_no_random_number_twice(tmp_path, by_epoch, workers):
     seen = train(tmp_path, by_epoch, workers)
     assert len(seen) == EPOCHS * PER_EPOCH
     for epoch in range(EPOCHS):
@@ -29,20 +29,22 @@ def test_an_epoch_has_each_image_once_and_no_random_number_twice(tmp_path, by_ep
 
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('by_epoch', [True, False])
-def test_iterations_after_resuming_are_those_of_an_uninterrupted_run(tmp_path, by_epoch, workers):
+def test_resumed_iterations_equal_an_uninterrupted_run(tmp_path, by_epoch, workers):
     options = {'default_hooks.checkpoint.interval': 1 if by_epoch else PER_EPOCH}
-    whole = train(tmp_path / 'whole', by_epoch, workers, options=options)
-    first = tmp_path / 'whole' / ('epoch_1.pth' if by_epoch else f'iter_{PER_EPOCH}.pth')
+    uninterrupted = train(tmp_path / 'uninterrupted', by_epoch, workers, options=options)
+    first = tmp_path / 'uninterrupted' / ('epoch_1.pth' if by_epoch else f'iter_{PER_EPOCH}.pth')
     rest = train(tmp_path / 'rest', by_epoch, workers, checkpoint=first)
-    assert images(rest) == images(whole)[LENGTH:]
-    assert [numbers for _, numbers in rest] == [numbers for _, numbers in whole][PER_EPOCH:]
+    assert images(rest) == images(uninterrupted)[LENGTH:]
+    assert [numbers for _, numbers in rest] == [numbers for _, numbers in uninterrupted][PER_EPOCH:]
     if by_epoch or not workers:
-        assert augmentations(rest) == augmentations(whole[PER_EPOCH:])
+        assert augmentations(rest) == augmentations(uninterrupted[PER_EPOCH:])
     else:
-        assert not set(augmentations(rest)) & set(augmentations(whole[:PER_EPOCH]))  # at least not those of the start
+        assert not set(augmentations(rest)) & set(
+            augmentations(uninterrupted[:PER_EPOCH])
+        )  # at least not those of the start
 
 
-def test_the_seed_decides(tmp_path):
+def test_seed_determines_images_and_augmentation(tmp_path):
     first, again, other = (
         train(tmp_path / name, options={'randomness.seed': seed, 'train_cfg.max_epochs': 1})
         for name, seed in dict(first=0, again=0, other=1).items()
@@ -53,10 +55,10 @@ def test_the_seed_decides(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('tell', ['', '[os.kill(process.pid, 15) for process in children]', TOLD])
+@pytest.mark.parametrize('terminate', ['', '[os.kill(process.pid, 15) for process in children]', TERMINATE])
 @pytest.mark.parametrize('by_epoch', [True, False])
-def test_an_error_ends_the_workers_too(tmp_path, tell, by_epoch):
-    """Each worker waits for its next images when the process fails, and may have been told to end before."""
+def test_error_ends_the_workers_too(tmp_path, terminate, by_epoch):
+    """Workers wait for work when the process fails, and may have received SIGTERM before."""
     code = (
         'import os, subprocess, time\n'
         'from recorded_training import runner\n'
@@ -64,7 +66,7 @@ def test_an_error_ends_the_workers_too(tmp_path, tell, by_epoch):
         'def fail(*args, **kwargs):\n'
         '    import multiprocessing\n'
         '    children = multiprocessing.active_children()\n'
-        f'    {tell}\n'
+        f'    {terminate}\n'
         "    raise ValueError('the fault of this test')\n"
         'run.model.train_step = fail\n'
         'run.train()\n'

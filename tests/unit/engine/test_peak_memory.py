@@ -29,7 +29,7 @@ def peak_of_this_process():
     return int(line.split()[1]) / 1024  # MB
 
 
-def test_peak_memory_is_logged_and_is_what_the_kernel_says(tmp_path):
+def test_logged_peak_memory_equals_that_of_the_kernel(tmp_path):
     Runner(
         model=Line(),
         work_dir=str(tmp_path),
@@ -56,7 +56,7 @@ def logged():
 
 
 @pytest.mark.parametrize(('platform', 'megabytes'), [('linux', 3072), ('darwin', 3)])
-def test_ru_maxrss_is_in_kilobytes_on_linux_and_in_bytes_on_macos(monkeypatch, platform, megabytes):
+def test_unit_of_ru_maxrss_on_linux_and_macos(monkeypatch, platform, megabytes):
     usage = SimpleNamespace(ru_maxrss=3 * 2**20)
     resource = SimpleNamespace(getrusage=lambda who: usage, RUSAGE_SELF=0)
     monkeypatch.setattr(peak_memory, 'resource', resource)
@@ -64,15 +64,15 @@ def test_ru_maxrss_is_in_kilobytes_on_linux_and_in_bytes_on_macos(monkeypatch, p
     assert logged() == megabytes
 
 
-def test_nothing_is_logged_without_the_module_resource(monkeypatch):
+def test_nothing_is_logged_without_module_resource(monkeypatch):
     monkeypatch.setattr(peak_memory, 'resource', None)
     assert logged() is None
 
 
-def test_the_package_imports_without_what_windows_lacks(tmp_path):
+def test_package_imports_without_modules_that_windows_lacks(tmp_path):
     code = """
 import os, signal, sys
-import torch, mmengine.hooks, mmengine.runner  # have imports of their own
+import torch, mmengine.hooks, mmengine.runner  # import some of these modules
 for name in ('resource', 'fcntl', 'pwd', 'grp', 'termios'):
     sys.modules[name] = None
 for module, names in ((os, ('O_DIRECTORY', 'fork', 'sched_getaffinity')), (signal, ('sigwaitinfo', 'pthread_sigmask'))):

@@ -17,7 +17,7 @@ from mmevm.engine.training_state import check_training_checkpoint
 
 
 def end_by_signal(*args, **kwargs):
-    """What the iterations before SIGTERM have seen."""
+    """Return what the iterations before SIGTERM have recorded."""
     run = runner(*args, **kwargs)
     with pytest.raises(SystemExit) as status:
         run.train()
@@ -28,18 +28,18 @@ def end_by_signal(*args, **kwargs):
 
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize(('by_epoch', 'name'), [(True, 'epoch_1_iter_8.pth'), (False, 'iter_8.pth')])
-def test_sigterm_saves_and_the_training_goes_on_within_the_epoch(tmp_path, by_epoch, workers, name):
-    whole = train(tmp_path / 'whole', by_epoch, workers)
+def test_sigterm_saves_and_resume_continues_within_the_epoch(tmp_path, by_epoch, workers, name):
+    uninterrupted = train(tmp_path / 'uninterrupted', by_epoch, workers)
     before = end_by_signal(tmp_path / 'here', by_epoch, workers, at=8)
-    assert before == whole[:8]
+    assert before == uninterrupted[:8]
     after = train(tmp_path / 'here', by_epoch, workers, checkpoint=tmp_path / 'here' / name)
     if by_epoch or not workers:
-        assert after == whole[8:]
+        assert after == uninterrupted[8:]
     assert len(after) == EPOCHS * PER_EPOCH - 8
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_sigterm_while_evaluating_saves_the_model_and_its_average(tmp_path, workers):
+def test_sigterm_during_evaluation_saves_model_and_average(tmp_path, workers):
     loader = dict(
         batch_size=BATCH,
         num_workers=workers,
@@ -49,10 +49,11 @@ def test_sigterm_while_evaluating_saves_the_model_and_its_average(tmp_path, work
     options = dict(val_dataloader=loader, val_cfg=dict(), val_evaluator=dict(type='Nothing'))
     options['custom_hooks'] = [dict(type='EMAHook', momentum=0.5)]
     options['default_hooks.checkpoint.interval'] = 1
-    train(tmp_path / 'whole', options=options)
+    train(tmp_path / 'uninterrupted', options=options)
     end_by_signal(tmp_path / 'here', options=options, at=2, evaluating=True)
     expected, saved = (
-        torch.load(tmp_path / path, weights_only=False) for path in ('whole/epoch_1.pth', 'here/epoch_1_iter_6.pth')
+        torch.load(tmp_path / path, weights_only=False)
+        for path in ('uninterrupted/epoch_1.pth', 'here/epoch_1_iter_6.pth')
     )
     assert expected['state_dict']['weight'] != expected['ema_state_dict']['module.weight']
     for part in ('state_dict', 'ema_state_dict', 'optimizer'):
@@ -62,8 +63,8 @@ def test_sigterm_while_evaluating_saves_the_model_and_its_average(tmp_path, work
 
 
 @pytest.mark.parametrize(('at', 'predicted'), [(2, 2), (8, 12)])
-def test_sigterm_while_mmpretrain_evaluates_the_average_and_the_model(tmp_path, at, predicted):
-    """Its EMAHook evaluates the average first, and then the model, which ends before anything is saved."""
+def test_sigterm_during_evaluation_with_mmpretrain_ema_hook(tmp_path, at, predicted):
+    """MMPretrain's EMAHook evaluates the average first and then the model."""
     loader = dict(batch_size=BATCH, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dict(type='Augmented'))
     options = dict(val_dataloader=loader, val_cfg=dict(), val_evaluator=dict(type='Nothing'))
     options['custom_hooks'] = [dict(type='mmpretrain.EMAHook', momentum=0.5, evaluate_on_origin=True)]
@@ -79,19 +80,19 @@ def test_sigterm_while_mmpretrain_evaluates_the_average_and_the_model(tmp_path, 
         assert str(saved[part]) == str(expected[part])
 
 
-@pytest.mark.parametrize('change', [{'train_dataloader.batch_size': 3}, {'train_cfg.type': 'OwnLoop'}])
-def test_where_the_place_within_the_epoch_is_lost_a_warning_says_so(tmp_path, change, caplog):
+@pytest.mark.parametrize('change', [{'train_dataloader.batch_size': 3}, {'train_cfg.type': 'CustomLoop'}])
+def test_losing_the_place_in_the_epoch_is_a_warning(tmp_path, change, caplog):
     end_by_signal(tmp_path, at=8)
     run = runner(tmp_path, checkpoint=tmp_path / 'epoch_1_iter_8.pth', options=change)
     run.logger.addHandler(caplog.handler)
     run.train()
     assert 'after 2 of 6 batches' in caplog.text
-    assert 'this epoch begins anew' in caplog.text
+    assert 'this epoch restarts' in caplog.text
     assert len(run.model.seen) == (EPOCHS - 1) * len(run.train_dataloader)
 
 
 @pytest.mark.parametrize('handler', [signal.SIG_DFL, signal.SIG_IGN, lambda *_: None])
-def test_the_handler_before_the_training_is_restored(tmp_path, handler):
+def test_previous_signal_handler_is_restored(tmp_path, handler):
     before = signal.signal(signal.SIGTERM, handler)
     try:
         train(tmp_path, options={'train_cfg.max_epochs': 1})
@@ -105,7 +106,7 @@ class Failing(Hook):
         raise ZeroDivisionError
 
 
-def test_the_handler_is_restored_after_a_training_that_failed_and_another(tmp_path):
+def test_signal_handler_is_restored_after_a_failed_training(tmp_path):
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         run = runner(tmp_path / 'failed')
@@ -118,7 +119,7 @@ def test_the_handler_is_restored_after_a_training_that_failed_and_another(tmp_pa
         signal.signal(signal.SIGTERM, before)
 
 
-def test_a_training_in_another_thread_is_warned_and_runs(tmp_path, caplog):
+def test_training_in_another_thread_warns_and_runs(tmp_path, caplog):
     run = runner(tmp_path, options={'train_cfg.max_epochs': 1})
     run.logger.addHandler(caplog.handler)
     before = signal.getsignal(signal.SIGTERM)
@@ -132,7 +133,7 @@ def test_a_training_in_another_thread_is_warned_and_runs(tmp_path, caplog):
 
 @HOOKS.register_module()
 class MetaHook(Hook):
-    """Adds what a user may want to keep."""
+    """Add custom metadata."""
 
     def __init__(self, **meta):
         self.meta = meta
@@ -145,28 +146,28 @@ class Color(enum.Enum):
     RED = 1
 
 
-def test_what_a_resume_will_refuse_is_warned_of_once_while_saving(tmp_path, caplog):
+def test_saving_warns_once_about_what_resume_refuses(tmp_path, caplog):
     meta = dict(kept={'date': datetime.date(2026, 1, 2)}, colors={'first': [0, Color.RED]})
     run = runner(tmp_path, options=dict(custom_hooks=[dict(type='MetaHook', **meta)]))
     run.logger.addHandler(caplog.handler)
     run.train()
     (warning,) = [record.getMessage() for record in caplog.records if '--resume will refuse' in record.getMessage()]
-    assert warning.startswith(f'meta.colors.first.1 names {__name__}.Color: ')
+    assert warning.startswith(f'meta.colors.first.1 contains {__name__}.Color, ')
     assert 'torch.serialization.add_safe_globals' in warning
     with pytest.raises(CheckpointError, match=rf'{__name__}\.Color'):
         check_training_checkpoint(tmp_path / f'epoch_{EPOCHS}.pth')
 
 
-def test_a_diverged_model_is_warned_of_while_saving(tmp_path, caplog):
+def test_saving_warns_about_a_diverged_model(tmp_path, caplog):
     run = runner(tmp_path)
     run.logger.addHandler(caplog.handler)
     run.model.weight.data.fill_(torch.nan)
     run.train()
-    assert caplog.text.count('NaN or infinite numbers (weight)') == 1
+    assert caplog.text.count('NaN or infinite values (weight)') == 1
 
 
 @pytest.mark.parametrize('entry', ['optimizer', 'param_scheduler'])
-def test_a_training_goes_on_without_what_was_not_saved_and_is_warned(tmp_path, caplog, entry):
+def test_resume_warns_about_parts_that_were_not_saved(tmp_path, caplog, entry):
     scheduler = dict(type='MultiStepLR', milestones=[1], by_epoch=True)
     options = {f'default_hooks.checkpoint.save_{entry}': False, 'param_scheduler': scheduler}
     train(tmp_path, options=options | {'default_hooks.checkpoint.interval': 1})
@@ -183,7 +184,7 @@ def _exit_with_handler():
 
 @pytest.mark.skipif('fork' not in multiprocessing.get_all_start_methods(), reason='no forks here')
 def test_sigterm_ends_forked_processes():
-    """VOCMetric's pool ends its processes by this signal, and then waits for them."""
+    """VOCMetric's pool ends its processes by this signal and waits for them."""
     hook = HOOKS.build(dict(type='mmevm.PreemptionHook'))
     hook.before_run(SimpleNamespace(val_loop=None))
     try:

@@ -3,10 +3,10 @@ import collections
 import datetime
 import decimal
 import fractions
-import pickle
 import re
 import shutil
 import uuid
+import zipfile
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
@@ -16,12 +16,12 @@ from mmengine.config import Config, ConfigDict
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
-from recorded_training import OwnLoop, train
+from recorded_training import CustomLoop, train
 from safetensors.torch import save_file
 
 from mmevm.checkpoints import CheckpointError
 from mmevm.engine import ResumableEpochLoop, latest_valid_checkpoint, make_resumable, resume
-from mmevm.engine.training_state import check_training_checkpoint, find_unresumable, training_globals
+from mmevm.engine.training_state import check_training_checkpoint, find_unresumable, read_training_checkpoint
 
 
 @pytest.fixture(scope='module')
@@ -36,9 +36,9 @@ def config(work_dir, **entries):
 
 
 def saved(path, checkpoint, **meta):
-    """A checkpoint with other metadata."""
+    """Save the checkpoint with other metadata."""
     path.parent.mkdir(exist_ok=True)
-    return given(path, checkpoint, 'meta', **meta)
+    return with_values(path, checkpoint, 'meta', **meta)
 
 
 @pytest.mark.parametrize(
@@ -63,15 +63,15 @@ def test_resume_uses_the_checkpoint_after_the_most_iterations(checkpoint, tmp_pa
     work_dir = tmp_path / folder
     for name, (epoch, iteration) in checkpoints.items():
         saved(work_dir / name, checkpoint, epoch=epoch, iter=iteration)
-    (work_dir / 'last_checkpoint').write_text('')  # a process died while it wrote it
+    (work_dir / 'last_checkpoint').write_text('')  # a process was killed while it wrote it
     np.savez(work_dir / 'results_99.npz', x=np.ones(1))  # a zip too
     torch.save({'state_dict': {'weight': torch.ones(1)}}, work_dir / 'converted.pth')
     cfg = config(work_dir, default_hooks=dict())
     resume(cfg)
-    assert cfg.load_from == str(work_dir / latest)
+    assert cfg.load_from == f'resume://{work_dir / latest}'
 
 
-def test_after_the_same_iteration_the_place_within_the_epoch_is_preferred(checkpoint, tmp_path):
+def test_checkpoint_with_place_in_epoch_is_preferred_for_the_same_iteration(checkpoint, tmp_path):
     saved(tmp_path / 'iter_8.pth', checkpoint, epoch=1, iter=8)
     saved(tmp_path / 'epoch_1_iter_8.pth', checkpoint, epoch=1, iter=8, trained=2, batches_of_epoch=6)
     assert latest_valid_checkpoint(tmp_path)[0] == tmp_path / 'epoch_1_iter_8.pth'
@@ -80,15 +80,15 @@ def test_after_the_same_iteration_the_place_within_the_epoch_is_preferred(checkp
 @pytest.mark.parametrize(
     ('filename_tmpl', 'by_epoch'), [('m4-{}.pt', True), ('step {:06d}.ckpt', False), ('saved/{}.pth', True)]
 )
-def test_checkpoints_of_another_filename_tmpl_are_resumed(tmp_path, filename_tmpl, by_epoch):
+def test_resume_finds_checkpoints_of_any_filename_tmpl(tmp_path, filename_tmpl, by_epoch):
     hook = dict(type='CheckpointHook', filename_tmpl=filename_tmpl, by_epoch=by_epoch, interval=1)
     train(tmp_path, options={'default_hooks.checkpoint': hook, 'train_cfg.max_epochs': 1})
     cfg = config(tmp_path, default_hooks=dict(checkpoint=hook))
     resume(cfg)
-    assert cfg.load_from == str(tmp_path / filename_tmpl.format(1 if by_epoch else 6))
+    assert cfg.load_from == f'resume://{tmp_path / filename_tmpl.format(1 if by_epoch else 6)}'
 
 
-def test_damaged_checkpoints_are_named_and_the_latest_valid_one_is_used(checkpoint, tmp_path, capsys):
+def test_resume_uses_latest_valid_checkpoint_and_logs_damaged_ones(checkpoint, tmp_path, capsys):
     saved(tmp_path / 'epoch_1.pth', checkpoint, epoch=1, iter=6)
     saved(tmp_path / 'epoch_4.pth', checkpoint, epoch=4, iter=24)
     (tmp_path / 'epoch_2.pth').write_bytes(checkpoint.read_bytes()[:-100])
@@ -114,7 +114,7 @@ def test_resume_uses_checkpoints_without_checksums(checkpoint, tmp_path):
     assert latest_valid_checkpoint(tmp_path)[0] == tmp_path / 'epoch_1.pth'
 
 
-def test_reading_the_metadata_runs_nothing(checkpoint, tmp_path):
+def test_reading_metadata_runs_no_code(checkpoint, tmp_path):
     (tmp_path / 'work').mkdir()
     content = torch.load(checkpoint, weights_only=False)
     content['meta'].update(iter=7, trap=Trap(tmp_path / 'sprung'))
@@ -134,46 +134,49 @@ class Trap:
         return open, (str(self.path), 'w')
 
 
-def test_only_damaged_ones_are_an_error(tmp_path):
-    """Beginning anew would write over what can perhaps be mended."""
+def test_only_damaged_checkpoints_are_an_error(tmp_path):
+    """A training from the beginning would overwrite files that can perhaps be repaired."""
     (tmp_path / 'epoch_2.pth').write_bytes(b'PK')
     with pytest.raises(CheckpointError, match=r'None of the checkpoints in .*epoch_2.pth'):
         resume(config(tmp_path, default_hooks=dict()))
 
 
-def test_weights_alone_under_the_name_of_a_checkpoint_are_an_error(tmp_path):
+def test_weights_under_a_checkpoint_name_are_an_error(tmp_path):
     torch.save({'state_dict': {'weight': torch.ones(1)}}, tmp_path / 'm4_2.pt')
     hook = dict(type='CheckpointHook', filename_tmpl='m4_{}.pt')
     with pytest.raises(CheckpointError, match=r'None of the checkpoints in .*m4_2.pt'):
         resume(config(tmp_path, default_hooks=dict(checkpoint=hook)))
 
 
-def test_an_empty_folder_is_a_training_from_the_start(tmp_path, capsys):
+def test_resume_without_checkpoints_starts_from_the_beginning(tmp_path, capsys):
     cfg = config(tmp_path, default_hooks=dict(), load_from='pretrained.pth')
     resume(cfg)
-    assert 'the training starts anew' in capsys.readouterr().out
+    assert 'the training starts from the beginning' in capsys.readouterr().out
     assert cfg.load_from == 'safe://pretrained.pth'
     assert not cfg.get('resume')
 
 
-def test_the_folder_of_the_hook_is_searched_too(checkpoint, tmp_path):
+def test_resume_searches_out_dir_of_the_checkpoint_hook(checkpoint, tmp_path):
     work_dir, out_dir = tmp_path / 'work', tmp_path / 'out'
     (out_dir / 'work').mkdir(parents=True)
     shutil.copy(checkpoint, out_dir / 'work' / 'epoch_1.pth')
     cfg = config(work_dir, default_hooks=dict(checkpoint=dict(type='CheckpointHook', out_dir=str(out_dir))))
     resume(cfg)
-    assert cfg.load_from == str(out_dir / 'work' / 'epoch_1.pth')
+    assert cfg.load_from == f'resume://{out_dir}/work/epoch_1.pth'
 
 
-def test_the_seed_goes_on_and_pretrained_weights_are_not_fetched(checkpoint, tmp_path):
+def test_resume_keeps_the_seed_and_downloads_no_pretrained_weights(checkpoint, tmp_path):
     cfg = config(tmp_path, default_hooks=dict())
     cfg.model.backbone = dict(init_cfg=dict(type='Pretrained', checkpoint='timm://…'))
     resume(cfg, str(checkpoint))
     assert cfg.randomness.seed == check_training_checkpoint(checkpoint)['seed'] == 0
     assert cfg.model.backbone.init_cfg is None
     cfg = config(tmp_path, default_hooks=dict(), randomness=dict(seed=5))
-    resume(cfg, str(checkpoint))
+    resume(cfg, f'resume://{checkpoint}')
     assert cfg.randomness.seed == 5
+    assert cfg.load_from == f'resume://{checkpoint}'
+    with pytest.raises(CheckpointError, match=r's3://bucket/epoch_1\.pth is not a local file'):
+        resume(cfg, 's3://bucket/epoch_1.pth')
 
 
 @pytest.mark.parametrize(
@@ -188,10 +191,10 @@ def test_the_seed_goes_on_and_pretrained_weights_are_not_fetched(checkpoint, tmp
         (dict(type=EpochBasedTrainLoop, max_epochs=1), 'mmevm.ResumableEpochLoop'),
         (dict(type=IterBasedTrainLoop, max_iters=1), 'mmevm.ResumableIterLoop'),
         (dict(type='mine.Loop', max_epochs=1), 'mine.Loop'),
-        (dict(type=OwnLoop, max_epochs=1), OwnLoop),
+        (dict(type=CustomLoop, max_epochs=1), CustomLoop),
     ],
 )
-def test_mmengine_loops_become_resumable(tmp_path, train_cfg, loop):
+def test_make_resumable_replaces_mmengine_loops(tmp_path, train_cfg, loop):
     cfg = Config(dict(work_dir=str(tmp_path), train_cfg=train_cfg))
     make_resumable(cfg)
     assert cfg.train_cfg.type == loop
@@ -200,7 +203,7 @@ def test_mmengine_loops_become_resumable(tmp_path, train_cfg, loop):
 
 
 @pytest.mark.parametrize('default_hooks', [..., None, {}, {'logger': dict(type='LoggerHook')}])
-def test_without_a_checkpoint_hook_in_the_config_mmengine_saves_each_epoch(tmp_path, default_hooks):
+def test_make_resumable_adds_a_checkpoint_hook(tmp_path, default_hooks):
     cfg = Config(dict(work_dir=str(tmp_path), train_cfg=dict(by_epoch=True, max_epochs=1)))
     if default_hooks is not ...:
         cfg.default_hooks = default_hooks
@@ -220,7 +223,7 @@ def test_without_a_checkpoint_hook_in_the_config_mmengine_saves_each_epoch(tmp_p
         (None, None),
     ],
 )
-def test_a_checkpoint_hook_of_mmengine_saves_with_the_atomic_backend(tmp_path, hook, backend_args):
+def test_make_resumable_sets_the_atomic_backend(tmp_path, hook, backend_args):
     cfg = Config(dict(work_dir=str(tmp_path), default_hooks=dict(checkpoint=hook), train_cfg=None, custom_hooks=None))
     make_resumable(cfg)
     assert (cfg.default_hooks.checkpoint or {}).get('backend_args') == backend_args
@@ -257,7 +260,7 @@ model.pop('head')
 }
 
 
-def test_a_pure_python_config_trains_and_is_resumed(tmp_path):
+def test_pure_python_config_is_trained_and_resumed(tmp_path):
     for name, text in PURE_PYTHON.items():
         (tmp_path / name).write_text(text)
 
@@ -268,7 +271,7 @@ def test_a_pure_python_config_trains_and_is_resumed(tmp_path):
         make_resumable(cfg)
         if checkpoint:
             resume(cfg)
-            assert cfg.load_from == str(checkpoint)
+            assert cfg.load_from == f'resume://{checkpoint}'
         return Runner.from_cfg(cfg)
 
     run = build()
@@ -285,24 +288,18 @@ def test_a_pure_python_config_trains_and_is_resumed(tmp_path):
     assert again.model.seen == run.model.seen[12:]
 
 
-def test_a_remote_folder_keeps_its_backend(tmp_path):
+def test_remote_out_dir_keeps_its_backend(tmp_path):
     hook = dict(type='CheckpointHook', out_dir='s3://bucket/runs')
     cfg = Config(dict(work_dir=str(tmp_path), train_cfg=dict(by_epoch=True), default_hooks=dict(checkpoint=hook)))
     make_resumable(cfg)
     assert 'backend_args' not in cfg.default_hooks.checkpoint
 
 
-@pytest.mark.skipif(not hasattr(torch.serialization, 'safe_globals'), reason='torch < 2.5 reads all or nothing')
-def test_what_is_saved_can_be_read_by_torch_alone(checkpoint):
-    with torch.serialization.safe_globals(training_globals()):
-        assert torch.load(checkpoint, weights_only=True)['meta']['iter'] == 6
+# Checks of the content of a training checkpoint
 
 
-# What is looked at before a training goes on
-
-
-def given(path, checkpoint, entry=None, **values):
-    """The checkpoint with other values in one of its dicts; those that are ``...`` are not there."""
+def with_values(path, checkpoint, entry=None, **values):
+    """Save the checkpoint with other values in one of its dicts; ``...`` removes an entry."""
     content = torch.load(checkpoint, weights_only=False)
     part = content
     for name in entry.split('/') if entry else ():
@@ -314,7 +311,7 @@ def given(path, checkpoint, entry=None, **values):
     return path
 
 
-GOES_ON = [
+RESUMABLE = [
     (None, dict(param_schedulers=..., more=[1])),
     ('meta', dict(epoch=0, iter=0, seed=...)),
     (None, dict(optimizer=...)),  # save_optimizer=False
@@ -324,13 +321,13 @@ GOES_ON = [
     ('message_hub/runtime_info', dict(best_ckpt='/w/best_accuracy_epoch_1.pth', keep_ckpt_ids=[1, 20])),
     ('message_hub/runtime_info', dict(best_ckpt='/w/best_accuracy_m4_1.pt')),
     ('message_hub/runtime_info', dict(best_ckpt_mAP='best_mAP_iter_7.pth', best_score='x', other=['x'])),
-    ('message_hub/log_scalars', dict(own=HistoryBuffer([1.0], [1]), mean=HistoryBuffer.mean)),
+    ('message_hub/log_scalars', dict(custom=HistoryBuffer([1.0], [1]), mean=HistoryBuffer.mean)),
 ]
 
 
-@pytest.mark.parametrize(('entry', 'values'), GOES_ON)
-def test_a_training_can_go_on(checkpoint, tmp_path, entry, values):
-    path = given(tmp_path / 'x.pth', checkpoint, entry, **values)
+@pytest.mark.parametrize(('entry', 'values'), RESUMABLE)
+def test_resumable_checkpoints_are_accepted(checkpoint, tmp_path, entry, values):
+    path = with_values(tmp_path / 'x.pth', checkpoint, entry, **values)
     assert check_training_checkpoint(path) == torch.load(path, weights_only=False)['meta']
 
 
@@ -351,6 +348,7 @@ METADATA = dict(
     frozen=frozenset({'a'}),
     complex=1j,
     bytes=b'abc',
+    empty=[b'', np.zeros(0)],
     array=bytearray(b'abc'),
     big=2**100,
     arguments=argparse.Namespace(lr=0.1),
@@ -368,24 +366,34 @@ METADATA = dict(
 
 
 @pytest.mark.parametrize('name', METADATA)
-def test_plain_metadata_is_admitted_by_the_check_and_by_torch(checkpoint, tmp_path, name):
-    path = given(tmp_path / 'x.pth', checkpoint, 'meta', own=METADATA[name])
-    check_training_checkpoint(path)
-    if hasattr(torch.serialization, 'safe_globals'):
-        with torch.serialization.safe_globals(training_globals()):
-            assert str(torch.load(path, weights_only=True)['meta']['own']) == str(METADATA[name])
+def test_plain_metadata_is_read_as_it_was_saved(checkpoint, tmp_path, name):
+    path = with_values(tmp_path / 'x.pth', checkpoint, 'meta', custom=METADATA[name])
+    value = read_training_checkpoint(path)['meta']['custom']
+    assert type(value) is type(METADATA[name])
+    assert str(value) == str(METADATA[name])
 
 
-def test_what_a_resume_refuses_is_found_in_what_is_saved(checkpoint):
+def test_training_checkpoint_is_read_as_by_torch(checkpoint):
+    expected, content = torch.load(checkpoint, weights_only=False), read_training_checkpoint(checkpoint)
+    assert content.keys() == expected.keys()
+    for entry in expected.keys() - {'message_hub'}:
+        assert str(content[entry]) == str(expected[entry])
+    for name, buffer in expected['message_hub'].pop('log_scalars').items():
+        assert isinstance(content['message_hub']['log_scalars'][name], HistoryBuffer)
+        assert np.array_equal(content['message_hub']['log_scalars'][name].data, buffer.data)
+    assert content['message_hub']['runtime_info'] == expected['message_hub']['runtime_info']
+
+
+def test_find_unresumable_reports_what_resume_refuses(checkpoint):
     content = torch.load(checkpoint, weights_only=False)
     content['meta'].update(METADATA)
     assert find_unresumable(content | {'optimizer': {'state': {0: torch.nn.Parameter(torch.ones(1))}}}) == []
-    content['meta'].update(a=[{'b': Own()}, Own()], c=HistoryBuffer.update)
+    content['meta'].update(a=[{'b': Custom()}, Custom()], c=HistoryBuffer.update)
     content['message_hub']['runtime_info'].update(best_ckpt='/w/epoch_1.pth')
     first, second, third = find_unresumable(content)
-    assert first.startswith(f'meta.a.0.b names {__name__}.Own: ')
-    assert second.startswith(f'meta.c names update of {HistoryBuffer.__module__}.HistoryBuffer: ')
-    assert "has '/w/epoch_1.pth' as its best_ckpt" in third
+    assert first.startswith(f'meta.a.0.b contains {__name__}.Custom, ')
+    assert second.startswith(f'meta.c contains update of {HistoryBuffer.__module__}.HistoryBuffer, ')
+    assert "has best_ckpt='/w/epoch_1.pth'" in third
 
 
 ONLY = 'holds weights only: a training can start from it (init_cfg or load_from), but not be resumed'
@@ -395,20 +403,20 @@ REMOVES = ', which mmengine would remove after the next checkpoint'
 @pytest.mark.parametrize(
     ('entry', 'values', 'problem'),
     [
-        *((None, {name: ...}, f'{ONLY}, for which {name} w') for name in ('state_dict', 'meta', 'message_hub')),
-        *((None, {name: {}}, f'{ONLY}, for which {name} w') for name in ('state_dict', 'meta', 'message_hub')),
-        (None, dict(optimizer=[1], message_hub=None), f'{ONLY}, for which message_hub, optimizer would be needed'),
-        ('meta', dict(epoch=True), 'does not say after which epoch'),
-        ('meta', dict(epoch='2'), 'does not say after which epoch'),
-        ('meta', dict(epoch=-1), 'does not say after which epoch'),
-        ('meta', dict(iter=-1), 'does not say after which epoch'),
-        ('meta', dict(iter=...), 'does not say after which epoch'),
+        *((None, {name: ...}, f'{ONLY}, which needs {name}.') for name in ('state_dict', 'meta', 'message_hub')),
+        *((None, {name: {}}, f'{ONLY}, which needs {name}.') for name in ('state_dict', 'meta', 'message_hub')),
+        (None, dict(optimizer=[1], message_hub=None), f'{ONLY}, which needs message_hub, optimizer.'),
+        ('meta', dict(epoch=True), "has no valid meta['epoch'] and meta['iter']"),
+        ('meta', dict(epoch='2'), "has no valid meta['epoch'] and meta['iter']"),
+        ('meta', dict(epoch=-1), "has no valid meta['epoch'] and meta['iter']"),
+        ('meta', dict(iter=-1), "has no valid meta['epoch'] and meta['iter']"),
+        ('meta', dict(iter=...), "has no valid meta['epoch'] and meta['iter']"),
         ('meta', dict(config='import os'), "has a meta['config'], which mmengine would run"),
         ('message_hub', dict(log_scalars=...), "has a message_hub that is not mmengine's"),
         ('message_hub', dict(runtime_info=[]), "has a message_hub that is not mmengine's"),
         ('message_hub', dict(resumed_keys=None), "has a message_hub that is not mmengine's"),
         *(
-            ('message_hub/runtime_info', {name: value}, f'has {value!r} as its {name}{REMOVES}')
+            ('message_hub/runtime_info', {name: value}, f'has {name}={value!r}{REMOVES}')
             for name, value in [
                 ('best_ckpt', '/w/epoch_1.pth'),
                 ('best_ckpt', '/w/best_x.pth/notes.txt'),
@@ -421,26 +429,26 @@ REMOVES = ', which mmengine would remove after the next checkpoint'
             ]
         ),
         *(
-            ('state_dict', {name: torch.tensor([1.0, number])}, f'NaN or infinite numbers ({name})')
+            ('state_dict', {name: torch.tensor([1.0, number])}, f'NaN or infinite values ({name})')
             for name in ('x.weight', 'x.bias', 'x.running_mean', 'x.running_var')
             for number in (torch.nan, torch.inf)
         ),
         (
             'meta',
-            dict(own=HistoryBuffer.update),
+            dict(custom=HistoryBuffer.update),
             f'names update of {HistoryBuffer.__module__}.HistoryBuffer, which a t',
         ),
-        ('meta', dict(own=shutil.Error), 'names shutil.Error, which a training does not save'),
+        ('meta', dict(custom=shutil.Error), 'names shutil.Error, which a training does not save'),
     ],
 )
-def test_a_training_cannot_go_on(checkpoint, tmp_path, entry, values, problem):
-    path = given(tmp_path / 'x.pth', checkpoint, entry, **values)
+def test_unresumable_checkpoints_are_refused(checkpoint, tmp_path, entry, values, problem):
+    path = with_values(tmp_path / 'x.pth', checkpoint, entry, **values)
     with pytest.raises(CheckpointError, match=re.escape(problem)) as error:
         check_training_checkpoint(path)
     assert str(path) in str(error.value)
 
 
-def test_a_training_is_a_dict_in_torchs_present_format(checkpoint, tmp_path, monkeypatch):
+def test_training_checkpoint_must_be_a_dict_in_zip_format(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     monkeypatch.setenv('USERPROFILE', str(tmp_path))
     content = torch.load(checkpoint, weights_only=False)
@@ -450,7 +458,7 @@ def test_a_training_is_a_dict_in_torchs_present_format(checkpoint, tmp_path, mon
     for save, problem in [
         (lambda: torch.save(content, path, _use_new_zipfile_serialization=False), f'{path} is in torch.* old format'),
         (lambda: save_file({'w': torch.ones(1)}, path), re.escape(f'{path} {ONLY}.') + '$'),
-        (lambda: torch.save([1], path), f'A checkpoint is a dict, but {path} holds a list'),
+        (lambda: torch.save([1], path), f'{path} holds a list, but a checkpoint is a dict'),
         (lambda: path.write_bytes(data[:-9]), f'{path} .*cut off or damaged'),
         (lambda: path.write_bytes(data[:place] + b'x' + data[place + 1 :]), f'{path} .*cut off or damaged'),
         (path.unlink, f'no checkpoint .*{path}'),
@@ -462,29 +470,40 @@ def test_a_training_is_a_dict_in_torchs_present_format(checkpoint, tmp_path, mon
     assert check_training_checkpoint('~/x.pth') == content['meta']
 
 
-class Own:
-    """A class of somebody's own."""
+class Custom:
+    """A custom class."""
 
 
 @pytest.mark.skipif(not hasattr(torch.serialization, 'safe_globals'), reason='of torch 2.5')
-def test_what_is_admitted_by_name_is_admitted(checkpoint, tmp_path):
-    path = given(tmp_path / 'x.pth', checkpoint, 'meta', own=Own())
-    with pytest.raises(CheckpointError, match=rf'{__name__}\.Own'):
+def test_classes_registered_by_name_are_accepted(checkpoint, tmp_path):
+    path = with_values(tmp_path / 'x.pth', checkpoint, 'meta', custom=Custom())
+    with pytest.raises(CheckpointError, match=rf'{__name__}\.Custom'):
         check_training_checkpoint(path)
-    with torch.serialization.safe_globals([(Own, f'{__name__}.Own')]):
+    with torch.serialization.safe_globals([(Custom, f'{__name__}.Custom')]):
         assert check_training_checkpoint(path)['epoch'] == 1
 
 
-@pytest.mark.skipif(not hasattr(torch.serialization, 'safe_globals'), reason='torch < 2.5 reads all or nothing')
-def test_torch_alone_reads_numbers_of_all_types_and_no_other_attribute(tmp_path):
-    path = tmp_path / 'x.pth'
+def test_numbers_of_all_types_and_allowed_attributes_are_read(checkpoint, tmp_path):
     numbers = {code: np.array([1, 2], code) for code in 'bBhHiIlLqQefd?'}
-    with torch.serialization.safe_globals(training_globals()):
-        torch.save({**numbers, 'scalar': np.float64(1.5), 'mean': HistoryBuffer.mean}, path, pickle_protocol=2)
-        read = torch.load(path, weights_only=True)
-        assert all(np.array_equal(read[code], numbers[code]) for code in numbers)
-        assert (read['scalar'], read['mean']) == (1.5, HistoryBuffer.mean)
-        torch.save({'update': HistoryBuffer.update}, path, pickle_protocol=2)
-        with pytest.raises(pickle.UnpicklingError, match=r'update of .*HistoryBuffer.* is not admitted'):
-            torch.load(path, weights_only=True)
-    assert len(set(training_globals())) == len(training_globals())
+    values = {**numbers, 'scalar': np.float64(1.5), 'mean': HistoryBuffer.mean}
+    meta = read_training_checkpoint(with_values(tmp_path / 'x.pth', checkpoint, 'meta', **values))['meta']
+    assert all(np.array_equal(meta[code], numbers[code]) for code in numbers)
+    assert all(meta[code].dtype == numbers[code].dtype for code in numbers)
+    assert (meta['scalar'], meta['mean']) == (1.5, HistoryBuffer.mean)
+
+
+@pytest.mark.parametrize(('owner', 'name'), [(HistoryBuffer, 'changed'), (np.ndarray, 'changed')])
+def test_training_checkpoint_cannot_change_classes(checkpoint, tmp_path, owner, name):
+    path = with_values(tmp_path / 'x.pth', checkpoint, 'meta', custom=owner)
+    with zipfile.ZipFile(path) as archive:
+        records = {record: archive.read(record) for record in archive.namelist()}
+    named = f'c{owner.__module__}\n{owner.__name__}\n'.encode()
+    build = b'N}X\x07\x00\x00\x00changedK\x01s\x86b'  # BUILD with (None, {'changed': 1}), which sets attributes
+    with zipfile.ZipFile(path, 'w') as archive:
+        for record, data in records.items():
+            if record.endswith('data.pkl'):
+                place = data.rindex(named) + len(named)
+                data = data[:place] + build + data[place:]
+            archive.writestr(record, data)
+    assert read_training_checkpoint(path)['meta']['custom'] is owner
+    assert not hasattr(owner, name)

@@ -8,7 +8,7 @@ pytestmark = pytest.mark.usefixtures('each_device')
 @pytest.mark.parametrize('offset', [0, 1])
 @pytest.mark.parametrize('mode', ['iou', 'iof'])
 @pytest.mark.parametrize('aligned', [False, True])
-def test_overlaps_of_whole_pixels_are_counted(mode: str, aligned: bool, offset: int) -> None:
+def test_bbox_overlaps_equal_pixel_counts(mode: str, aligned: bool, offset: int) -> None:
     corners = torch.randint(0, 8, (2, 6, 2))
     boxes = torch.cat([corners, corners + torch.randint(1, 9, (2, 6, 2))], dim=2)
 
@@ -23,10 +23,10 @@ def test_overlaps_of_whole_pixels_are_counted(mode: str, aligned: bool, offset: 
     torch.testing.assert_close(result, expected.diagonal() if aligned else expected)
 
 
-def test_large_boxes_do_not_overflow_half_precision() -> None:
+def test_bbox_overlaps_do_not_overflow_in_half_precision() -> None:
     boxes = torch.tensor([[0, 0, 1000, 800], [0, 0, 500, 800]], dtype=torch.float16)
     assert bbox_overlaps(boxes, boxes).tolist() == [[1, 0.5], [0.5, 1]]
 
 
-def test_no_boxes() -> None:
+def test_bbox_overlaps_accept_empty_input() -> None:
     assert bbox_overlaps(torch.zeros(0, 4), torch.zeros(3, 4)).shape == (0, 3)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures('each_device')
 
-# Atomic additions on a GPU come in any order.
+# Atomic additions on a GPU have no fixed order.
 gradcheck = partial(torch.autograd.gradcheck, nondet_tol=1e-9)
 
 SHAPES = torch.tensor([[6, 5], [3, 4], [1, 2]])
@@ -17,7 +17,7 @@ BATCH, HEADS, CHANNELS, QUERIES, POINTS = 2, 2, 3, 5, 4
 
 
 def make_inputs() -> tuple[Tensor, Tensor, Tensor]:
-    """Values, locations (some of them outside) and weights."""
+    """Return values, locations (some of them outside the image) and weights."""
     value = torch.rand(BATCH, 44, HEADS, CHANNELS, dtype=torch.float64)
     locations = torch.rand(BATCH, QUERIES, HEADS, 3, POINTS, 2, dtype=torch.float64) * 1.4 - 0.2
     weights = torch.rand(BATCH, QUERIES, HEADS, 3, POINTS, dtype=torch.float64)
@@ -25,13 +25,13 @@ def make_inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def attend(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    """What mmcv calls on a GPU."""
+    """Call the function that mmcv uses on a GPU."""
     return MultiScaleDeformableAttnFunction.apply(
         value, SHAPES.to(value.device), STARTS.to(value.device), locations, weights, 64
     )
 
 
-def test_each_query_gets_the_weighted_sum_of_its_samples(bilinear: Callable) -> None:
+def test_attention_equals_weighted_sums_of_samples(bilinear: Callable) -> None:
     value, locations, weights = make_inputs()
     expected = torch.zeros(BATCH, QUERIES, HEADS, CHANNELS, dtype=torch.float64)
     for image in range(BATCH):
@@ -45,24 +45,24 @@ def test_each_query_gets_the_weighted_sum_of_its_samples(bilinear: Callable) -> 
     torch.testing.assert_close(attend(value, locations, weights), expected.flatten(2))
 
 
-def test_same_as_mmcv_on_cpu() -> None:
+def test_attention_equals_the_cpu_implementation_of_mmcv() -> None:
     value, locations, weights = inputs = [tensor.requires_grad_() for tensor in make_inputs()]
     results = attend(*inputs), multi_scale_deformable_attn_pytorch(value, SHAPES, locations, weights)
     torch.testing.assert_close(*results)
     torch.testing.assert_close(*(torch.autograd.grad((result**2).sum(), inputs) for result in results))
 
 
-def test_gradients() -> None:
+def test_attention_gradients() -> None:
     assert gradcheck(attend, [tensor.requires_grad_() for tensor in make_inputs()], fast_mode=True)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_values_in_half_precision(dtype: torch.dtype) -> None:
+def test_attention_with_values_in_half_precision(dtype: torch.dtype) -> None:
     value, locations, weights = (tensor.float() for tensor in make_inputs())
     value = value.to(dtype).requires_grad_()
     result = attend(value, locations, weights)
     assert result.dtype == dtype
-    # mmcv rounds locations and weights to the values' precision as well.
+    # mmcv also casts locations and weights to the dtype of the values.
     expected = attend(value.float(), locations.to(dtype).float(), weights.to(dtype).float())
     torch.testing.assert_close(result, expected.to(dtype))
     assert torch.autograd.grad(result.sum(), value)[0].dtype == dtype

@@ -11,7 +11,7 @@ from mmevm.mmcv_ops.ext import deform_conv_backward_parameters
 
 pytestmark = pytest.mark.usefixtures('each_device')
 
-# Atomic additions on a GPU come in any order.
+# Atomic additions on a GPU have no fixed order.
 gradcheck = partial(torch.autograd.gradcheck, nondet_tol=1e-9)
 
 # stride, padding, dilation, groups, deform_groups
@@ -23,7 +23,7 @@ def pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def make_inputs(stride, padding, dilation, groups: int, deform_groups: int) -> tuple[Tensor, ...]:
-    """Feature map, offsets, mask, weight and bias."""
+    """Return feature map, offsets, mask, weight and bias."""
     maps = torch.rand(2, 4, 7, 6, dtype=torch.float64)
     weight = torch.rand(6, 4 // groups, 3, 2, dtype=torch.float64)
     height, width = F.conv2d(maps, weight, None, stride, padding, dilation, groups).shape[2:]
@@ -32,7 +32,7 @@ def make_inputs(stride, padding, dilation, groups: int, deform_groups: int) -> t
     return maps, offset, mask, weight, torch.rand(6, dtype=torch.float64)
 
 
-def by_definition(
+def reference_deform_conv(
     maps: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, geometry: tuple, sample: Callable
 ) -> Tensor:
     stride, padding, dilation = (pair(value) for value in geometry[:3])
@@ -56,26 +56,27 @@ def by_definition(
 
 
 @pytest.mark.parametrize('geometry', GEOMETRIES)
-def test_deform_conv_is_a_convolution_of_samples(geometry: tuple, bilinear: Callable) -> None:
+def test_deform_conv_equals_convolution_of_samples(geometry: tuple, bilinear: Callable) -> None:
     maps, offset, mask, weight, bias = make_inputs(*geometry)
     result = deform_conv2d(maps, offset, weight, *geometry)
-    expected = by_definition(maps, offset, torch.ones_like(mask), weight, 0 * bias, geometry, bilinear)
+    expected = reference_deform_conv(maps, offset, torch.ones_like(mask), weight, 0 * bias, geometry, bilinear)
     torch.testing.assert_close(result, expected)
 
 
 @pytest.mark.parametrize('with_bias', [True, False])
 @pytest.mark.parametrize('geometry', GEOMETRIES)
-def test_modulated_deform_conv_weighs_its_samples(geometry: tuple, with_bias: bool, bilinear: Callable) -> None:
+def test_modulated_deform_conv_equals_convolution_of_weighted_samples(
+    geometry: tuple, with_bias: bool, bilinear: Callable
+) -> None:
     maps, offset, mask, weight, bias = make_inputs(*geometry)
     result = modulated_deform_conv2d(maps, offset, mask, weight, bias if with_bias else None, *geometry)
-    expected = by_definition(maps, offset, mask, weight, bias * with_bias, geometry, bilinear)
+    expected = reference_deform_conv(maps, offset, mask, weight, bias * with_bias, geometry, bilinear)
     torch.testing.assert_close(result, expected)
 
 
 @pytest.mark.parametrize('geometry', GEOMETRIES)
 def test_gradients(geometry: tuple) -> None:
     maps, offset, mask, weight, bias = (tensor.requires_grad_() for tensor in make_inputs(*geometry))
-    # The numeric derivative by the other three would take minutes.
     assert gradcheck(lambda *x: deform_conv2d(*x, *geometry), (maps, offset, weight), fast_mode=True)
     inputs = (maps, offset, mask, weight, bias)
     assert gradcheck(lambda *x: modulated_deform_conv2d(*x, *geometry), inputs, fast_mode=True)
@@ -87,7 +88,7 @@ def test_gradients(geometry: tuple) -> None:
 @pytest.mark.parametrize('modulated', [True, False])
 @pytest.mark.parametrize('geometry', GEOMETRIES)
 def test_offset_gradient_at_integer_positions(geometry: tuple, modulated: bool, bilinear: Callable) -> None:
-    """There the derivative is one-sided: to the right, except at -1, where mmcv regards the sample as outside."""
+    """The derivative is one-sided there: the right one, except at -1, which mmcv treats as outside the image."""
     maps, offset, mask, weight, bias = make_inputs(*geometry)
     offset = offset.round().requires_grad_()
     if modulated:
@@ -100,7 +101,7 @@ def test_offset_gradient_at_integer_positions(geometry: tuple, modulated: bool, 
 
     stride, padding, dilation = (pair(value) for value in geometry[:3])
     offset = offset.detach()
-    step = 2**-10  # exact, because samples are linear between two integers
+    step = 2**-10  # any step gives the exact derivative, because samples are linear between integers
     at_minus_one = 0
     for channel in range(offset.shape[1]):
         axis = channel % 2
@@ -111,14 +112,14 @@ def test_offset_gradient_at_integer_positions(geometry: tuple, modulated: bool, 
         at_minus_one += (position == -1).sum()
         moved = offset.clone()
         moved[:, channel] += step * (1 - 2 * (position == -1).double())
-        difference = by_definition(maps, moved, mask, weight, bias, geometry, bilinear) - output.detach()
+        difference = reference_deform_conv(maps, moved, mask, weight, bias, geometry, bilinear) - output.detach()
         expected = (difference * grad_output).sum(dim=1) / (moved - offset)[:, channel]
         torch.testing.assert_close(grad[:, channel], expected)
     assert at_minus_one
 
 
-def test_first_offset_gradient_is_that_of_mmcv() -> None:
-    """A new layer's offsets are 0. The numbers are of mmcv's compiled operator, from its own test suite."""
+def test_initial_offset_gradient_equals_compiled_operator() -> None:
+    """The offsets of a new layer are 0. Expected values: the test suite of mmcv, with compiled operators."""
     module = ModulatedDeformConv2dPack(1, 1, 2, padding=1, bias=False).double()
     module.weight.data.fill_(1)
     module(torch.arange(1, 4).double().expand(1, 1, 3, 3).contiguous()).sum().backward()
@@ -126,13 +127,13 @@ def test_first_offset_gradient_is_that_of_mmcv() -> None:
     torch.testing.assert_close(module.conv_offset.bias.grad, expected)
 
 
-def test_larger_offsets_are_read_as_mmcv_reads_them() -> None:
-    """As DyHead passes them between levels of equal size: the first numbers of each image, in the output's shape."""
+def test_larger_offsets_use_first_values_of_each_image() -> None:
+    """DyHead passes such offsets between levels of equal size."""
     geometry = (2, 1, 1, 2, 2)
     maps, offset, mask, weight, bias = (tensor.requires_grad_() for tensor in make_inputs(*geometry))
 
     def enlarge(tensor: Tensor) -> Tensor:
-        """Three times the rows and twice the columns, of which the last numbers of each image are random."""
+        """Append random values to each image, for three times the rows and twice the columns."""
         batch, channels, height, width = tensor.shape
         rest = torch.rand(batch, 5 * channels * height * width, dtype=tensor.dtype)
         return torch.cat([tensor.flatten(1), rest], dim=1).reshape(batch, channels, 3 * height, 2 * width)
@@ -147,7 +148,7 @@ def test_larger_offsets_are_read_as_mmcv_reads_them() -> None:
         torch.testing.assert_close(*grads)
 
 
-def test_memory_format_does_not_matter() -> None:
+def test_channels_last_inputs_give_same_result() -> None:
     inputs = [tensor.requires_grad_() for tensor in make_inputs(*GEOMETRIES[0])]
     results = [
         modulated_deform_conv2d(*tensors, *GEOMETRIES[0])
@@ -158,21 +159,21 @@ def test_memory_format_does_not_matter() -> None:
         torch.testing.assert_close(*grads)
 
 
-def test_smaller_offsets_are_refused() -> None:
+def test_smaller_offsets_raise_error() -> None:
     maps, offset, mask, weight, bias = make_inputs(*GEOMETRIES[0])
     with pytest.raises(RuntimeError, match='offset output dims'):
         modulated_deform_conv2d(maps, offset[:, :, 1:], mask, weight, bias, *GEOMETRIES[0])
 
 
-def test_weight_alone_gets_its_gradient() -> None:
+def test_gradient_of_weight_alone() -> None:
     maps, offset, _, weight, _ = make_inputs(*GEOMETRIES[0])
     weight.requires_grad_()
     assert gradcheck(lambda w: deform_conv2d(maps, offset, w, *GEOMETRIES[0]), (weight,), fast_mode=True)
 
 
 @pytest.mark.parametrize('geometry', GEOMETRIES)
-def test_gradients_of_weights_add_up(geometry: tuple) -> None:
-    """Called directly, because mmcv itself asks for each gradient once, and whole."""
+def test_weight_gradient_is_accumulated_with_scale(geometry: tuple) -> None:
+    """Call the operator directly, because mmcv calls it once and with scale 1."""
     maps, offset, _, weight, _ = make_inputs(*geometry)
     output = deform_conv2d(maps, offset, weight.requires_grad_(), *geometry)
     grad = torch.rand_like(output)
@@ -205,7 +206,7 @@ def test_gradients_of_weights_add_up(geometry: tuple) -> None:
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_mixed_precision(dtype: torch.dtype) -> None:
-    """Offsets come in half precision from an autocast convolution, the rest in single precision."""
+    """Under autocast, offsets have half precision and the other inputs single precision."""
     inputs = [tensor.float().requires_grad_() for tensor in make_inputs(*GEOMETRIES[0])]
     maps, offset, mask, weight, bias = inputs
     results = [
@@ -224,10 +225,10 @@ def test_mixed_precision(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize('layer', [DeformConv2dPack, ModulatedDeformConv2dPack])
-def test_a_new_layer_is_a_plain_convolution(layer: type[torch.nn.Module]) -> None:
+def test_new_layer_equals_plain_convolution(layer: type[torch.nn.Module]) -> None:
     module = layer(4, 8, 3, padding=1)
     maps = torch.rand(2, 4, 9, 7)
-    scale = 0.5 if layer is ModulatedDeformConv2dPack else 1  # its mask starts at sigmoid(0)
+    scale = 0.5 if layer is ModulatedDeformConv2dPack else 1  # the initial mask is sigmoid(0)
     bias = module.bias if layer is ModulatedDeformConv2dPack else None
     torch.testing.assert_close(module(maps), F.conv2d(maps, module.weight * scale, bias, padding=1))
 
@@ -239,8 +240,8 @@ def test_switchable_atrous_convolution_trains() -> None:
     assert module.weight.grad.any()
 
 
-def test_offsets_that_are_no_number_sample_nothing() -> None:
-    """A diverged model must report its loss, not crash."""
+def test_nan_offsets_give_zero_samples() -> None:
+    """A diverged model must report its loss instead of crashing."""
     maps, offset, mask, weight, bias = make_inputs(*GEOMETRIES[0])
     offset[0] = torch.nan
     inputs = [tensor.requires_grad_() for tensor in (maps, offset, mask, weight, bias)]

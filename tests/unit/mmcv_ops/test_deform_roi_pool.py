@@ -9,21 +9,21 @@ from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures('each_device')
 
-# Atomic additions on a GPU come in any order.
+# Atomic additions on a GPU have no fixed order.
 gradcheck = partial(torch.autograd.gradcheck, nondet_tol=1e-9)
 
 SCALE, SIZE, GAMMA = 0.5, (3, 2), 0.3
 
 
 def make_inputs() -> tuple[Tensor, Tensor, Tensor]:
-    """Feature maps, RoIs and offsets."""
+    """Return feature maps, RoIs and offsets."""
     rois = [[0, 2.3, 3.1, 17.6, 13.2], [1, -4.2, -3.3, 9.1, 22.7], [1, 5.2, 5.1, 14.3, 9.4]]
     offset = torch.randn(3, 2, *SIZE, dtype=torch.float64)
     return torch.rand(2, 2, 10, 12, dtype=torch.float64), torch.tensor(rois, dtype=torch.float64), offset
 
 
 @pytest.mark.parametrize('ratio', [0, 2])
-def test_bins_are_averages_at_their_moved_places(ratio: int, bilinear_with_border: Callable) -> None:
+def test_bins_equal_averages_at_shifted_positions(ratio: int, bilinear_with_border: Callable) -> None:
     maps, rois, offset = make_inputs()
     result = deform_roi_pool(maps, rois, offset, SIZE, SCALE, ratio, GAMMA)
     for k, roi in enumerate(rois):
@@ -41,7 +41,7 @@ def test_bins_are_averages_at_their_moved_places(ratio: int, bilinear_with_borde
 
 
 @pytest.mark.parametrize('ratio', [0, 2])
-def test_without_offsets_it_is_roi_align(ratio: int) -> None:
+def test_without_offsets_equals_roi_align(ratio: int) -> None:
     maps, rois, _ = make_inputs()
     maps.requires_grad_()
     results = deform_roi_pool(maps, rois, None, SIZE, SCALE, ratio), roi_align(maps, rois, SIZE, SCALE, ratio)
@@ -51,30 +51,30 @@ def test_without_offsets_it_is_roi_align(ratio: int) -> None:
 
 
 @pytest.mark.parametrize('shape', [(1, 1), (1, 2), (2, 1), (3, 2)])
-def test_on_maps_of_few_pixels_it_is_roi_align(shape: tuple[int, int]) -> None:
+def test_equals_roi_align_on_tiny_feature_maps(shape: tuple[int, int]) -> None:
     maps = torch.rand(2, 2, *shape, dtype=torch.float64)
     rois = torch.tensor([[0, -1.3, -0.9, 2.1, 1.7], [1, 0.2, 0.1, 1.9, 2.4]], dtype=torch.float64)
     torch.testing.assert_close(deform_roi_pool(maps, rois, None, SIZE, 1.0, 2), roi_align(maps, rois, SIZE, 1.0, 2))
 
 
 @pytest.mark.parametrize(('y', 'x'), [(-1, 4), (10, 4), (3, -1), (3, 12)])
-def test_one_pixel_beyond_the_border_is_the_border_and_the_next_is_nothing(y: int, x: int) -> None:
+def test_samples_repeat_border_for_one_pixel_then_are_zero(y: int, x: int) -> None:
     maps, _, _ = make_inputs()  # 10 × 12 pixels
-    outwards = torch.tensor([(x == 12) - (x == -1), (y == 10) - (y == -1)])
-    centre = torch.stack([torch.tensor([x, y]), torch.tensor([x, y]) + 0.25 * outwards]) + 0.5
-    rois = torch.cat([torch.zeros(2, 1), centre - 2, centre + 2], dim=1).double()
+    outward = torch.tensor([(x == 12) - (x == -1), (y == 10) - (y == -1)])
+    center = torch.stack([torch.tensor([x, y]), torch.tensor([x, y]) + 0.25 * outward]) + 0.5
+    rois = torch.cat([torch.zeros(2, 1), center - 2, center + 2], dim=1).double()
     at_border, beyond = deform_roi_pool(maps, rois, None, 1, 1.0, 1).flatten(1)
     torch.testing.assert_close(at_border, maps[0, :, min(max(y, 0), 9), min(max(x, 0), 11)])
     assert not beyond.any()
 
 
-def test_a_roi_is_of_its_image() -> None:
+def test_rois_are_pooled_from_their_image() -> None:
     maps, rois, offset = make_inputs()
     rois = rois[[0, 0, 0, 0]]
     rois[:, 0] = torch.tensor([1, 0, 0, 1])
     inputs = maps.requires_grad_(), offset[[0, 1, 2, 0]].requires_grad_()
-    together = deform_roi_pool(inputs[0], rois, inputs[1], SIZE, SCALE, 2, GAMMA)
-    alone = torch.cat(
+    batched = deform_roi_pool(inputs[0], rois, inputs[1], SIZE, SCALE, 2, GAMMA)
+    separate = torch.cat(
         [
             deform_roi_pool(
                 maps[[image]], torch.cat([rois.new_zeros(1), roi])[None], shift[None], SIZE, SCALE, 2, GAMMA
@@ -82,8 +82,8 @@ def test_a_roi_is_of_its_image() -> None:
             for (image, *_), roi, shift in zip(rois.int().tolist(), rois[:, 1:], inputs[1], strict=True)
         ]
     )
-    torch.testing.assert_close(together, alone)
-    grads = [torch.autograd.grad((result**2).sum(), inputs) for result in (together, alone)]
+    torch.testing.assert_close(batched, separate)
+    grads = [torch.autograd.grad((result**2).sum(), inputs) for result in (batched, separate)]
     torch.testing.assert_close(*grads)
 
 
@@ -95,14 +95,14 @@ def test_gradients(ratio: int) -> None:
 
 
 @pytest.mark.parametrize('pack', [DeformRoIPoolPack, ModulatedDeformRoIPoolPack])
-def test_packs_train(pack: type[torch.nn.Module]) -> None:
+def test_pack_modules_train(pack: type[torch.nn.Module]) -> None:
     module = pack(SIZE, 2, deform_fc_channels=8, spatial_scale=SCALE, sampling_ratio=2)
     maps, rois, _ = make_inputs()
     module(maps.float(), rois.float()).sum().backward()
     assert module.offset_fc[-1].weight.grad.any()
 
 
-def test_no_rois() -> None:
+def test_empty_rois() -> None:
     maps, rois, offset = make_inputs()
     maps.requires_grad_()
     pooled = deform_roi_pool(maps, rois[:0], offset[:0], SIZE)
@@ -129,7 +129,7 @@ def test_gradients_in_half_precision(dtype: torch.dtype) -> None:
         torch.testing.assert_close(grad, expected_grad)
 
 
-def test_a_point_has_nothing_to_sample() -> None:
+def test_rois_without_area_give_zero() -> None:
     maps, _, offset = make_inputs()
     inputs = maps.requires_grad_(), offset.requires_grad_()
     points = torch.tensor([[0, 5.0, 7, 5, 7], [1, 3, 4, 9, 4], [1, 8, 2, 8, 9]], dtype=torch.float64)
@@ -138,8 +138,8 @@ def test_a_point_has_nothing_to_sample() -> None:
     assert not any(grad.any() for grad in torch.autograd.grad(pooled.sum(), inputs))
 
 
-def test_rois_in_half_precision_lose_nothing_more() -> None:
-    """This one is 1024.5 pixels high, which asks for 513 samples in each of 2 bins; half precision makes 1024 of it."""
+def test_half_precision_rois_are_not_rounded_again() -> None:
+    """The RoI is 1024.5 pixels high and needs 513 samples per bin. In half precision its height rounds to 1024."""
     maps = torch.rand(1, 2, 1100, 3).requires_grad_()
     roi = torch.tensor([[0, 0.5, 0.5, 2, 1025]], dtype=torch.float16)
     results = [deform_roi_pool(maps, kind, None, (2, 1)) for kind in (roi, roi.float())]

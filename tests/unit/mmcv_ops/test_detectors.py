@@ -1,4 +1,4 @@
-"""MMDetection's own configs, one step of training and one of inference each."""
+"""Configs of MMDetection: one training step and one inference step each."""
 
 import mmengine
 import pytest
@@ -8,7 +8,7 @@ from mmdet.testing import demo_mm_inputs
 from mmdet.utils import register_all_modules
 from mmengine.hub import get_config
 
-# A config, and part of the names of parameters that the operator's gradient must reach.
+# Config, and part of the name of parameters that must receive a gradient through the operator.
 CASES = [
     ('dcn/faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py', 'conv_offset'),
     ('dcn/faster-rcnn_r50_fpn_dpool_1x_coco.py', 'offset_fc'),
@@ -18,13 +18,13 @@ CASES = [
     pytest.param(
         'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
         'sampling_offsets',
-        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='mmcv calls the operator on a GPU only'),
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='mmcv uses the operator on a GPU only'),
     ),
 ]
 
 
 def make_small(node: mmengine.ConfigDict) -> None:
-    """Fewer proposals, so that a step takes seconds on one core."""
+    """Limit the number of proposals, so that a step takes seconds on one core."""
     for key, value in node.items():
         if key in ('max_per_img', 'nms_pre', 'nms_post') and isinstance(value, int):
             node[key] = min(value, 20)
@@ -53,7 +53,7 @@ def test_stock_detector_trains_and_detects(name: str, part: str) -> None:
     assert all(grad.isfinite().all() for grad in grads.values())
     assert any(grad.any() for key, grad in grads.items() if part in key)
 
-    one = demo_mm_inputs(1, (3, 128, 96), device=device)  # mmcv's masked convolution takes one image
+    one = demo_mm_inputs(1, (3, 128, 96), device=device)  # mmcv's masked convolution accepts one image only
     model.eval()
     with torch.no_grad():
         (result,) = model.forward(**model.data_preprocessor(one, False), mode='predict')

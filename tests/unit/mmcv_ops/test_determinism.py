@@ -1,4 +1,4 @@
-"""``randomness.deterministic=True`` must not stop a training that mmcv's compiled operators would run."""
+"""Training with ``randomness.deterministic=True`` must run, as it does with mmcv's compiled operators."""
 
 import contextlib
 import warnings
@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmevm.mmcv_ops.determinism import allow_nondeterministic
 
-# Kernels that call alertNotDeterministic on CUDA, in some version since torch 2.1 and torchvision 0.16.
-REFUSED = {
+# Kernels that call alertNotDeterministic on CUDA in any version since torch 2.1 and torchvision 0.16.
+NONDETERMINISTIC = {
     'aten::grid_sampler_2d_backward',
     'aten::scatter_',
     'torchvision::_deform_conv2d_backward',
@@ -23,8 +23,8 @@ REFUSED = {
 }
 
 
-class AsOnCuda(TorchDispatchMode):
-    """Refuse on the CPU what CUDA refuses, and note what ran."""
+class CudaDeterminism(TorchDispatchMode):
+    """Raise errors on the CPU where CUDA would, and record the kernels that ran."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class AsOnCuda(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
-        if name in REFUSED:
+        if name in NONDETERMINISTIC:
             self.ran.add(name)
             if torch.get_deterministic_debug_mode() == 2:
                 raise RuntimeError(f'{name} does not have a deterministic implementation')
@@ -81,7 +81,7 @@ OPERATORS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
 def test_backward_pass_runs_in_deterministic_mode(operator: str) -> None:
     function, shape = OPERATORS[operator]
     x = torch.rand(shape, requires_grad=True)
-    with AsOnCuda() as mode:
+    with CudaDeterminism() as mode:
         function(x).sum().backward()
     assert mode.ran
     assert x.grad.any()
@@ -101,8 +101,8 @@ def test_mode_is_restored_after_an_error(mode: int) -> None:
 
 
 @pytest.mark.usefixtures('deterministic')
-def test_pytorch_warns_where_it_would_refuse() -> None:
-    """``put_`` is refused on the CPU too."""
+def test_pytorch_warns_instead_of_raising() -> None:
+    """``put_`` raises an error on the CPU as well."""
     x = torch.zeros(3)
     with pytest.raises(RuntimeError, match='deterministic'):
         x.put_(torch.tensor([1]), torch.ones(1))

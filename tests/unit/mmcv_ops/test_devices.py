@@ -1,4 +1,4 @@
-"""New tensors must be made where the inputs are, whichever device is the default: a GPU's inputs meet it as the CPU."""
+"""Operators must create tensors on the device of their inputs, not on the default device."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ def with_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tens
 
 
 def softmax_focal_loss_gradient(x: dict[str, Tensor]) -> Tensor:
-    """Called directly, as the next one: PyTorch's own backward pass does not see the default device."""
+    """Call the operator directly, because autograd threads ignore the default device. So does the next function."""
     grad, buff = torch.zeros_like(x['logits']), torch.zeros_like(x['scores'])
     softmax_focal_loss_backward(
         x['logits'].softmax(dim=1), x['classes'], x['logits'].new_empty(0), buff, grad, gamma=2.0, alpha=0.25
@@ -73,7 +73,7 @@ OPERATORS = {
     'softmax_focal_loss': lambda x: with_gradient(lambda y: softmax_focal_loss(y, x['classes']), x['logits']),
     'masked_conv2d': lambda x: MASKED(x['maps'], x['mask']),
     'soft_nms': lambda x: soft_nms(x['boxes'], x['scores'], 0.3),
-    'soft_nms of none': lambda x: soft_nms(x['boxes'][:0], x['scores'][:0], 0.3),
+    'soft_nms of no boxes': lambda x: soft_nms(x['boxes'][:0], x['scores'][:0], 0.3),
     'nms_match': lambda x: nms_match(torch.cat([x['boxes'], x['scores'][:, None]], dim=1), 0.3),
     'line_nms': lambda x: line_nms_forward(x['lanes'], x['scores'], 5.0, 10),
     'roi_align': lambda x: with_gradient(lambda y: roi_align(y, x['rois'], 2, 1.0, 2, 'max'), x['maps']),
@@ -87,7 +87,7 @@ OPERATORS = {
 
 
 @pytest.mark.parametrize('operator', OPERATORS)
-def test_the_default_device_does_not_matter(operator: str) -> None:
+def test_result_does_not_depend_on_default_device(operator: str) -> None:
     given = inputs()
     expected = OPERATORS[operator](given)
     with torch.device('meta'):

@@ -1,4 +1,4 @@
-"""Each in a process of its own, because an imported module stays."""
+"""Tests of the import hook, mostly in separate processes, because imported modules stay imported."""
 
 import os
 import subprocess
@@ -24,25 +24,25 @@ def run(code: str, *paths: Path) -> str:
 
 @pytest.fixture
 def other_mmcv(tmp_path: Path) -> Path:
-    """A package of that name which Python finds before the real one."""
+    """Return a folder with an empty package ``mmcv``, to put first on Python's path."""
     (tmp_path / 'mmcv').mkdir()
     (tmp_path / 'mmcv' / '__init__.py').touch()
     return tmp_path
 
 
-def test_a_module_beside_mmcv_comes_first(other_mmcv: Path) -> None:
-    (other_mmcv / 'mmcv' / '_ext.py').write_text('origin = "beside mmcv"')
-    assert 'beside mmcv' in run('import mmevm, mmcv._ext; print(mmcv._ext.origin)', other_mmcv)
+def test_ext_file_in_mmcv_has_priority(other_mmcv: Path) -> None:
+    (other_mmcv / 'mmcv' / '_ext.py').write_text('origin = "in mmcv"')
+    assert 'in mmcv' in run('import mmevm, mmcv._ext; print(mmcv._ext.origin)', other_mmcv)
 
 
-def test_compiled_operators_come_first(other_mmcv: Path) -> None:
+def test_compiled_operators_have_priority(other_mmcv: Path) -> None:
     compiled = other_mmcv / 'mmcv' / f'_ext{EXTENSION_SUFFIXES[0]}'
     compiled.touch()
     code = 'import mmevm, importlib.util; print(importlib.util.find_spec("mmcv._ext").origin)'
     assert str(compiled) in run(code, other_mmcv)
 
 
-def test_the_stand_in_comes_last_and_answers_for_one_name(other_mmcv: Path) -> None:
+def test_finder_is_registered_once_and_finds_one_module(other_mmcv: Path) -> None:
     code = """
 import importlib.util, sys
 import mmevm
@@ -62,13 +62,13 @@ for name in ('mmcv.other', 'mmcv._ext2', 'other._ext', '_ext'):
     run(code, other_mmcv)
 
 
-def test_the_finder_names_the_file_of_the_stand_in() -> None:
+def test_finder_returns_spec_of_ext_file() -> None:
     spec = FallbackFinder.find_spec('mmcv._ext', ['anywhere'])
     assert (spec.name, spec.origin) == ('mmcv._ext', ext.__file__)
     assert FallbackFinder.find_spec('mmcv.ops', ['anywhere']) is None
 
 
-def test_registering_again_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_register_twice_adds_one_finder(monkeypatch: pytest.MonkeyPatch) -> None:
     others = [finder for finder in sys.meta_path if finder is not FallbackFinder]
     monkeypatch.setattr(sys, 'meta_path', others.copy())
     for _ in range(2):
@@ -76,13 +76,13 @@ def test_registering_again_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None
         assert sys.meta_path == [*others, FallbackFinder]
 
 
-def test_registering_imports_nothing_heavy() -> None:
+def test_register_imports_nothing_heavy() -> None:
     loaded = run('import sys; from mmevm.mmcv_ops import register; register(); print(*sys.modules)').split()
     assert 'mmevm.mmcv_ops.finder' in loaded
     assert not {'mmcv', 'mmdet', 'torch', 'torchvision', 'mmevm.mmcv_ops.ext'} & set(loaded)
 
 
-def test_loading_says_so_once_and_mmengine_sees_it() -> None:
+def test_use_is_logged_once_and_detected_by_mmengine() -> None:
     code = """
 import mmevm, mmcv.ops, mmcv._ext
 from mmengine.utils.dl_utils.misc import mmcv_full_available
@@ -90,18 +90,17 @@ assert mmcv_full_available()
 print(mmcv.ops.get_compiler_version(), '|', mmcv.ops.get_compiling_cuda_version())
 """
     output = run(code)
-    assert output.count('stand-in for mmcv._ext is in use') == 1
-    assert "none (mmevm's stand-in for mmcv._ext) | not available" in output
+    assert output.count("using mmevm's fallback operators") == 1
+    assert 'none (fallback operators of mmevm) | not available' in output
 
 
-def test_nothing_else_of_mmevm_is_needed(tmp_path: Path) -> None:
-    """mmcv_ops could be a package of its own."""
+def test_mmcv_ops_imports_nothing_else_of_mmevm(tmp_path: Path) -> None:
     (tmp_path / 'mmevm').mkdir()
     (tmp_path / 'mmevm' / '__init__.py').touch()
     (tmp_path / 'mmevm' / 'mmcv_ops').symlink_to(Path(mmevm.mmcv_ops.__file__).parent)
     code = """
 import pkgutil, sys
-sys.path.remove('')  # the working directory, where the whole mmevm may be
+sys.path.remove('')  # the working directory, which may contain mmevm
 import mmevm.mmcv_ops
 mmevm.mmcv_ops.register()
 import mmcv.ops
@@ -113,8 +112,8 @@ print([name for name in sys.modules if name.startswith('mmevm.') and not name.st
     assert run(code, tmp_path).endswith('[]\n')
 
 
-def test_without_mmevm_mmcv_ops_is_not_there() -> None:
-    """What the others rest on: this mmcv has no operators of its own."""
+def test_mmcv_ops_needs_the_fallback() -> None:
+    """The other tests assume that this mmcv has no compiled operators."""
     code = """
 try:
     import mmcv.ops

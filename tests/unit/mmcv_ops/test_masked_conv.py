@@ -6,7 +6,7 @@ pytestmark = pytest.mark.usefixtures('each_device')
 
 
 @pytest.mark.parametrize(('kernel', 'padding'), [(3, 1), (1, 0), ((3, 5), (1, 2))])
-def test_equals_the_dense_convolution_where_the_mask_is(kernel, padding) -> None:
+def test_equals_dense_convolution_inside_mask(kernel, padding) -> None:
     module = MaskedConv2d(4, 6, kernel, padding=padding)
     maps = torch.rand(1, 4, 9, 7)
     mask = torch.rand(1, 9, 7) > 0.6
@@ -14,12 +14,12 @@ def test_equals_the_dense_convolution_where_the_mask_is(kernel, padding) -> None
         torch.testing.assert_close(module(maps, mask), module(maps) * mask)
 
 
-def test_nothing_is_computed_without_a_mask() -> None:
+def test_empty_mask_gives_zeros() -> None:
     module = MaskedConv2d(4, 6, 3, padding=1)
     assert not module(torch.rand(1, 4, 9, 7), torch.zeros(1, 9, 7)).any()
 
 
-def test_in_mixed_precision() -> None:
+def test_mixed_precision() -> None:
     module = MaskedConv2d(4, 6, 3, padding=1)
     maps, mask = torch.rand(1, 4, 9, 7), torch.rand(1, 9, 7) > 0.6
     with torch.no_grad(), torch.autocast(maps.device.type, torch.bfloat16):

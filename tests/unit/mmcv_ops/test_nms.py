@@ -34,14 +34,14 @@ def brute_force_nms(boxes: Tensor, scores: Tensor, threshold: float, offset: int
 
 @pytest.mark.parametrize('offset', [0, 1])
 @pytest.mark.parametrize('threshold', [0.2, 0.5])
-def test_nms_keeps_what_no_better_box_overlaps(offset: int, threshold: float) -> None:
+def test_nms_equals_brute_force(offset: int, threshold: float) -> None:
     boxes, scores = random_boxes(60)
     dets, kept = nms(boxes, scores, threshold, offset=offset)
     assert kept.tolist() == brute_force_nms(boxes, scores, threshold, offset)
     assert torch.equal(dets, torch.cat([boxes, scores[:, None]], dim=1)[kept])
 
 
-def test_nms_offset_decides_at_the_threshold() -> None:
+def test_nms_offset_changes_overlap() -> None:
     boxes = torch.tensor([[0.0, 0, 9, 9], [0, 5, 9, 14]])
     scores = torch.tensor([0.9, 0.8])
     assert len(nms(boxes, scores, 0.3, offset=0)[1]) == 2  # 36 / 126
@@ -57,7 +57,7 @@ def test_nms_score_threshold_and_max_num() -> None:
 
 
 @pytest.mark.parametrize('function', [nms, soft_nms])
-def test_no_boxes(function) -> None:
+def test_empty_boxes(function) -> None:
     dets, kept = function(torch.zeros(0, 4), torch.zeros(0), 0.5)
     assert dets.shape == (0, 5)
     assert kept.shape == (0,)
@@ -73,7 +73,7 @@ def test_nms_in_half_precision(dtype: torch.dtype) -> None:
     assert kept.tolist() == brute_force_nms(boxes.float(), scores.float(), 0.5, 0)
 
 
-def test_batched_nms_leaves_classes_alone() -> None:
+def test_batched_nms_suppresses_within_classes() -> None:
     boxes, scores = random_boxes(60)
     classes = torch.randint(0, 3, (60,))
     dets, kept = batched_nms(boxes, scores, classes, dict(type='nms', iou_threshold=0.3))
@@ -104,7 +104,7 @@ def brute_force_soft_nms(boxes, scores, threshold, sigma, min_score, method, off
 
 @pytest.mark.parametrize('offset', [0, 1])
 @pytest.mark.parametrize('method', ['naive', 'linear', 'gaussian'])
-def test_soft_nms_lowers_scores_as_defined(method: str, offset: int) -> None:
+def test_soft_nms_equals_brute_force(method: str, offset: int) -> None:
     boxes, scores = random_boxes(40)
     settings = dict(sigma=0.4, min_score=0.05, method=method, offset=offset)
     dets, kept = soft_nms(boxes, scores, 0.3, **settings)
@@ -114,27 +114,27 @@ def test_soft_nms_lowers_scores_as_defined(method: str, offset: int) -> None:
     torch.testing.assert_close(dets[:, 4], torch.tensor([score for _, score in expected]))
 
 
-def test_soft_nms_of_boxes_without_area_is_finite() -> None:
+def test_soft_nms_is_finite_for_boxes_without_area() -> None:
     dets, _ = soft_nms(torch.tensor([[1.0, 1, 1, 1]] * 3), torch.tensor([0.9, 0.8, 0.7]), method='gaussian')
     assert dets[:, 4].tolist() == pytest.approx([0.9, 0.8, 0.7])
 
 
 @pytest.mark.parametrize(('method', 'kept'), [('naive', [0.875, 0.125]), ('linear', [0.875, 0.25, 0.125])])
-def test_soft_nms_lowers_scores_at_the_threshold_and_keeps_the_lowest_score(method: str, kept: list[float]) -> None:
-    boxes = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 2], [8, 8, 9, 9]])  # an overlap of 1/2
+def test_soft_nms_at_iou_threshold_and_min_score(method: str, kept: list[float]) -> None:
+    boxes = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 2], [8, 8, 9, 9]])  # IoU 1/2
     scores = torch.tensor([0.875, 0.5, 0.125])
     dets, _ = soft_nms(boxes, scores, 0.5, min_score=0.125, method=method)
     assert dets[:, 4].tolist() == kept
 
 
-def test_soft_nms_takes_arrays() -> None:
+def test_soft_nms_accepts_numpy_arrays() -> None:
     boxes, scores = random_boxes(20)
     dets, kept = soft_nms(boxes.cpu().numpy(), scores.cpu().numpy(), 0.3)
     assert isinstance(dets, np.ndarray)
     np.testing.assert_array_equal(kept, soft_nms(boxes, scores, 0.3)[1].cpu().numpy())
 
 
-def test_nms_match_groups_kept_and_suppressed() -> None:
+def test_nms_match_equals_brute_force() -> None:
     boxes, scores = random_boxes(60)
     groups = nms_match(torch.cat([boxes, scores[:, None]], dim=1), 0.3)
     left = scores.argsort(descending=True).tolist()
@@ -148,13 +148,13 @@ def test_nms_match_groups_kept_and_suppressed() -> None:
     assert nms_match(torch.zeros(0, 5), 0.3) == []
 
 
-def test_nms_match_suppresses_at_the_threshold() -> None:
-    boxes = torch.tensor([[0.0, 0, 4, 4, 0.9], [0, 0, 4, 2, 0.8], [0, 0, 4, 1, 0.7]])  # the first two overlap by 1/2
+def test_nms_match_suppresses_at_threshold() -> None:
+    boxes = torch.tensor([[0.0, 0, 4, 4, 0.9], [0, 0, 4, 2, 0.8], [0, 0, 4, 1, 0.7]])  # IoU 1/2 between the first two
     assert [group.tolist() for group in nms_match(boxes, 0.5)] == [[0, 1], [2]]
 
 
 @pytest.mark.parametrize('top_k', [2, 100])
-def test_line_nms_keeps_lanes_that_are_apart(top_k: int) -> None:
+def test_line_nms_equals_brute_force(top_k: int) -> None:
     rows = 12
     number_of_lanes = 150
     starts = torch.rand(number_of_lanes, 4) * 1.4 - 0.2
@@ -185,7 +185,7 @@ def test_line_nms_keeps_lanes_that_are_apart(top_k: int) -> None:
 
 
 @pytest.mark.parametrize(('start', 'kept'), [(0.1, 1), (-0.5, 2)])
-def test_line_nms_leaves_lanes_from_outside_the_image(start: float, kept: int) -> None:
+def test_line_nms_keeps_lanes_that_start_outside_image(start: float, kept: int) -> None:
     lanes = torch.zeros(2, 5 + 12)
     lanes[:, 2], lanes[:, 4] = start, 10
     assert line_nms_forward(lanes, torch.rand(2), 35, 10)[1] == kept

@@ -12,7 +12,7 @@ from mmevm.mmcv_ops.ext import roi_pool_forward
 
 pytestmark = pytest.mark.usefixtures('each_device')
 
-# Atomic additions on a GPU come in any order.
+# Atomic additions on a GPU have no fixed order.
 gradcheck = partial(torch.autograd.gradcheck, nondet_tol=1e-9)
 
 SCALE = 0.5
@@ -34,7 +34,7 @@ def features() -> Tensor:
     return torch.rand(2, 2, 10, 14, dtype=torch.float64)
 
 
-def align_by_definition(
+def reference_roi_align(
     image: Tensor, roi: Tensor, size: tuple[int, int], ratio: int, mode: str, aligned: bool, sample: Callable
 ) -> Tensor:
     shift = 0.5 if aligned else 0
@@ -57,23 +57,23 @@ def align_by_definition(
 @pytest.mark.parametrize('aligned', [True, False])
 @pytest.mark.parametrize('ratio', [0, 1, 3])
 @pytest.mark.parametrize('mode', ['avg', 'max'])
-def test_roi_align_is_the_average_or_maximum_of_bilinear_samples(
+def test_roi_align_equals_average_or_maximum_of_samples(
     mode: str, ratio: int, aligned: bool, bilinear_with_border: Callable
 ) -> None:
     maps, rois = features(), make_rois()
     result = RoIAlign((3, 2), SCALE, ratio, mode, aligned)(maps, rois)
     for roi, pooled in zip(rois, result, strict=True):
         image = maps[int(roi[0])]
-        expected = align_by_definition(image, roi[1:], (3, 2), ratio, mode, aligned, bilinear_with_border)
+        expected = reference_roi_align(image, roi[1:], (3, 2), ratio, mode, aligned, bilinear_with_border)
         torch.testing.assert_close(pooled, expected)
 
 
 @pytest.mark.parametrize('size', [(3, 2), (1, 1)])
 @pytest.mark.parametrize('mode', ['avg', 'max'])
 def test_roi_align_of_a_point(mode: str, size: tuple[int, int], bilinear_with_border: Callable) -> None:
-    """Unaligned, it is taken for one pixel; aligned, there is nothing to sample."""
+    """With aligned=False the RoI has a size of one pixel; with aligned=True it has no samples."""
     maps, roi = features(), torch.tensor([[0, 5.0, 7, 5, 7]], dtype=torch.float64)
-    expected = align_by_definition(maps[0], roi[0, 1:], size, 0, mode, False, bilinear_with_border)
+    expected = reference_roi_align(maps[0], roi[0, 1:], size, 0, mode, False, bilinear_with_border)
     torch.testing.assert_close(roi_align(maps, roi, size, SCALE, 0, mode, False)[0], expected)
     pooled = roi_align(maps.requires_grad_(), roi, size, SCALE, 0, mode, True)
     pooled.sum().backward()
@@ -89,7 +89,7 @@ def test_roi_align_gradient(mode: str, ratio: int, aligned: bool) -> None:
     assert gradcheck(lambda x: roi_align(x, rois, (3, 2), SCALE, ratio, mode, aligned), (maps,), fast_mode=True)
 
 
-def test_roi_align_in_small_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_roi_align_does_not_depend_on_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     maps, rois = features().requires_grad_(), make_rois()[[0, 1, 4, 0, 1, 4]]
     results = []
     for limit in (grids.MAX_SAMPLES, 1):
@@ -99,8 +99,8 @@ def test_roi_align_in_small_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(*results)
 
 
-def test_gradients_of_many_grids_add_up_in_half_precision() -> None:
-    """Each RoI has another grid, whose samples are pixels, and its maximum at the first; bfloat16 ends at 256 ones."""
+def test_gradients_of_many_grids_are_summed_in_single_precision() -> None:
+    """400 RoIs of different sizes send a gradient of 1 to the same pixel. In bfloat16 the sum would stop at 256."""
     maps = torch.zeros(1, 1, 20, 20, dtype=torch.bfloat16)
     maps[..., 0, 0] = 1
     sizes = torch.cartesian_prod(torch.arange(1, 21), torch.arange(1, 21))
@@ -110,7 +110,7 @@ def test_gradients_of_many_grids_add_up_in_half_precision() -> None:
     assert maps.grad.sum() == 400
 
 
-def pool_by_definition(image: Tensor, roi: Tensor, size: tuple[int, int]) -> Tensor:
+def reference_roi_pool(image: Tensor, roi: Tensor, size: tuple[int, int]) -> Tensor:
     x1, y1, x2, y2 = roi.tolist()
     x1, y1, x2, y2 = x1 * SCALE, y1 * SCALE, (x2 + 1) * SCALE, (y2 + 1) * SCALE
     result = torch.zeros(len(image), *size, dtype=image.dtype)
@@ -128,21 +128,21 @@ def pool_by_definition(image: Tensor, roi: Tensor, size: tuple[int, int]) -> Ten
     return result
 
 
-def test_roi_pool_is_the_maximum_of_the_pixels_of_each_bin() -> None:
+def test_roi_pool_equals_maximum_of_pixels() -> None:
     maps, rois = features() - 0.5, make_rois()
     result = RoIPool((3, 4), SCALE)(maps, rois)
     for roi, pooled in zip(rois, result, strict=True):
-        torch.testing.assert_close(pooled, pool_by_definition(maps[int(roi[0])], roi[1:], (3, 4)))
+        torch.testing.assert_close(pooled, reference_roi_pool(maps[int(roi[0])], roi[1:], (3, 4)))
 
 
 def test_roi_pool_gradient() -> None:
-    # Values well apart, so that no maximum changes within the numeric derivative's step.
+    # Integers, so that the step of the numeric derivative changes no maximum.
     maps = torch.randperm(2 * 2 * 10 * 14).double().reshape(2, 2, 10, 14).requires_grad_()
     assert gradcheck(lambda x: roi_pool(x, make_rois(), (3, 4), SCALE), (maps,), fast_mode=True)
 
 
-def test_roi_pool_marks_bins_without_pixels() -> None:
-    """Any other index than -1 would be a pixel to the backward pass, be it outside the map."""
+def test_roi_pool_argmax_is_minus_one_for_bins_without_pixels() -> None:
+    """The backward pass treats any other index as a pixel."""
     maps = features()
     outside = torch.tensor([[0, 60.0, 60, 70, 72], [0, 9.6, 4, 8.4, 7]], dtype=torch.float64)
     output, argmax = maps.new_zeros(2, 2, 3, 4), torch.zeros(2, 2, 3, 4, dtype=torch.int)
@@ -151,7 +151,7 @@ def test_roi_pool_marks_bins_without_pixels() -> None:
 
 
 @pytest.mark.parametrize('roi', [[0, 9.6, 4, 8.4, 7], [0, 9.5, 4, 8.5, 7], [0, 4, 7.5, 9, 6.5]])
-def test_roi_pool_of_an_inverted_or_empty_roi_is_nought(roi: list[float]) -> None:
+def test_roi_pool_of_inverted_or_empty_roi_is_zero(roi: list[float]) -> None:
     maps = features().requires_grad_()
     pooled = roi_pool(maps, torch.tensor([roi], dtype=torch.float64), (2, 2), 1.0)
     pooled.sum().backward()
@@ -160,7 +160,7 @@ def test_roi_pool_of_an_inverted_or_empty_roi_is_nought(roi: list[float]) -> Non
 
 
 @pytest.mark.parametrize('pool', [RoIAlign(2), RoIAlign(2, pool_mode='max'), RoIPool(2)], ids=['avg', 'max', 'pool'])
-def test_no_rois(pool: torch.nn.Module) -> None:
+def test_empty_rois(pool: torch.nn.Module) -> None:
     maps = features().requires_grad_()
     pooled = pool(maps, make_rois()[:0])
     pooled.sum().backward()

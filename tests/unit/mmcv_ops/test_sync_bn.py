@@ -22,7 +22,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.parametrize('shape', [(3, 5, 4, 6), (2, 5, 1, 1)])
 @pytest.mark.parametrize('stats_mode', ['default', 'N'])
 @pytest.mark.usefixtures('process_group')
-def test_one_process_is_ordinary_batch_norm(stats_mode: str, shape: tuple[int, ...]) -> None:
+def test_single_process_equals_batch_norm(stats_mode: str, shape: tuple[int, ...]) -> None:
     reference, module = nn.BatchNorm2d(5, eps=0.3), SyncBatchNorm(5, eps=0.3, stats_mode=stats_mode)
     with torch.no_grad():
         for tensor in (reference.weight, reference.bias, reference.running_mean):
@@ -39,17 +39,17 @@ def test_one_process_is_ordinary_batch_norm(stats_mode: str, shape: tuple[int, .
     torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-4)
 
 
-def test_the_running_variance_is_that_of_all_processes() -> None:
-    """Two processes, of which this is one."""
+def test_running_variance_covers_all_processes() -> None:
+    """Run the output step as the first of two processes."""
     reference = nn.BatchNorm2d(5)
     maps = torch.randn(6, 5, 4, 6)
     reference(maps)
-    own = maps[:3].flatten(2)
+    local = maps[:3].flatten(2)
     mean, var = maps.mean(dim=(0, 2, 3)), maps.var(dim=(0, 2, 3), unbiased=False)
     running_mean, running_var = torch.zeros(5), torch.ones(5)
-    norm, output, std = torch.empty_like(own), torch.empty_like(own), torch.empty(5)
+    norm, output, std = torch.empty_like(local), torch.empty_like(local), torch.empty(5)
     sync_bn_forward_output(
-        own,
+        local,
         mean,
         var,
         torch.ones(5),
@@ -67,7 +67,7 @@ def test_the_running_variance_is_that_of_all_processes() -> None:
 
 
 @pytest.mark.usefixtures('process_group')
-def test_an_empty_batch_changes_no_statistics() -> None:
+def test_empty_batch_keeps_statistics() -> None:
     module = SyncBatchNorm(5, stats_mode='N')
     assert module(torch.zeros(0, 5, 4, 6)).shape == (0, 5, 4, 6)
     assert not module.running_mean.any()

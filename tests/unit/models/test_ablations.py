@@ -1,4 +1,4 @@
-"""The mixers of Table C against their formulas, one token at a time, against each other and against PyTorch's."""
+"""The mixers of Table C agree with their formulas, with each other and with PyTorch's attention."""
 
 import pytest
 import torch
@@ -95,7 +95,7 @@ class TestFormulas:
         [(MultiHeadHSMSSD, multi_head_hsm_ssd), (NCSSD, nc_ssd), (SelfAttention, self_attention)],
     )
     @torch.no_grad()
-    def test_one_token_at_a_time(self, mixer_type, formula, head_dim, size):
+    def test_agrees_with_its_formula(self, mixer_type, formula, head_dim, size):
         mixer = mixer_type(6, 4, head_dim=head_dim).double()
         if hasattr(mixer, 'D'):
             mixer.D.fill_(0.7)
@@ -106,7 +106,7 @@ class TestFormulas:
             torch.testing.assert_close(y[i], expected_y)
             torch.testing.assert_close(None if h is None else h[i], expected_h)
 
-    def test_wider_or_narrower_hidden_states(self):
+    def test_ssd_expand(self):
         x = torch.randn(1, 6, 3, 5, dtype=torch.double)
         for ssd_expand in (0.5, 2.0):
             mixer = MultiHeadHSMSSD(6, 4, ssd_expand, head_dim=3).double()
@@ -122,8 +122,8 @@ class TestFormulas:
     @pytest.mark.parametrize('mixer_type', [MultiHeadHSMSSD, NCSSD])
     @pytest.mark.parametrize('head_dim', [2, None])
     @torch.no_grad()
-    def test_importances_of_the_tokens_sum_to_one_in_each_head(self, mixer_type, head_dim):
-        """B is 1 at each token, and so is one channel of each head: its hidden states are the sums of importances."""
+    def test_importances_of_each_head_sum_to_one(self, mixer_type, head_dim):
+        """With B = 1 and one channel of each head = 1, the hidden states are the sums of the importances."""
         channels, states = 6, 3
         ones = torch.arange(0, channels, head_dim or channels)
         mixer = mixer_type(channels, states, head_dim=head_dim)
@@ -144,7 +144,7 @@ class TestFormulas:
 
 class TestAgainstEachOther:
     @torch.no_grad()
-    def test_a_single_head_is_hsm_ssd_whose_states_agree_on_the_importance(self):
+    def test_single_head_equals_hsm_ssd_with_equal_importances(self):
         shared, per_state = MultiHeadHSMSSD(6, 4, head_dim=None), HSMSSD(6, 4)
         weights = shared.state_dict()
         for key in ('BCdt_proj.conv.weight', 'dw.conv.weight'):  # rows of B, C and dt
@@ -157,8 +157,8 @@ class TestAgainstEachOther:
 
     @pytest.mark.parametrize('head_dim', [2, None])
     @torch.no_grad()
-    def test_heads_of_equal_importance_are_a_single_head(self, head_dim):
-        """What tells (E) from (F) is the importance alone."""
+    def test_heads_of_equal_importance_equal_a_single_head(self, head_dim):
+        """(E) and (F) differ in the importance only."""
         heads, single = MultiHeadHSMSSD(6, 4, head_dim=head_dim), MultiHeadHSMSSD(6, 4, head_dim=None)
         weights = heads.state_dict()
         for key in ('BCdt_proj.conv.weight', 'dw.conv.weight'):
@@ -172,7 +172,7 @@ class TestAgainstEachOther:
 
     @pytest.mark.parametrize('head_dim', [1, 2, None])
     @torch.no_grad()
-    def test_attention_is_pytorch_s(self, head_dim):
+    def test_attention_equals_pytorch(self, head_dim):
         mixer = SelfAttention(6, 4, head_dim=head_dim)
         reference = nn.MultiheadAttention(6, 6 // (head_dim or 6), bias=False, batch_first=True)
         reference.in_proj_weight.copy_(mixer.qkv_proj.conv.weight[..., 0, 0])
@@ -226,7 +226,7 @@ class TestProposition1:
 
     @pytest.mark.parametrize('head_dim', [5, None])
     @torch.no_grad()
-    def test_holds(self, head_dim):
+    def test_proposition_1_holds(self, head_dim):
         hsm, nc = self.pair(head_dim)
         x = self.image()
         (y, _), (expected, _) = hsm(x), nc(x)
@@ -235,7 +235,7 @@ class TestProposition1:
 
     @pytest.mark.parametrize('assumption', ['a1ᵀ ⊙ B = I', 'C is diagonal', 'no depthwise convolution of x'])
     @torch.no_grad()
-    def test_does_not_without_one_of_its_assumptions(self, assumption):
+    def test_proposition_1_needs_each_assumption(self, assumption):
         hsm, nc = self.pair(None)
         number, channels = self.tokens, self.channels
         if assumption == 'no depthwise convolution of x':
@@ -259,7 +259,7 @@ class TestEveryMixer:
         assert (h is None) if mixer_type is SelfAttention else (h.shape == (2, 8, 3))
 
     @every_mixer
-    def test_every_parameter_gets_a_gradient_but_the_inert_A(self, mixer_type):
+    def test_every_parameter_except_A_gets_a_gradient(self, mixer_type):
         mixer = build(mixer_type, 8, 3, head_dim=4)
         mixer(torch.randn(2, 8, 3, 5))[0].square().sum().backward()
         for name, parameter in mixer.named_parameters():
@@ -270,7 +270,7 @@ class TestEveryMixer:
 
     @every_mixer
     @torch.no_grad()
-    def test_images_of_a_batch_do_not_touch_each_other(self, mixer_type):
+    def test_images_of_a_batch_are_independent(self, mixer_type):
         mixer = build(mixer_type, 8, 3, head_dim=4)
         x = torch.randn(3, 8, 3, 5)
         order = [2, 0, 1]
@@ -281,7 +281,7 @@ class TestEveryMixer:
 
     @every_mixer
     @torch.no_grad()
-    def test_every_token_hears_every_other(self, mixer_type):
+    def test_every_token_depends_on_every_other(self, mixer_type):
         mixer = build(mixer_type, 8, 3, head_dim=4).double()
         x = torch.randn(1, 8, 7, 5, dtype=torch.double)
         changed = x.clone()
@@ -311,7 +311,7 @@ class TestEveryMixer:
     )
     @torch.no_grad()
     def test_many_tokens_in_half_precision(self, mixer_type, proj, dt, dtype, size):
-        """Importances of 1/3000000 are 5.6 of float16's smallest numbers: rounded to 6 they would sum to 1.07."""
+        """An importance of 1/3000000 is 5.6 times float16's smallest number: rounded to 6, they would sum to 1.07."""
         mixer = mixer_type(4, 2, head_dim=2)
         weight = getattr(mixer, proj).conv.weight
         for parameter in (weight, mixer.dw.conv.weight):
@@ -328,16 +328,16 @@ class TestEveryMixer:
 class TestArguments:
     @every_ablation
     @pytest.mark.parametrize('head_dim', [0, -2, 5, 16])
-    def test_a_head_that_does_not_divide_the_channels(self, mixer_type, head_dim):
+    def test_invalid_head_dim_raises(self, mixer_type, head_dim):
         with pytest.raises(ValueError, match=rf'head_dim={head_dim} .*give a divisor of 8, or None'):
             mixer_type(8, 3, head_dim=head_dim)
 
-    def test_hidden_states_of_no_channel(self):
+    def test_invalid_ssd_expand_raises(self):
         with pytest.raises(ValueError, match=r'ssd_expand=0\.1 of 8 channels leaves none'):
             MultiHeadHSMSSD(8, 3, ssd_expand=0.1, head_dim=4)
 
     @every_ablation
-    def test_a_head_has_32_channels_by_default(self, mixer_type):
+    def test_default_head_dim_is_32(self, mixer_type):
         weights = mixer_type(64, 3, head_dim=32).state_dict()
         mixer_type(64, 3).load_state_dict(weights)
         with pytest.raises(ValueError, match='head_dim=32'):
@@ -346,7 +346,7 @@ class TestArguments:
 
 class TestInTheBackbone:
     @every_ablation
-    def test_by_config(self, mixer_type):
+    def test_built_by_config(self, mixer_type):
         cfg = dict(
             type='mmevm.EfficientViM', arch=TINY, mixer_cfg=dict(type=f'mmevm.{mixer_type.__name__}', head_dim=8)
         )
@@ -362,7 +362,7 @@ class TestInTheBackbone:
         outs = model(torch.randn(2, 3, 64, 96))
         assert [tuple(out.shape) for out in outs] == [(2, 16, 9), (2, 24, 4), (2, 32, 4), (2, 32, 1, 2)]
 
-    def test_a_mixer_of_one_s_own(self):
+    def test_custom_mixer(self):
         class Pool(nn.Module):
             def __init__(self, channels, state_dim, kernel_size):
                 super().__init__()
@@ -379,7 +379,7 @@ class TestInTheBackbone:
         assert model.stages[2].blocks[0].mixer.pool.kernel_size == 5
         assert model(torch.randn(2, 3, 64, 96))[2].shape == (2, 32, 1, 2)
 
-    def test_attention_has_no_hidden_states_to_return(self):
+    def test_attention_has_no_hidden_states(self):
         mixer_cfg = dict(type='mmevm.SelfAttention', head_dim=8)
         model = EfficientViM(TINY, out_hidden_states=True, mixer_cfg=mixer_cfg)
         with pytest.raises(ValueError, match='SelfAttention has no hidden states: set out_hidden_states=False'):
@@ -387,7 +387,7 @@ class TestInTheBackbone:
 
 
 class PreNorm(nn.Module):
-    """A residual block as other networks have it, around any mixer."""
+    """A residual block with any mixer, as in other networks."""
 
     def __init__(self, channels, mixer):
         super().__init__()
@@ -399,8 +399,8 @@ class PreNorm(nn.Module):
 
 
 @every_mixer
-def test_learns_outside_this_network(mixer_type):
-    """As in Table D, mixers are exchanged in a network that is none of ours.
+def test_mixers_train_in_another_network(mixer_type):
+    """As in Table D, the mixers replace that of another network.
 
     Each token has to say what one marked token, anywhere on the map, holds. Two 3×3 convolutions would bring it to 25
     of the 42 tokens at most, which leaves a loss of 0.4.

@@ -41,7 +41,7 @@ def batch():
 
 
 class Teacher(nn.Module):
-    """Remembers what it was shown, and its answers have gradients."""
+    """Record the inputs, and return logits that require gradients."""
 
     def __init__(self):
         super().__init__()
@@ -55,7 +55,7 @@ class Teacher(nn.Module):
 
 @pytest.mark.parametrize('distilled', [False, True])
 @pytest.mark.parametrize('has_teacher', [False, True])
-def test_parameters_and_checkpoint_are_those_of_an_image_classifier(distilled, has_teacher):
+def test_state_dict_equals_that_of_image_classifier(distilled, has_teacher):
     taught, plain = pair(distilled=distilled)
     if has_teacher:
         teacher = Teacher()
@@ -66,7 +66,7 @@ def test_parameters_and_checkpoint_are_those_of_an_image_classifier(distilled, h
 
 
 @pytest.mark.parametrize('distilled', [False, True])
-def test_without_a_teacher_losses_and_predictions_are_those_of_an_image_classifier(batch, distilled):
+def test_without_teacher_equals_image_classifier(batch, distilled):
     taught, plain = pair(distilled=distilled)
     taught.train()
     plain.train()
@@ -79,7 +79,7 @@ def test_without_a_teacher_losses_and_predictions_are_those_of_an_image_classifi
 
 
 @pytest.mark.parametrize(('distilled', 'name'), [(False, 'loss_mesa'), (True, 'loss_distill')])
-def test_the_head_hears_the_teacher_in_the_loss_only(batch, distilled, name):
+def test_teacher_affects_only_the_loss(batch, distilled, name):
     model = build('mmevm.DistillationClassifier', distilled=distilled).train()
     teacher = Teacher()
     model.teacher = lambda inputs: teacher(inputs)
@@ -95,7 +95,7 @@ def test_the_head_hears_the_teacher_in_the_loss_only(batch, distilled, name):
 
 
 @pytest.mark.parametrize('distilled', [False, True])
-def test_no_gradient_flows_into_the_teacher(batch, distilled):
+def test_teacher_gets_no_gradient(batch, distilled):
     model = build('mmevm.DistillationClassifier', distilled=distilled).train()
     teacher = Teacher()
     model.teacher = lambda inputs: teacher(inputs)
@@ -105,7 +105,7 @@ def test_no_gradient_flows_into_the_teacher(batch, distilled):
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
-def test_the_teacher_sees_the_images_of_the_student_after_mixup(batch):
+def test_teacher_gets_the_images_after_mixup(batch):
     model = build('mmevm.DistillationClassifier', train_cfg=dict(augments=dict(type='Mixup', alpha=0.8))).train()
     teacher = Teacher()
     model.teacher = lambda inputs: teacher(inputs)
@@ -122,10 +122,10 @@ def test_the_teacher_sees_the_images_of_the_student_after_mixup(batch):
 
 
 @pytest.mark.parametrize('duplicate', [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_has_no_teacher(batch, duplicate):
+def test_copy_has_no_teacher(batch, duplicate):
     model = build('mmevm.DistillationClassifier').eval()
     teacher = Teacher()
-    model.teacher = lambda inputs: teacher(inputs)  # a lambda cannot be pickled: it must not be tried
+    model.teacher = lambda inputs: teacher(inputs)  # a lambda cannot be pickled
     copied = duplicate(model)
     assert copied.teacher is None
     assert model.teacher is not None
@@ -141,13 +141,13 @@ class TestPretrained:
         torch.save(dict(state_dict=randomize(build('ImageClassifier'), seed=1).state_dict()), path)
         return path
 
-    def test_backbone_and_head_receive_every_tensor(self, file):
+    def test_backbone_and_head_get_every_tensor(self, file):
         model = build('mmevm.DistillationClassifier', init_cfg=dict(type='Pretrained', checkpoint=str(file)))
         model.init_weights()
         torch.testing.assert_close(dict(model.state_dict()), dict(torch.load(file)['state_dict']))
 
     @pytest.mark.parametrize('part', ['backbone', 'head'])
-    def test_a_tensor_that_is_missing_is_an_error(self, file, part):
+    def test_missing_tensor_raises(self, file, part):
         state = torch.load(file)['state_dict']
         state.pop(next(name for name in state if name.startswith(part)))
         torch.save(dict(state_dict=state), file)
@@ -155,7 +155,7 @@ class TestPretrained:
         with pytest.raises(CheckpointError, match='1 missing'):
             model.init_weights()
 
-    def test_a_prefix_could_not_be_that_of_both(self, file):
+    def test_prefix_raises(self, file):
         init_cfg = dict(type='Pretrained', checkpoint=str(file), prefix='backbone.')
         model = build('mmevm.DistillationClassifier', init_cfg=init_cfg)
         with pytest.raises(ConfigError, match=r'give backbone\.init_cfg and head\.init_cfg'):

@@ -61,7 +61,7 @@ class TestAgainstTimm:
         expected_grads = dict(reference.named_parameters())
         for name, grad in grads.items():
             torch.testing.assert_close(grad, expected_grads[name].grad, rtol=1e-6, atol=1e-7)
-        # The running statistics of BatchNorm moved alike.
+        # The running statistics of BatchNorm were updated equally.
         stats = reference.state_dict()
         for name, buffer in model.named_buffers():
             torch.testing.assert_close(buffer, stats[name])
@@ -70,7 +70,7 @@ class TestAgainstTimm:
 class TestOutput:
     @pytest.mark.parametrize('batch', [1, 3])
     @pytest.mark.parametrize(('height', 'width'), [(64, 64), (33, 200), (17, 16), (1, 1)])
-    def test_sizes_channels_and_strides_are_as_declared(self, tiny, batch, height, width):
+    def test_output_shapes_match_out_channels_and_out_strides(self, tiny, batch, height, width):
         tiny.eval()
         outs = tiny(torch.randn(batch, 3, height, width))
         assert len(outs) == len(tiny.out_channels) == len(tiny.out_strides) == 3
@@ -79,7 +79,7 @@ class TestOutput:
             assert out.isfinite().all()
 
     @pytest.mark.parametrize('arch', ARCHS)
-    def test_every_parameter_gets_a_gradient_but_the_inert_A(self, arch):
+    def test_every_parameter_except_A_gets_a_gradient(self, arch):
         model = EfficientViM(arch)
         _, grads = features_and_gradients(model, torch.randn(2, 3, 64, 64))
         for name, parameter in model.named_parameters():
@@ -90,7 +90,7 @@ class TestOutput:
                 assert grads[name].any(), name
 
     @pytest.mark.parametrize('out_indices', [(0,), (1,), (0, 2), [0, 1]])
-    def test_out_indices_select_and_later_stages_are_not_built(self, out_indices):
+    def test_out_indices(self, out_indices):
         torch.manual_seed(0)
         whole = randomize(EfficientViM(TINY)).eval()
         part = EfficientViM(TINY, out_indices=out_indices).eval()
@@ -102,20 +102,20 @@ class TestOutput:
         grads = features_and_gradients(part, x)[1]
         assert set(grads) == {name for name, p in part.named_parameters() if p.requires_grad}
 
-    def test_in_channels_mlp_ratio_and_arguments_of_the_mixer(self):
+    def test_in_channels_mlp_ratio_and_mixer_arguments(self):
         model = EfficientViM(TINY, in_channels=1, mlp_ratio=2.0, mixer_cfg=dict(type='mmevm.HSMSSD', ssd_expand=0.5))
         block = model.stages[0].blocks[0]
         assert block.ffn.fc1.conv.out_channels == 2 * 16
         assert block.mixer.hz_proj.conv.out_channels == 2 * 8
         assert model(torch.randn(2, 1, 64, 64))[0].shape == (2, 16, 4, 4)
 
-    def test_samples_of_a_batch_do_not_touch_each_other(self, tiny):
+    def test_images_of_a_batch_are_independent(self, tiny):
         tiny.eval()
         x = torch.randn(3, 3, 48, 48)
         alone = torch.cat([tiny(x[i : i + 1])[2] for i in range(3)])
         torch.testing.assert_close(tiny(x)[2], alone, rtol=1e-4, atol=1e-5)
 
-    def test_channels_last_input_gives_the_same(self, tiny):
+    def test_channels_last_input_returns_the_same(self, tiny):
         tiny.eval()
         x = torch.randn(2, 3, 64, 48)
         expected = tiny(x)
@@ -124,7 +124,7 @@ class TestOutput:
 
 class TestHiddenStates:
     @pytest.mark.parametrize('out_indices', [(2,), (0, 1, 2), (0, 1), (0,)])
-    def test_are_those_of_the_last_mixer_of_each_stage_and_stand_before_the_maps(self, out_indices):
+    def test_hidden_states_of_the_last_blocks_come_before_the_maps(self, out_indices):
         torch.manual_seed(0)
         model = randomize(EfficientViM(TINY, out_indices=out_indices, out_hidden_states=True)).eval()
         plain = EfficientViM(TINY, out_indices=out_indices).eval()
@@ -143,7 +143,7 @@ class TestHiddenStates:
         assert plain.out_channels == tuple(out.shape[1] for out in maps)
 
     @pytest.mark.parametrize('with_cp', [False, True])
-    def test_carry_gradients(self, with_cp):
+    def test_hidden_states_carry_gradients(self, with_cp):
         model = EfficientViM(TINY, out_indices=(2,), out_hidden_states=True, with_cp=with_cp).train()
         hidden = model(torch.randn(2, 3, 64, 64))[:3]
         for i, states in enumerate(hidden):
@@ -157,7 +157,7 @@ class TestHiddenStates:
 
 @MMEVM_MODELS.register_module()
 class MeanMixer(nn.Module):
-    """A mixer of one's own, without hidden states."""
+    """A custom mixer without hidden states."""
 
     def __init__(self, channels, state_dim, scale=1.0):
         super().__init__()
@@ -167,21 +167,21 @@ class MeanMixer(nn.Module):
         return self.scale * x.mean((2, 3), keepdim=True).expand_as(x), None
 
 
-class TestMixersOfOnesOwn:
-    def test_are_built_for_each_block_and_used(self):
+class TestCustomMixer:
+    def test_custom_mixer_is_built_for_each_block_and_used(self):
         model = EfficientViM(TINY, mixer_cfg=dict(type='mmevm.MeanMixer', scale=2.0)).eval()
         for i, stage in enumerate(model.stages):
             for block in stage.blocks:
                 assert type(block.mixer) is MeanMixer
                 assert (block.mixer.channels, block.mixer.state_dim) == (TINY['embed_dims'][i], TINY['state_dims'][i])
         block = randomize(model.stages[0].blocks[0])
-        block.alpha.data[[0, 2, 3]] = -60  # the mixer's gate alone is open
+        block.alpha.data[[0, 2, 3]] = -60  # only the mixer's gate is open
         block.alpha.data[1] = 60
         x = torch.randn(2, 16, 4, 5)
         torch.testing.assert_close(block(x)[0], 2 * block.norm(x).mean((2, 3), keepdim=True).expand_as(x))
 
     @pytest.mark.parametrize('with_cp', [False, True])
-    def test_need_no_hidden_states_where_none_are_wanted(self, with_cp):
+    def test_hidden_states_are_required_only_if_returned(self, with_cp):
         cfg = dict(mixer_cfg=dict(type='mmevm.MeanMixer'), with_cp=with_cp)
         assert features_and_gradients(EfficientViM(TINY, **cfg), torch.randn(2, 3, 64, 64))[1]
         with pytest.raises(ValueError, match='MeanMixer has no hidden states: set out_hidden_states=False'):
@@ -199,15 +199,15 @@ class TestMixersOfOnesOwn:
         assert grads['stages.2.blocks.0.norm.weight'].any()
         assert model.stages[2].blocks[0].norm.num_batches_tracked == 1
 
-    def test_a_misspelt_argument_is_not_swallowed(self):
+    def test_unknown_argument_raises(self):
         with pytest.raises(TypeError, match='scal'):
             EfficientViM(TINY, mixer_cfg=dict(type='mmevm.MeanMixer', scal=2.0))
 
 
 class TestGate:
-    """x ← (1 − g)·x + g·f(x), by its formula."""
+    """x ← (1 − g)·x + g·f(x)."""
 
-    def test_closed_gates_are_the_identity_and_open_ones_the_steps_alone(self):
+    def test_closed_gates_are_the_identity_and_open_gates_the_layers(self):
         block = randomize(make_block(drop_path=0.0)).double().eval()
         x = torch.randn(2, 8, 5, 7, dtype=torch.double)
         block.alpha.data.fill_(-60)
@@ -216,7 +216,7 @@ class TestGate:
         mixed = block.mixer(block.norm(block.dwconv1(x)))[0]
         torch.testing.assert_close(block(x)[0], block.ffn(block.dwconv2(mixed)))
 
-    def test_a_dropped_path_keeps_the_sample_and_the_others_keep_the_expectation(self):
+    def test_drop_path_keeps_dropped_samples_and_scales_the_others(self):
         block = randomize(make_block(drop_path=0.5)).double().train()
         x, fx = torch.randn(2, 64, 8, 3, 3, dtype=torch.double)
         gate = torch.rand(8, 1, 1, dtype=torch.double)
@@ -319,7 +319,7 @@ class TestTraining:
 
 class TestReducedPrecision:
     @pytest.mark.parametrize('scale', [1.0, 1e4])
-    def test_autocast_bf16_is_finite_and_near(self, tiny, scale):
+    def test_autocast_bf16_is_close(self, tiny, scale):
         tiny.eval()
         x = scale * torch.randn(1, 3, 96, 96)
         expected = tiny(x)
@@ -331,7 +331,7 @@ class TestReducedPrecision:
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
     @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-    def test_autocast_on_a_gpu_is_finite_and_near(self, tiny, dtype):
+    def test_autocast_on_a_gpu_is_close(self, tiny, dtype):
         tiny.eval().cuda()
         x = torch.randn(1, 3, 512, 512, device='cuda')
         expected = tiny(x)
@@ -359,24 +359,24 @@ class TestArguments:
             (dict(arch=None), 'm1.*m2.*m3.*m4'),
             (dict(frozen_stages=4), 'frozen_stages=4'),
             (dict(frozen_stages=-2), 'frozen_stages=-2'),
-            (dict(frozen_stages=3, out_indices=(0, 1)), 'builds 2 only'),
+            (dict(frozen_stages=3, out_indices=(0, 1)), 'to 2 .*out_indices='),
             (dict(drop_path_rate=1.0), 'drop_path_rate'),
             (dict(mlp_ratio=0), 'mlp_ratio'),
             (dict(mixer_cfg=dict(type='mmevm.HSMSSD', ssd_expand=-1.0)), 'ssd_expand'),
             (dict(in_channels=0), 'in_channels'),
         ],
     )
-    def test_a_wrong_value_is_answered_with_what_is_allowed(self, arguments, allowed):
+    def test_invalid_argument_raises(self, arguments, allowed):
         with pytest.raises(ValueError, match=allowed):
             EfficientViM(**arguments)
 
-    def test_a_misspelt_argument_is_not_swallowed(self):
+    def test_unknown_argument_raises(self):
         with pytest.raises(TypeError, match='frozen_stage'):
             EfficientViM('m1', frozen_stage=1)
 
 
 @pytest.mark.parametrize('scope', ['mmengine', 'mmdet', 'mmpretrain'])
-def test_every_library_builds_it_by_its_scope(scope):
+def test_built_from_every_default_scope(scope):
     with DefaultScope.overwrite_default_scope(scope):
         model = MODELS.build(dict(type='mmevm.EfficientViM', arch='m1'))
     assert type(model) is EfficientViM

@@ -33,7 +33,7 @@ def labelled(labels):
 
 
 def classifier(name):
-    """mmpretrain's classifier with the weights of timm's model, which came through the conversion."""
+    """mmpretrain's classifier with converted weights of timm's model."""
     reference = randomize(timm.create_model(name))
     arch = name.split('_')[1]
     backbone = dict(type='mmevm.EfficientViM', arch=arch, out_indices=(2,), out_hidden_states=True)
@@ -91,7 +91,7 @@ class TestAgainstTimm:
 
 
 class TestFusion:
-    """Eq. 12 and 13, normalising before the mean as the authors' code does."""
+    """Eq. 12 and 13, with the norm before the mean, as in the authors' code."""
 
     @pytest.mark.parametrize(
         'shapes',
@@ -102,7 +102,7 @@ class TestFusion:
             [(2, 4, 6), (2, 5, 1), (2, 7, 3), (2, 7, 3, 5)],
         ],
     )
-    def test_by_its_formula(self, shapes):
+    def test_agrees_with_its_formula(self, shapes):
         feats = [torch.randn(shape, dtype=torch.double) * 3 + 1 for shape in shapes]
         head = make_head(in_channels=[shape[1] for shape in shapes]).eval()
         expected = torch.zeros(2, 5, dtype=torch.double)
@@ -116,7 +116,7 @@ class TestFusion:
             expected += share * (mean @ head.heads[i].weight.T + head.heads[i].bias)
         torch.testing.assert_close(head(tuple(feats)), expected)
 
-    def test_a_distilled_head_gives_both_logits_in_training_and_else_their_mean(self, feats):
+    def test_distilled_head_returns_both_logits_in_training_and_their_mean_in_eval(self, feats):
         head = make_head(distilled=True)
         labels_only = make_head()
         labels_only.load_state_dict({k: v for k, v in head.state_dict().items() if 'dist' not in k})
@@ -130,7 +130,7 @@ class TestFusion:
         torch.testing.assert_close(head.train()(feats), expected)
         torch.testing.assert_close(head.eval()(feats), (expected[0] + expected[1]) / 2)
 
-    def test_samples_of_a_batch_do_not_touch_each_other(self, feats):
+    def test_images_of_a_batch_are_independent(self, feats):
         head = make_head(distilled=True).eval()
         alone = torch.cat([head(tuple(x[i : i + 1] for x in feats)) for i in range(3)])
         torch.testing.assert_close(head(feats), alone)
@@ -144,7 +144,7 @@ class TestFusion:
                     assert parameter.grad is not None, name
                     assert parameter.grad.any(), name
 
-    def test_batch_norm_in_place_of_layer_norm(self, feats):
+    def test_norm_cfg(self, feats):
         head = make_head(norm_cfg=dict(type='BN')).train()
         assert all(type(norm) is nn.BatchNorm2d for norm in head.norm)
         pooled = head.pre_logits(feats)
@@ -156,20 +156,20 @@ class TestFusion:
             normed = (x.flatten(2).mean(2) - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
             torch.testing.assert_close(out, normed * norm.weight + norm.bias)
 
-    def test_behind_the_backbone(self):
+    def test_with_the_backbone(self):
         backbone = randomize(EfficientViM(TINY, out_indices=(1, 2), out_hidden_states=True)).eval()
         head = FusionClsHead(5, backbone.out_channels).eval()
         assert head(backbone(torch.randn(2, 3, 48, 80))).shape == (2, 5)
 
 
 class TestLoss:
-    def test_of_labels(self, feats):
+    def test_loss_of_labels(self, feats):
         head = make_head()
         losses = head.loss(feats, labelled([4, 0, 4]))
         assert set(losses) == {'loss'}
         torch.testing.assert_close(losses['loss'], -head(feats).log_softmax(1)[range(3), [4, 0, 4]].mean())
 
-    def test_of_smoothed_and_mixed_labels(self, feats):
+    def test_loss_of_smoothed_and_mixed_labels(self, feats):
         smoothing = dict(type='mmpretrain.LabelSmoothLoss', label_smooth_val=0.1, mode='original')
         head = make_head(loss=smoothing)
         mixed = torch.tensor([[0.3, 0, 0.7, 0, 0], [0, 1, 0, 0, 0], [0, 0.5, 0, 0, 0.5]], dtype=torch.double)
@@ -178,7 +178,7 @@ class TestLoss:
         torch.testing.assert_close(head.loss(feats, samples)['loss'], expected)
 
     @pytest.mark.parametrize('mixed', [False, True])
-    def test_of_labels_and_an_average_is_mesa(self, feats, mixed):
+    def test_loss_with_a_teacher_is_mesa(self, feats, mixed):
         head = make_head()
         teacher_logits = torch.randn(3, 5, dtype=torch.double)
         samples = labelled([1, 2, 3])
@@ -190,7 +190,7 @@ class TestLoss:
         expected = -(teacher_logits.softmax(1) * head(feats).log_softmax(1)).sum(1).mean()
         torch.testing.assert_close(losses['loss_mesa'], expected)
 
-    def test_of_labels_and_a_network_is_hard_distillation(self, feats):
+    def test_loss_of_a_distilled_head_with_a_teacher_is_hard_distillation(self, feats):
         head = make_head(distilled=True).train()
         logits, of_teacher = head(feats)
         teacher_logits = torch.randn(3, 5, dtype=torch.double)
@@ -201,7 +201,7 @@ class TestLoss:
         torch.testing.assert_close(losses['loss_distill'], -of_teacher.log_softmax(1)[range(3), choices].mean() / 2)
 
     @pytest.mark.parametrize('training', [False, True])
-    def test_of_a_distilled_head_without_a_teacher_is_that_of_its_mean(self, feats, training):
+    def test_loss_of_a_distilled_head_without_a_teacher(self, feats, training):
         head = make_head(distilled=True)
         mean = head.eval()(feats)
         losses = head.train(training).loss(feats, labelled([1, 2, 3]))
@@ -209,7 +209,7 @@ class TestLoss:
         torch.testing.assert_close(losses['loss'], -mean.log_softmax(1)[range(3), [1, 2, 3]].mean())
 
     @pytest.mark.parametrize('distilled', [False, True])
-    def test_accuracies_are_those_of_the_labels_classifiers(self, feats, distilled):
+    def test_accuracy_is_that_of_the_classifiers_trained_by_labels(self, feats, distilled):
         head = make_head(distilled, cal_acc=True, topk=(1, 2)).train()
         for linear in head.heads:
             linear.bias.data += 10  # mmpretrain counts logits above 0 only
@@ -221,16 +221,16 @@ class TestLoss:
         assert [acc.item() for acc in losses['accuracy_top-2']] == pytest.approx([200 / 3])
 
     @pytest.mark.parametrize('distilled', [False, True])
-    def test_a_teacher_of_other_classes_is_an_error(self, feats, distilled):
+    def test_teacher_with_other_classes_raises(self, feats, distilled):
         head = make_head(distilled)
-        with pytest.raises(ValueError, match=r'teacher knows 6 classes, .* num_classes=5'):
+        with pytest.raises(ValueError, match=r'num_classes=5 .* teacher, which has 6 classes'):
             head.loss(feats, labelled([0, 1, 2]), teacher_logits=torch.randn(3, 6))
 
 
 class TestPrediction:
     @pytest.mark.parametrize('training', [False, True])
     @pytest.mark.parametrize('distilled', [False, True])
-    def test_is_the_best_class_in_any_mode(self, feats, distilled, training):
+    def test_predicts_the_best_class_in_any_mode(self, feats, distilled, training):
         head = make_head(distilled)
         logits = head.eval()(feats)
         head.train(training)
@@ -238,7 +238,7 @@ class TestPrediction:
             torch.testing.assert_close(sample.pred_score, row.softmax(0))
             assert sample.pred_label.item() == row.argmax()
 
-    def test_is_written_into_the_samples_given(self, feats):
+    def test_predictions_are_written_to_the_given_samples(self, feats):
         head = make_head()
         samples = labelled([0, 1, 2])
         predicted = head.predict(feats, samples)
@@ -261,19 +261,19 @@ def test_initial_weights():
 
 class TestArguments:
     @pytest.mark.parametrize(
-        ('arguments', 'answer'),
+        ('arguments', 'message'),
         [
-            (dict(in_channels=320), r'in_channels=320: give a list'),
-            (dict(in_channels=()), r'in_channels=\(\): give a list'),
-            (dict(num_classes=0), r'num_classes=0: at least 1'),
-            (dict(num_classes=-3), r'num_classes=-3: at least 1'),
+            (dict(in_channels=320), r'in_channels=320: expected a list'),
+            (dict(in_channels=()), r'in_channels=\(\): expected a list'),
+            (dict(num_classes=0), r'num_classes=0: expected at least 1'),
+            (dict(num_classes=-3), r'num_classes=-3: expected at least 1'),
         ],
     )
-    def test_a_wrong_value_is_answered_with_what_is_allowed(self, arguments, answer):
-        with pytest.raises(ValueError, match=answer):
+    def test_invalid_argument_raises(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
             FusionClsHead(**{'num_classes': 5, 'in_channels': CHANNELS, **arguments})
 
-    def test_a_misspelt_argument_is_not_swallowed(self):
+    def test_unknown_argument_raises(self):
         with pytest.raises(TypeError, match='distill'):
             FusionClsHead(5, CHANNELS, distill=True)
 
@@ -286,7 +286,7 @@ class TestArguments:
             dict(out_indices=(1,), out_hidden_states=True),
         ],
     )
-    def test_a_backbone_that_gives_something_else_is_an_error(self, given):
+    def test_backbone_with_other_outputs_raises(self, given):
         backbone = EfficientViM(TINY, **given)
         head = FusionClsHead(5, CHANNELS)
         feats = backbone(torch.randn(2, 3, 64, 64))
@@ -298,7 +298,7 @@ class TestArguments:
 
 
 @pytest.mark.parametrize('scope', ['mmengine', 'mmdet', 'mmpretrain'])
-def test_every_library_builds_it_by_its_scope(scope):
+def test_built_from_every_default_scope(scope):
     with DefaultScope.overwrite_default_scope(scope):
         head = MODELS.build(dict(type='mmevm.FusionClsHead', num_classes=5, in_channels=CHANNELS))
     assert type(head) is FusionClsHead

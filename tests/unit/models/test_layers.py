@@ -9,8 +9,8 @@ from mmevm.models.layers import FFN, ConvNorm, LayerNorm2d, PatchMerging, Stem
 BN = dict(type='BN')
 
 
-class TestChannelLayerNorm:
-    def test_by_its_formula_and_gradcheck(self):
+class TestLayerNorm2d:
+    def test_agrees_with_its_formula_and_gradcheck(self):
         norm = LayerNorm2d(5).double()
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
@@ -22,15 +22,15 @@ class TestChannelLayerNorm:
         assert torch.autograd.gradcheck(norm, x)
 
     @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-    def test_neither_overflows_nor_loses_the_mean_in_half_precision(self, dtype):
-        # Squares of 1e4 exceed float16, and beside a mean of 1000 bfloat16 cannot hold a deviation of 1.
+    def test_half_precision_adds_only_rounding_of_the_output(self, dtype):
+        # Squares of 1e4 overflow float16, and bfloat16 has too few digits for a deviation of 1 from a mean of 1000.
         norm = LayerNorm2d(64)
         nn.init.normal_(norm.weight)
         for mean, deviation in [(0.0, 1e4), (1000.0, 8.0)]:
             x = (mean + deviation * torch.randn(1, 64, 8, 8)).to(dtype)
             out = norm(x)
             assert out.dtype == dtype
-            # No error but that of rounding the result.
+            # The only error is that of rounding the output.
             exact = copy.deepcopy(norm).double()(x.double())
             torch.testing.assert_close(out.double(), exact, rtol=0.6 * torch.finfo(dtype).eps, atol=1e-4)
 
@@ -45,7 +45,7 @@ def test_conv_norm_order_and_names():
 
 
 @pytest.mark.parametrize('affine', [True, False])
-def test_with_fixed_statistics_a_conv_norm_learns_the_same_and_keeps_less(affine):
+def test_conv_norm_with_fixed_statistics_has_the_same_gradients_and_keeps_less(affine):
     layer = ConvNorm(3, 4, 3, norm_cfg=dict(BN, affine=affine), relu=True).double().train()
     layer.norm.eval()
     layer.norm.running_mean.normal_()
@@ -70,18 +70,18 @@ def test_with_fixed_statistics_a_conv_norm_learns_the_same_and_keeps_less(affine
     (out, gradients, kept), (expected, expected_gradients, kept_by_both) = results
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(gradients, expected_gradients)
-    assert kept == 8 * 2 * (3 + 4) * 16 * 16  # what comes in and what goes out
+    assert kept == 8 * 2 * (3 + 4) * 16 * 16  # the input and the output
     assert kept < kept_by_both
 
 
-def test_a_norm_without_statistics_of_its_own_stays_one():
+def test_conv_norm_without_running_statistics_uses_those_of_the_batch():
     layer = ConvNorm(3, 4, 3, norm_cfg=dict(BN, track_running_stats=False)).train()
     layer.norm.eval()
     out = layer(torch.randn(2, 3, 16, 16))
     torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
 
 
-def test_stem_has_no_relu_at_its_end():
+def test_stem_has_no_relu_after_the_last_convolution():
     stem = Stem(3, 16, BN)
     out = stem(torch.randn(2, 3, 70, 33))
     assert out.shape == (2, 16, 5, 3)
@@ -90,13 +90,13 @@ def test_stem_has_no_relu_at_its_end():
     assert inner.min() == 0
 
 
-def test_ffn_mixes_channels_of_each_pixel_alone():
+def test_ffn_processes_each_pixel_separately():
     ffn = FFN(6, 24, BN).eval()
     x = torch.randn(1, 6, 4, 4)
     torch.testing.assert_close(ffn(x)[..., 1:2, 2:3], ffn(x[..., 1:2, 2:3]))
 
 
-def test_patch_merging_halves_and_its_shortcuts_carry_the_image():
+def test_patch_merging_halves_the_size_and_has_shortcuts():
     merge = PatchMerging(6, 10, BN).eval()
     assert merge(torch.randn(2, 6, 7, 4)).shape == (2, 10, 4, 2)
     for conv in (merge.dwconv1, merge.dwconv2):

@@ -7,7 +7,7 @@ from mmevm.models.mixers import HSMSSD
 
 
 def algorithm_1(mixer, x):
-    """The paper's Algorithm 1, one image, one token and one state at a time, with the inert `A` in its place."""
+    """The paper's Algorithm 1 with explicit loops over images, tokens and states, including ``A``."""
     outs, states = [], []
     for image in x:  # (D, H, W)
         channels, height, width = image.shape
@@ -32,7 +32,7 @@ def algorithm_1(mixer, x):
 
 @pytest.mark.parametrize('ssd_expand', [1.0, 0.5, 2.0, 0.25])  # 0.25 of 6 channels are one
 @pytest.mark.parametrize('size', [(4, 5), (1, 1), (1, 7)])
-def test_by_the_paper_s_algorithm(ssd_expand, size):
+def test_agrees_with_algorithm_1(ssd_expand, size):
     mixer = HSMSSD(6, 4, ssd_expand).double()
     mixer.D.data.fill_(0.7)
     x = torch.randn(2, 6, *size, dtype=torch.double)
@@ -44,7 +44,7 @@ def test_gradients():
     assert torch.autograd.gradcheck(mixer, torch.randn(1, 4, 3, 2, dtype=torch.double, requires_grad=True))
 
 
-def test_A_is_loaded_and_changes_nothing():
+def test_A_is_loaded_and_does_not_affect_the_output():
     mixer, other = HSMSSD(6, 4), HSMSSD(6, 4)
     state = mixer.state_dict()
     assert state['A'].shape == (4,)
@@ -63,7 +63,7 @@ def test_A_starts_uniform_from_1_to_16():
 
 @pytest.mark.parametrize('dtype', [pytest.param(torch.float16, marks=needs_half), torch.bfloat16])
 def test_many_tokens_in_half_precision(dtype):
-    """Importances of 1/3000000 are 5.6 of float16's smallest numbers: rounded to 6 they would sum to 1.07."""
+    """An importance of 1/3000000 is 5.6 times float16's smallest number: rounded to 6, they would sum to 1.07."""
     mixer = HSMSSD(4, 2).eval()
     for parameter in (mixer.BCdt_proj.conv.weight, mixer.dw.conv.weight):
         parameter.data.abs_()  # sums in which nothing cancels

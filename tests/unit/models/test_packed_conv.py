@@ -1,4 +1,4 @@
-"""A packed convolution is nn.Conv2d, whatever is done with it."""
+"""PackedConv2d behaves as nn.Conv2d in every respect."""
 
 import copy
 import importlib.util
@@ -50,7 +50,7 @@ def expected(conv, x):
 
 
 def assert_right(conv, x):
-    """The second time the weights are packed, if they can be."""
+    """Compare twice: the second call uses packed weights, if they can be packed."""
     for _ in range(2):
         out = conv(x)
         torch.testing.assert_close(out, expected(conv, x).to(out), rtol=1e-4, atol=1e-5)
@@ -58,7 +58,7 @@ def assert_right(conv, x):
 
 @packs
 @pytest.mark.parametrize('geometry', GEOMETRIES, ids=str)
-def test_sizes_and_layouts_may_change_from_call_to_call(geometry):
+def test_changing_sizes_and_layouts(geometry):
     conv = make(**geometry)
     channels = geometry['in_channels']
     plain = plain_like(conv, geometry)
@@ -75,8 +75,8 @@ def test_sizes_and_layouts_may_change_from_call_to_call(geometry):
 
 @packs
 @pytest.mark.parametrize('geometry', GEOMETRIES, ids=str)
-def test_a_shape_is_packed_for_when_it_comes_again(geometry):
-    """Bit for bit as without: which kernel runs is for the shape to say, not for what was before."""
+def test_weight_is_packed_at_the_second_input_of_a_shape(geometry):
+    """The kernel depends on the shape, not on earlier calls, so the outputs are equal bit for bit."""
     conv = make(**geometry)
     plain = plain_like(conv, geometry)
     small, large = (images(batch, geometry['in_channels'], 40, 40) for batch in (16, 20))
@@ -88,8 +88,8 @@ def test_a_shape_is_packed_for_when_it_comes_again(geometry):
 
 
 @pytest.mark.parametrize('geometry', GEOMETRIES, ids=str)
-def test_numbers_do_not_depend_on_what_was_before(geometry):
-    """PyTorch has other kernels for small images and for one thread, and other ones for maps of one pixel."""
+def test_outputs_do_not_depend_on_earlier_calls(geometry):
+    """PyTorch uses other kernels for small images, for one thread and for maps of one pixel."""
     for shape in [(1, 4, 4), (1, 9, 9), (1, 100, 100), (2, 1, 1), (3, 2, 1), (16, 1, 1), (16, 5, 5), (0, 5, 5)]:
         conv = make(**geometry)
         plain = plain_like(conv, geometry)
@@ -99,7 +99,7 @@ def test_numbers_do_not_depend_on_what_was_before(geometry):
 
 
 @pytest.mark.parametrize('geometry', GEOMETRIES, ids=str)
-def test_no_image_and_an_image_without_a_batch(geometry):
+def test_empty_batch_and_unbatched_image(geometry):
     shape = geometry['in_channels'], 8, 8
     out = make(**geometry)(torch.zeros(0, *shape))
     assert (len(out), out.shape[1]) == (0, geometry['out_channels'])
@@ -170,7 +170,7 @@ def state_dict_array(conv):
 
 
 def averaged_weights(conv):
-    """As in a validation with mmengine's EMAHook, which exchanges weights."""
+    """mmengine's EMAHook exchanges weights in validation."""
     average = ExponentialMovingAverage(make())
     for mine, averaged in zip(conv.parameters(), average.module.parameters(), strict=True):
         kept = averaged.data.clone()
@@ -211,7 +211,7 @@ CHANGES = [
 
 @packs
 @pytest.mark.parametrize('change', CHANGES)
-def test_weights_may_change(change):
+def test_changed_weights_are_used(change):
     conv, x = make(), images(16, 24, 9, 9)
     assert_right(conv, x)
     before = conv._packed
@@ -232,7 +232,7 @@ SHARING = dict(
 @packs
 @pytest.mark.parametrize('early', [False, True])
 @pytest.mark.parametrize('kind', SHARING)
-def test_writes_through_what_shares_the_memory(kind, early):
+def test_writes_through_shared_memory_are_used(kind, early):
     """Whether it was taken before or after the weight was packed. Once it is gone, the weight is packed again.
 
     But for memory of which there was an array: PyTorch does not tell when that is gone.
@@ -252,7 +252,7 @@ def test_writes_through_what_shares_the_memory(kind, early):
 
 
 @packs
-def test_memory_of_an_array_or_of_another_process_is_not_packed():
+def test_memory_shared_with_numpy_or_a_process_is_not_packed():
     x = images(16, 24, 9, 9)
     array = np.random.default_rng(0).standard_normal((40, 24, 1, 1), np.float32)
     conv = make()
@@ -266,7 +266,7 @@ def test_memory_of_an_array_or_of_another_process_is_not_packed():
 
 
 @packs
-def test_copies_reflect_their_own_weights():
+def test_copies_use_their_own_weights():
     conv, x = make(), images(16, 24, 9, 9)
     assert_right(conv, x)
     average = ExponentialMovingAverage(conv)
@@ -280,7 +280,7 @@ def test_copies_reflect_their_own_weights():
 
 @packs
 def test_parameters_stay_parameters():
-    """Files, compilers and optimizers see no other class and nothing besides the values."""
+    """Files, compilers and optimizers see plain parameters."""
     conv, x = make(), images(16, 24, 9, 9)
     assert_right(conv, x)
     assert isinstance(conv.weight, nn.Parameter)
@@ -317,7 +317,7 @@ def test_function_transforms():
     assert_right(conv, x)
 
 
-def test_copies_and_files_hold_the_weight_once():
+def test_copies_and_files_contain_the_weight_once():
     conv, x = make(), images(16, 24, 9, 9)
     assert_right(conv, x)
     out = conv(x)
@@ -360,7 +360,7 @@ def test_inference_mode_and_switched_off_kernels():
         conv = make()
         assert_right(conv, x)
     assert_right(conv, x)
-    conv.to(memory_format=torch.channels_last)  # an inference tensor without a version, that does not say so
+    conv.to(memory_format=torch.channels_last)  # an inference tensor without a version
     assert_right(conv, x)
     with torch.backends.mkldnn.flags(enabled=False):
         conv = make()
@@ -388,7 +388,7 @@ def test_plain_convolution_where_pytorch_lacks_a_private_function(owner, name, m
     assert conv._packed is None
 
 
-def test_who_traces_sees_a_convolution():
+def test_tracing_records_a_convolution():
     conv, x = make(), images(16, 24, 9, 9)
     assert_right(conv, x)
     out = conv(x)

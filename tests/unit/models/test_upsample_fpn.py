@@ -26,7 +26,7 @@ def make_neck(**kwargs):
 
 
 def by_formula(weights, maps, num_upsamples, extra):
-    """The authors' neck, written down from plain functions and a state dict."""
+    """The authors' neck from plain functions and a state dict."""
 
     def conv(name, x, **kwargs):
         return F.conv2d(x, weights[f'{name}.conv.weight'], weights[f'{name}.conv.bias'], **kwargs)
@@ -62,7 +62,7 @@ def by_formula(weights, maps, num_upsamples, extra):
         (dict(num_outs=5, num_upsamples=1, add_extra_convs='on_input'), True),  # as for RetinaNet
     ],
 )
-def test_levels_by_the_formula(size, kwargs, extra):
+def test_agrees_with_its_formula(size, kwargs, extra):
     neck, maps = make_neck(**kwargs), make_maps(*size)
     expected = by_formula(neck.state_dict(), maps, kwargs['num_upsamples'], extra)
     torch.testing.assert_close(list(neck(maps)), expected)
@@ -72,7 +72,7 @@ def test_levels_by_the_formula(size, kwargs, extra):
 @pytest.mark.parametrize('add_extra_convs', [False, True, 'on_input', 'on_lateral', 'on_output'])
 @pytest.mark.parametrize('num_outs', [3, 4, 5])
 @pytest.mark.parametrize('norm', [None, dict(type='BN')])
-def test_without_pre_norms_and_finer_levels_it_is_the_stock_fpn(relu, add_extra_convs, num_outs, norm):
+def test_without_pre_norms_and_finer_levels_equals_fpn(relu, add_extra_convs, num_outs, norm):
     assert_equals_the_stock_fpn(
         num_outs=num_outs, add_extra_convs=add_extra_convs, relu_before_extra_convs=relu, norm_cfg=norm
     )
@@ -87,12 +87,12 @@ def assert_equals_the_stock_fpn(**kwargs):
     torch.testing.assert_close(neck(maps), stock(maps), rtol=0, atol=0)
 
 
-def test_norms_and_activations_are_those_of_the_stock_fpn():
+def test_norms_and_activations_equal_those_of_fpn():
     norm, act = dict(type='BN'), dict(type='ReLU')
     assert_equals_the_stock_fpn(num_outs=4, add_extra_convs='on_output', norm_cfg=norm, act_cfg=act)
 
 
-def test_finer_levels_end_in_the_norm_and_the_activation_that_the_others_end_in():
+def test_finer_levels_have_the_norm_and_activation_of_the_others():
     neck = make_neck(num_outs=5, norm_cfg=dict(type='BN'), act_cfg=dict(type='ReLU'))
     state = neck.state_dict()
     levels = neck(make_maps())
@@ -105,7 +105,7 @@ def test_finer_levels_end_in_the_norm_and_the_activation_that_the_others_end_in(
     assert 'upsample_convs.0.bn.weight' not in state
 
 
-def test_without_further_arguments_coarser_levels_are_pooled():
+def test_coarser_levels_are_pooled_by_default():
     assert len(make_neck(num_outs=6).fpn_convs) == len(CHANNELS)
     kwargs = dict(num_outs=7, num_upsamples=1, add_extra_convs='on_output')
     neck, rectified = make_neck(**kwargs), make_neck(relu_before_extra_convs=True, **kwargs)
@@ -115,7 +115,7 @@ def test_without_further_arguments_coarser_levels_are_pooled():
     torch.testing.assert_close(last, neck.fpn_convs[5](neck.fpn_convs[4](neck(make_maps(64, 64))[4])))
 
 
-def test_strides_of_both_detectors():
+def test_strides_of_mask_rcnn_and_retinanet():
     maps = make_maps(16, 16)  # stride 16 of a 256² image
     for kwargs, strides in [
         (dict(num_outs=5, num_upsamples=2), (4, 8, 16, 32, 64)),
@@ -144,12 +144,12 @@ def test_initial_weights_are_those_of_fpn():
     assert neck.upsample_convs[0].conv.bias is not None
 
 
-def test_too_few_levels_is_an_error():
+def test_too_few_levels_raise():
     with pytest.raises(ValueError, match=r'num_outs=4.*num_upsamples=2.*3 maps'):
         UpsampleFPN(CHANNELS, 8, num_outs=4)
 
 
 @pytest.mark.parametrize('maps', [make_maps()[:2], make_maps()[::-1]])
-def test_other_maps_than_declared_are_an_error(maps):
-    with pytest.raises(ValueError, match=r'in_channels=\[12, 16, 20\]: set that to what the backbone gives\.$'):
+def test_maps_with_other_channels_raise(maps):
+    with pytest.raises(ValueError, match=r'^in_channels=\[12, 16, 20\] of the neck .* Set in_channels=\[.*\]\.$'):
         make_neck(num_outs=5)(maps)

@@ -1,4 +1,4 @@
-"""Every engine computes what the model does, and says what it cannot do."""
+"""Every engine computes the outputs of the model, and reports unsupported settings."""
 
 import os
 import sys
@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from versions import EXPORTS_ONNX
 
-from mmevm.analysis.latency import ENGINES, EngineError, prepare
+from mmevm.analysis.latency import ENGINES, prepare
+from mmevm.errors import EngineError
 
 ONNX_ENGINES = ['onnxruntime', 'openvino']
 needs_export = pytest.mark.skipif(not EXPORTS_ONNX, reason='ONNX export needs torch 2.7')
@@ -17,7 +18,7 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU
 
 
 class TwoMaps(nn.Module):
-    """Convolution, norm and ReLU, and maps of two sizes."""
+    """A convolution with norm and ReLU, and outputs of two sizes."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +41,7 @@ def x():
 
 
 def outputs(result):
-    """All outputs as tensors, of whatever an engine returns."""
+    """Return all outputs of an engine as tensors."""
     leaves = torch.utils._pytree.tree_flatten(result)[0]
     return [torch.as_tensor(leaf).float().cpu() for leaf in leaves]
 
@@ -62,7 +63,7 @@ def assert_same(result, model, x, tolerance=1e-5):
         *(pytest.param(engine, marks=needs_export) for engine in ONNX_ENGINES),
     ],
 )
-def test_outputs_are_those_of_the_model_for_whatever_it_is_given(engine, model, x, tmp_path):
+def test_outputs_equal_those_of_the_model(engine, model, x, tmp_path):
     if engine in ONNX_ENGINES:
         pytest.importorskip(engine)
     if engine == 'cudagraph':
@@ -76,12 +77,12 @@ def test_outputs_are_those_of_the_model_for_whatever_it_is_given(engine, model, 
         assert_same(result, reference, given)
 
 
-def test_inference_keeps_nothing_for_a_backward_pass(model, x):
+def test_inference_needs_no_gradients(model, x):
     result, _ = prepare('eager', model, x)(x)
     assert not result.requires_grad
 
 
-def test_autocast_computes_in_its_dtype(model, x):
+def test_outputs_have_the_requested_dtype(model, x):
     _, (out,) = prepare('eager', model, x, 'autocast-bfloat16')(x)
     assert out.dtype == torch.bfloat16
     _, (out,) = prepare('eager', model, x)(x)
@@ -91,12 +92,12 @@ def test_autocast_computes_in_its_dtype(model, x):
 
 
 @pytest.mark.parametrize('engine', ['eager', pytest.param('compile', marks=pytest.mark.slow)])
-def test_training_leaves_the_gradients_of_one_backward_pass(engine, x):
+def test_training_computes_the_gradients_of_one_backward_pass(engine, x):
     model = nn.Conv2d(3, 4, 1).train()
     call = prepare(engine, model, x, training=True)
     call(x)
     call(x)
-    # The sum of all outputs: each weight is met by its channel of each pixel.
+    # of the sum of all outputs
     expected = x.sum((0, 2, 3)).expand(4, 3)
     torch.testing.assert_close(model.weight.grad.flatten(1), expected, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(model.bias.grad, torch.full((4,), 2.0 * 16 * 24))
@@ -104,7 +105,7 @@ def test_training_leaves_the_gradients_of_one_backward_pass(engine, x):
 
 @needs_export
 @pytest.mark.parametrize('engine', ONNX_ENGINES)
-def test_an_onnx_file_that_is_there_is_used(engine, model, x, tmp_path):
+def test_an_existing_onnx_file_is_used(engine, model, x, tmp_path):
     pytest.importorskip(engine)
     file = tmp_path / 'model.onnx'
     prepare('onnxruntime', model, x, onnx_file=file)
@@ -113,7 +114,7 @@ def test_an_onnx_file_that_is_there_is_used(engine, model, x, tmp_path):
 
 
 @needs_export
-def test_onnx_runtime_has_the_threads_that_it_was_given(model, x, tmp_path):
+def test_onnx_runtime_uses_the_given_threads(model, x, tmp_path):
     pytest.importorskip('onnxruntime')
     tasks = Path('/proc/self/task')
     if not tasks.exists():
@@ -122,37 +123,37 @@ def test_onnx_runtime_has_the_threads_that_it_was_given(model, x, tmp_path):
     kept = [prepare('onnxruntime', model, x, threads=1, onnx_file=file)]
     before = len(os.listdir(tasks))
     kept.append(prepare('onnxruntime', model, x, threads=1, onnx_file=file))
-    assert len(os.listdir(tasks)) == before  # the caller's own is the one
+    assert len(os.listdir(tasks)) == before  # one is the caller's own
     kept.append(prepare('onnxruntime', model, x, threads=4, onnx_file=file))
     assert len(os.listdir(tasks)) == before + 3
 
 
 @pytest.mark.parametrize('engine', ONNX_ENGINES)
-def test_a_missing_package_is_named(engine, model, x, tmp_path, monkeypatch):
+def test_a_missing_package_is_reported(engine, model, x, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, engine, None)
-    with pytest.raises(EngineError, match=f'{engine} is not installed: pip install'):
+    with pytest.raises(EngineError, match=f'{engine} is not installed. Run pip install'):
         prepare(engine, model, x, onnx_file=tmp_path / 'model.onnx')
 
 
 @pytest.mark.parametrize(
-    ('engine', 'kwargs', 'sentence'),
+    ('engine', 'kwargs', 'message'),
     [
         ('cudagraph', dict(), 'needs a GPU'),
-        ('onnxruntime', dict(training=True), 'is for inference'),
-        ('openvino', dict(training=True), 'is for inference'),
-        ('onnxruntime', dict(dtype='float16'), 'in float32 alone: leave out the dtype float16'),
-        ('openvino', dict(dtype='autocast-bfloat16'), 'in float32 alone'),
+        ('onnxruntime', dict(training=True), 'supports inference only'),
+        ('openvino', dict(training=True), 'supports inference only'),
+        ('onnxruntime', dict(dtype='float16'), 'supports float32 only, not float16'),
+        ('openvino', dict(dtype='autocast-bfloat16'), 'supports float32 only'),
     ],
 )
-def test_what_an_engine_does_not_do_is_a_sentence(engine, kwargs, sentence, model, x, tmp_path):
-    with pytest.raises(EngineError, match=sentence):
+def test_unsupported_settings_are_reported(engine, kwargs, message, model, x, tmp_path):
+    with pytest.raises(EngineError, match=message):
         prepare(engine, model, x, onnx_file=tmp_path / 'model.onnx', **kwargs)
 
 
-def test_other_names_are_refused(model, x):
-    with pytest.raises(ValueError, match=f"'tensorrt' is none of {', '.join(ENGINES)}"):
+def test_unknown_names_are_refused(model, x):
+    with pytest.raises(ValueError, match=f"'tensorrt' is not one of {', '.join(ENGINES)}"):
         prepare('tensorrt', model, x)
-    with pytest.raises(ValueError, match="'half' is none of float32"):
+    with pytest.raises(ValueError, match="'half' is not one of float32"):
         prepare('eager', model, x, 'half')
     with pytest.raises(ValueError, match='onnx_file'):
         prepare('onnxruntime', model, x)

@@ -1,23 +1,22 @@
-"""Peak memory of what is known to take some, and memory that does not suffice."""
+"""Peak memory of functions with known allocations, and errors for a lack of memory."""
 
 import functools
 import os
-import signal
 
 import pytest
 import torch
+from timed_models import MB, allocate, kill_this_process
 
 from mmevm.analysis.latency import memory
-from mmevm.analysis.latency.memory import MemoryMeter, available_memory, is_out_of_memory, within_available_memory
+from mmevm.analysis.latency.memory import available_memory, is_out_of_memory, limit_memory, peak_cpu_memory
 
-MB = 10**6
 on_linux = pytest.mark.skipif(available_memory() is None, reason='needs /proc')
 
 
 @on_linux
-def test_more_memory_than_is_there_is_an_error_and_not_the_end_of_the_process(monkeypatch):
+def test_exceeding_the_available_memory_raises_an_error(monkeypatch):
     monkeypatch.setattr(memory, 'available_memory', lambda: 200 * MB)
-    with within_available_memory():
+    with limit_memory():
         torch.ones(100 * MB // 4)
         with pytest.raises(RuntimeError) as error:
             torch.ones(300 * MB // 4)
@@ -26,7 +25,7 @@ def test_more_memory_than_is_there_is_an_error_and_not_the_end_of_the_process(mo
 
 
 @on_linux
-def test_available_memory_is_less_than_the_machine_has():
+def test_available_memory_is_less_than_the_total():
     total = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     assert 0 < available_memory() < total
 
@@ -42,36 +41,24 @@ def test_available_memory_is_less_than_the_machine_has():
         (ValueError('out of memory'), False),
     ],
 )
-def test_errors_of_memory_are_told_from_others(error, expected):
+def test_is_out_of_memory(error, expected):
     assert is_out_of_memory(error) is expected
 
 
-def test_onnxruntime_has_errors_of_its_own():
+def test_is_out_of_memory_for_errors_of_onnxruntime():
     state = pytest.importorskip('onnxruntime.capi.onnxruntime_pybind11_state')
     assert is_out_of_memory(state.RuntimeException('Failed to allocate memory for requested buffer of size 8'))
     assert not is_out_of_memory(state.InvalidArgument('Got invalid dimensions for input'))
 
 
 @on_linux
-def test_peak_memory_leaves_out_what_only_the_first_call_takes_and_survives_what_fails():
-    with MemoryMeter() as meter:
-        peak, error = meter.measure(functools.partial(_first_call_takes, 300 * MB, 50 * MB))
-        assert 50 * MB < peak < 110 * MB
-        assert error is None
-        assert meter.measure(functools.partial(int, 'x')) == (
-            None,
-            "ValueError: invalid literal for int() with base 10: 'x'",
-        )
-        peak, error = meter.measure(_killed)
-        assert peak is None
-        assert '-9' in error
-        assert meter.measure(functools.partial(_first_call_takes, MB, 50 * MB))[0] > 50 * MB
+def test_peak_memory_is_that_of_the_second_call():
+    assert 50 * MB < peak_cpu_memory(functools.partial(allocate, 300 * MB, 50 * MB)) < 110 * MB
 
 
-def _first_call_takes(first, later):
-    sizes = iter([first, later])
-    return lambda: torch.ones(next(sizes) // 4).sum()
-
-
-def _killed():
-    os.kill(os.getpid(), signal.SIGKILL)
+@on_linux
+def test_peak_memory_raises_errors_of_the_call_and_survives_a_killed_process():
+    with pytest.raises(ValueError, match='invalid literal'):
+        peak_cpu_memory(functools.partial(int, 'x'))
+    with pytest.raises(RuntimeError, match='terminated'):
+        peak_cpu_memory(kill_this_process)

@@ -1,4 +1,4 @@
-"""Names become the models that they name, with the same random weights each time."""
+"""Model specs build the models they name, with the same random weights each time."""
 
 import pytest
 import timm
@@ -13,7 +13,7 @@ from mmevm.models import EfficientViM
 
 RETINANET = str(ROOT / 'configs/retinanet_evm_m1.py')
 MASK_RCNN = str(ROOT / 'configs/maskrcnn_evm_m1.py')
-CLASSIFIER = str(ROOT / 'configs/classification/evm_m1_in1k.py')
+CLASSIFIER = str(ROOT / 'configs/classification/efficientvim-m1_300e_in1k.py')
 TIMM_CLASSIFIER = """
 model = dict(type='mmpretrain.TimmClassifier', model_name='resnet18', loss=dict(type='mmpretrain.CrossEntropyLoss'))
 default_scope = 'mmpretrain'
@@ -21,7 +21,7 @@ default_scope = 'mmpretrain'
 
 
 class WithoutFeatures(nn.Module):
-    """A model of timm's kind that knows nothing of ``features_only``."""
+    """A model in timm's style without ``features_only``."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -48,47 +48,47 @@ def shapes(model, size=64):
     return [tuple(out.shape) for out in ([outs] if isinstance(outs, torch.Tensor) else outs)]
 
 
-def test_ours_are_backbones():
+def test_builds_our_backbones():
     model = ModelSpec('m2').build()
     assert isinstance(model, EfficientViM)
     assert shapes(model) == [(1, 128, 4, 4), (1, 256, 2, 2), (1, 512, 1, 1)]
     assert not model.training
 
 
-def test_timm_s_give_the_maps_of_their_stages():
+def test_builds_timm_models_with_the_maps_of_their_stages():
     model = ModelSpec('efficientvim_m1').build()
     assert shapes(model) == [(1, 128, 4, 4), (1, 192, 2, 2), (1, 320, 1, 1)]
     assert not model.training
     assert not any('head' in name for name, _ in model.named_parameters())
 
 
-def test_a_model_without_maps_goes_up_to_its_head():
+def test_builds_timm_models_without_feature_maps_up_to_their_head():
     assert shapes(ModelSpec('mmevm_test_without_features').build()) == [(1, 4, 16, 16)]
 
 
-@pytest.mark.parametrize('name', ['m1', 'shvit_s1', CLASSIFIER])
-def test_deploying_multiplies_norms_out_and_changes_no_output(name):
-    subject = ModelSpec(name)
+@pytest.mark.parametrize('name', ['m1', 'shvit_s1', RETINANET])
+def test_deploy_fuses_batch_norms_without_changing_outputs(name):
+    spec = ModelSpec(name)
     x = torch.rand(1, 3, 64, 64)
-    deployed = subject.deploy(subject.build())
+    deployed = spec.deploy(spec.build())
     with torch.no_grad():
-        for out, ref in zip(deployed(x), subject.build()(x), strict=True):
+        for out, ref in zip(deployed(x), spec.build()(x), strict=True):
             assert (out - ref).abs().max() < 1e-4 * ref.abs().max()
     assert not [m for m in deployed.modules() if isinstance(m, nn.BatchNorm2d)]
     assert not deployed.training
 
 
-@pytest.mark.parametrize('name', ['m1', 'shvit_s1', CLASSIFIER])
-def test_a_form_as_trained_is_that_of_the_model(name):
-    subject, plain = ModelSpec(f'{name}@trained'), ModelSpec(name).build()
-    model = subject.deploy(subject.build())
+@pytest.mark.parametrize('name', ['m1', 'shvit_s1'])
+def test_trained_suffix_excludes_a_model_from_deploy_mode(name):
+    spec, plain = ModelSpec(f'{name}@trained'), ModelSpec(name).build()
+    model = spec.deploy(spec.build())
     assert not model.training
     assert str(model) == str(plain)
     assert all(torch.equal(model.state_dict()[key], value) for key, value in plain.state_dict().items())
 
 
-@pytest.mark.parametrize('name', ['m1', 'shvit_s1', CLASSIFIER])
-def test_weights_are_the_same_each_time_and_leave_other_random_numbers_alone(name):
+@pytest.mark.parametrize('name', ['m1', 'shvit_s1', RETINANET])
+def test_weights_are_the_same_each_time_and_the_rng_does_not_advance(name):
     torch.manual_seed(5)
     first = ModelSpec(name).build().state_dict()
     after = torch.rand(3)
@@ -99,42 +99,30 @@ def test_weights_are_the_same_each_time_and_leave_other_random_numbers_alone(nam
     assert torch.equal(torch.rand(3), after)
 
 
-def test_of_a_config_comes_its_backbone_or_the_whole():
-    backbone = ModelSpec(RETINANET).build()
-    assert isinstance(backbone, EfficientViM)
-    (logits,) = shapes(ModelSpec(CLASSIFIER, part='model').build())
-    assert logits == (1, 1000)
+def test_builds_the_backbone_or_the_whole_model_of_a_config():
+    assert isinstance(ModelSpec(RETINANET).build(), EfficientViM)
+    assert shapes(ModelSpec(CLASSIFIER, part='model').build()) == [(1, 1000)]
     assert ModelSpec('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py').build().depth == 50
 
 
 @pytest.mark.parametrize(('name', 'outputs'), [(RETINANET, 10), (MASK_RCNN, 3)])
-def test_a_whole_detector_puts_out_what_its_heads_do(name, outputs):
-    """One stage: scores and boxes of five levels. Two stages: scores, boxes and masks of regions."""
-    subject = ModelSpec(name, part='model')
-    assert len(shapes(subject.build(), size=128)) == outputs
-    assert len(shapes(subject.deploy(subject.build()), size=128)) == outputs
-
-
-def test_only_our_blocks_recompute_their_activations(tmp_path):
-    assert all(stage.with_cp for stage in ModelSpec('m1', with_cp=True).build().stages)
-    assert all(stage.with_cp for stage in ModelSpec(RETINANET, with_cp=True).build().stages)
-    assert not any(stage.with_cp for stage in ModelSpec(RETINANET).build().stages)
-    for name, ours in [('m1', True), (RETINANET, True), ('shvit_s1', False)]:
-        assert ModelSpec(name, with_cp=True).recomputes is ours
-        assert not ModelSpec(name).recomputes
-    assert not ModelSpec('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py', with_cp=True).build().with_cp
+def test_whole_detectors_return_the_outputs_of_their_heads(name, outputs):
+    """RetinaNet: scores and boxes of five levels. Mask R-CNN: scores, boxes and masks of RoIs."""
+    spec = ModelSpec(name, part='model')
+    assert len(shapes(spec.build(), size=128)) == outputs
+    assert len(shapes(spec.deploy(spec.build()), size=128)) == outputs
 
 
 @pytest.mark.parametrize(
-    ('name', 'close'), [('shvit_s44', 'shvit_s4'), ('efficientnet_bo', 'efficientnet_b0'), ('M4', 'm4')]
+    ('name', 'similar'), [('shvit_s44', 'shvit_s4'), ('efficientnet_bo', 'efficientnet_b0'), ('M4', 'm4')]
 )
-def test_an_unknown_name_is_answered_with_close_ones(name, close):
-    with pytest.raises(ValueError, match=f'^{name} is neither .*{close}'):
+def test_similar_names_are_suggested_for_an_unknown_one(name, similar):
+    with pytest.raises(ValueError, match=f'^{name} is not a model of .*similar names: .*{similar}'):
         ModelSpec(name)
 
 
-def test_what_a_name_or_a_config_does_not_have_is_said(tmp_path):
-    with pytest.raises(ValueError, match='none of backbone, model'):
+def test_errors_name_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="part='neck' is not one of backbone, model"):
         ModelSpec('m1', part='neck')
     with pytest.raises(ConfigError, match='cannot be read'):
         ModelSpec(str(tmp_path / 'nowhere.py'))
@@ -148,7 +136,7 @@ def test_what_a_name_or_a_config_does_not_have_is_said(tmp_path):
         ModelSpec(str(config))
 
 
-def test_the_default_models_are_there():
+def test_default_models_exist():
     assert all(ModelSpec(name).name == name for name in DEFAULT_MODELS)
     assert timm.is_model('efficientvim_m4')
     assert DEFAULT_MODELS[:2] == ('m4', 'efficientvim_m4')

@@ -1,4 +1,4 @@
-"""What the pictures show: their lines' and bars' data, their labels, and crossings and fronts against formulas."""
+"""Data and texts of the plots; crossings and Pareto fronts against formulas."""
 
 import random
 
@@ -10,7 +10,7 @@ from matplotlib.text import Text
 
 from mmevm.analysis.latency import plots
 from mmevm.analysis.latency.plots import (
-    ACCURACIES,
+    BOX_AP,
     draw_batch,
     draw_latency,
     draw_pareto,
@@ -23,13 +23,13 @@ from mmevm.models import EfficientViM
 
 
 def row(model='m4', milliseconds=10.0, **settings):
-    """A row with the same time in each call."""
+    """Return a row with the same time for each call."""
     defaults = dict(engine='eager', deployed=False, resolution=512, batch_size=1, dtype='float32', channels_last=False)
     settings = {**defaults, **settings}
     return Result(model, seconds=[milliseconds * settings['batch_size'] / 1e3] * 3, **settings)
 
 
-def failed(model='pvt_v2_b0', error='It does not fit into memory.', **settings):
+def failed(model='pvt_v2_b0', error='ValueError: no such thing', **settings):
     result = row(model, **settings)
     result.seconds, result.error = [], error
     return result
@@ -40,7 +40,7 @@ def words(figure):
 
 
 def lines(axes):
-    """Name and points of each line with a name."""
+    """Return the points of each line in the legend."""
     handles, labels = axes.get_legend_handles_labels()
     return {label: handle.lines[0].get_xydata().tolist() for handle, label in zip(handles, labels, strict=True)}
 
@@ -54,29 +54,29 @@ DRAWN = {
 
 
 @pytest.mark.parametrize('kind', DRAWN)
-def test_each_picture_is_written_as_a_png(kind, tmp_path):
+def test_plots_can_be_saved(kind, tmp_path):
     file = tmp_path / f'{kind}.png'
-    getattr(plots, f'draw_{kind}')(DRAWN[kind], title='on a toaster').savefig(file, dpi=120)
+    getattr(plots, f'draw_{kind}')(DRAWN[kind], title='a processor').savefig(file, dpi=120)
     height, width, _ = matplotlib.image.imread(file).shape
     assert width >= 900
     assert height >= 200
 
 
 @pytest.mark.parametrize('kind', DRAWN)
-def test_each_picture_says_what_was_measured_and_what_could_not_be(kind):
-    text = words(getattr(plots, f'draw_{kind}')([failed(), *DRAWN[kind]], 'on a toaster'))
-    for expected in ('on a toaster', 'm4', 'eager', 'float32', 'pvt_v2_b0 at 512²', 'It does not fit into memory.'):
+def test_plots_name_the_settings_and_failed_rows(kind):
+    text = words(getattr(plots, f'draw_{kind}')([failed(), *DRAWN[kind]], 'a processor'))
+    for expected in ('a processor', 'm4', 'eager', 'float32', 'pvt_v2_b0 at 512²', 'ValueError: no such thing'):
         assert expected in text
 
 
 @pytest.mark.parametrize('kind', DRAWN)
-def test_without_times_there_is_nothing_to_draw(kind):
-    for results in ([], [failed()], [row(error='It stopped half-way.')]):
+def test_plots_without_times_are_refused(kind):
+    for results in ([], [failed()], [row(error='RuntimeError: failed later')]):
         with pytest.raises(ValueError, match='nothing to draw'):
             getattr(plots, f'draw_{kind}')(results)
 
 
-def test_bars_are_times_sorted_with_their_spread():
+def test_bars_are_sorted_by_time_and_show_the_spread():
     slow = row('shvit_s4')
     slow.seconds = [0.010, 0.020, 0.030, 0.040, 0.050]
     (axes,) = draw_latency([slow, row('m4', 7.5)]).axes
@@ -88,54 +88,56 @@ def test_bars_are_times_sorted_with_their_spread():
     assert (low, high) == pytest.approx((20, 40))  # the quartiles
 
 
-def test_the_reference_stands_out():
+def test_the_reference_is_highlighted():
     results = [row('m4'), row('shvit_s4', 5), row('pvt_v2_b0', 20)]
     for reference, place in ((None, 1), ('pvt_v2_b0', 2)):
         (axes,) = draw_latency(results, reference=reference).axes
-        colours = [bar.get_facecolor() for bar in axes.patches]
-        others = [colour for i, colour in enumerate(colours) if i != place]
-        assert others[0] == others[1] != colours[place]
+        colors = [bar.get_facecolor() for bar in axes.patches]
+        others = [color for i, color in enumerate(colors) if i != place]
+        assert others[0] == others[1] != colors[place]
 
 
-def test_bars_of_different_settings_are_in_different_panels():
+def test_each_setting_has_its_own_panel():
     results = [row(engine=engine, batch_size=size) for engine in ('eager', 'compile') for size in (1, 16)]
     figure = draw_latency([*results, row(deployed=True)])
     titles = {axes.get_title(loc='left') for axes in figure.axes}
-    as_trained = {f'{engine}, batch {size}, as trained' for engine in ('eager', 'compile') for size in (1, 16)}
-    assert titles == {*as_trained, 'eager, batch 1, form for inference'}
+    others = {f'{engine}, batch {size}, not in deploy mode' for engine in ('eager', 'compile') for size in (1, 16)}
+    assert titles == {*others, 'eager, batch 1, deploy mode'}
 
 
-def test_a_batch_that_memory_halved_stays_with_its_peers():
+def test_a_halved_batch_stays_in_the_panel_of_its_setting():
     figure = draw_latency([row(batch_size=64), row('shvit_s4', batch_size=32, asked_batch_size=64)])
     (axes,) = figure.axes
     assert len(axes.patches) == 2
-    assert '32 of shvit_s4 at 512²' in words(figure)
+    assert '32 for shvit_s4 at 512²' in words(figure)
 
 
-def test_resolutions_have_a_line_for_each_model_and_engine_per_image_and_per_pixel():
+def test_resolution_plot_has_a_line_for_each_model_and_engine():
     results = [
         row(model, 3 * side, engine=engine, resolution=side)
         for model in ('m4', 'shvit_s4')
         for engine in ('eager', 'compile')
         for side in (1024, 256)
     ]
-    whole, each = draw_resolution(results).axes
+    per_image, per_pixel = draw_resolution(results).axes
     names = {'m4, eager', 'm4, compile', 'shvit_s4, eager', 'shvit_s4, compile'}
-    assert set(lines(whole)) == set(lines(each)) == names
+    assert set(lines(per_image)) == set(lines(per_pixel)) == names
     for name in names:
-        assert lines(whole)[name] == [pytest.approx((256, 768)), pytest.approx((1024, 3072))]
-        assert lines(each)[name] == [pytest.approx((256, 768e3 / 256**2)), pytest.approx((1024, 3072e3 / 1024**2))]
-    assert {axes.get_xscale() for axes in (whole, each)} | {axes.get_yscale() for axes in (whole, each)} == {'log'}
+        assert lines(per_image)[name] == [pytest.approx((256, 768)), pytest.approx((1024, 3072))]
+        assert lines(per_pixel)[name] == [pytest.approx((256, 768e3 / 256**2)), pytest.approx((1024, 3072e3 / 1024**2))]
+    assert {axes.get_xscale() for axes in (per_image, per_pixel)} | {
+        axes.get_yscale() for axes in (per_image, per_pixel)
+    } == {'log'}
 
 
-def test_a_line_goes_on_where_the_batch_was_halved():
+def test_a_line_continues_where_the_batch_was_halved():
     results = [row(resolution=side, batch_size=size) for side, size in ((256, 16), (512, 8))]
     assert set(lines(draw_resolution(results).axes[0])) == {'m4'}
     results += [row(resolution=side, batch_size=1) for side in (256, 512)]
     assert set(lines(draw_resolution(results).axes[0])) > {'m4, batch 1'}
 
 
-def test_where_lines_cross_is_marked_and_said():
+def test_crossings_are_marked_and_listed():
     results = [row('m4', side**2 / 1e3, resolution=side) for side in (256, 512, 1024)]
     results += [row('shvit_s4', side**3 / 7e5, resolution=side) for side in (256, 1024)]  # equal at 700
     figure = draw_resolution(results)
@@ -144,7 +146,7 @@ def test_where_lines_cross_is_marked_and_said():
     assert 'm4 and shvit_s4 cross at 700²' in words(figure)
 
 
-def test_batches_have_a_line_for_each_model_on_a_logarithmic_axis():
+def test_batch_plot_has_a_line_for_each_model():
     results = [row(model, 8 / size, batch_size=size) for model in ('m4', 'shvit_s4') for size in (4, 1, 2)]
     (axes,) = draw_batch(results).axes
     expected = [pytest.approx((size, 8 / size)) for size in (1, 2, 4)]
@@ -153,7 +155,7 @@ def test_batches_have_a_line_for_each_model_on_a_logarithmic_axis():
 
 
 @pytest.mark.parametrize('span', [1.8, 3, 9, 200])
-def test_an_axis_has_numbers_however_short_it_is(span):
+def test_logarithmic_axes_have_at_least_three_numbers(span):
     figure = draw_batch([row('m4', 75, batch_size=1), row('m4', 75 * span, batch_size=16)])
     FigureCanvasAgg(figure).draw()
     axis = figure.axes[0].yaxis
@@ -163,81 +165,68 @@ def test_an_axis_has_numbers_however_short_it_is(span):
     assert len([number for number in numbers if low <= number <= high]) >= 3
 
 
-def test_a_line_needs_two_points():
+def test_lines_need_two_points():
     with pytest.raises(ValueError, match='same resolution'):
         draw_resolution([row(), row('shvit_s4')])
     with pytest.raises(ValueError, match='same batch size'):
         draw_batch([row(), row('shvit_s4')])
 
 
-def test_points_are_at_the_published_accuracy_and_the_measured_speed():
-    figure = draw_pareto([row('m3', 25, resolution=224)])
+def test_pareto_points_are_published_accuracy_and_measured_speed():
+    figure = draw_pareto([row('m4', 25)])
     (point,) = [line for line in figure.axes[0].lines if line.get_label() == '_point']
-    assert point.get_xydata()[0] == pytest.approx((1e3 / 25, 77.6))
-    assert point.get_markerfacecolor() == point.get_markeredgecolor()
+    assert point.get_xydata()[0] == pytest.approx((1e3 / 25, 39.3))
+    figure = draw_pareto([row('resnet18', 25)], accuracies={'resnet18': 69.8}, label='top-1 (%)')
+    assert figure.axes[0].get_ylabel() == 'top-1 (%)'
 
 
-def test_an_accuracy_of_another_resolution_is_hollow_and_said():
-    figure = draw_pareto([row('m4', resolution=320)])
-    (point,) = [line for line in figure.axes[0].lines if line.get_label() == '_point']
-    assert point.get_xydata()[0, 1] in (79.4, 80.9)  # 256 and 384 are equally near
-    assert point.get_markerfacecolor() == 'white'
-    assert 'timed at 320²' in words(figure)
-
-
-def test_models_without_a_published_accuracy_are_named():
+def test_models_without_a_published_accuracy_are_listed():
     results = [row('m4'), row('resnet18')]
-    assert 'no such accuracy of resnet18: not drawn' in words(draw_pareto(results))
+    assert 'Not drawn, as no accuracy is listed: resnet18.' in words(draw_pareto(results))
     with pytest.raises(ValueError, match='resnet18'):
         draw_pareto(results[1:])
 
 
-def test_the_front_is_drawn_through_what_nothing_beats():
-    results = [row('m1', 5, resolution=224), row('shvit_s1', 6, resolution=224), row('m3', 9, resolution=224)]
-    (axes,) = draw_pareto(results).axes
-    (front,) = [line for line in axes.lines if line.get_label() != '_point']
-    assert front.get_xydata().tolist() == [pytest.approx((1e3 / 5, 72.9)), pytest.approx((1e3 / 9, 77.6))]
+def test_pareto_line_connects_the_front_of_each_setting():
+    results = [row('efficientnet_b0', 4), row('poolformer_s12', 6), row('fastvit_sa12', 5)]
+    (axes,) = draw_pareto([*results, row('m4', 7, engine='compile')]).axes
+    fronts = {line.get_label(): line.get_xydata().tolist() for line in axes.lines if line.get_label() != '_point'}
+    assert fronts == {
+        'eager': [pytest.approx((1e3 / 4, 31.9)), pytest.approx((1e3 / 5, 38.9))],
+        'compile': [pytest.approx((1e3 / 7, 39.3))],
+    }
 
 
-@pytest.mark.parametrize('accuracy', ACCURACIES)
-def test_published_accuracies_are_of_models_that_can_be_timed(accuracy):
-    _, published = ACCURACIES[accuracy]
-    assert set(published) <= {*EfficientViM.arch_settings, *timm.list_models()}
+def test_published_accuracies_are_of_known_models():
+    assert set(BOX_AP) <= {*EfficientViM.arch_settings, *timm.list_models()}
+    assert BOX_AP['m4'] == BOX_AP['efficientvim_m4']
 
 
-def test_accuracies_of_ours_are_those_of_timms_port():
-    for arch in EfficientViM.arch_settings:
-        for _, published in ACCURACIES.values():
-            assert published.get(arch) == published.get(f'efficientvim_{arch}')
-
-
-def test_crossings_are_where_power_laws_are_equal():
-    # a·x^p = b·x^q at x = (b/a)^(1/(p−q)), straight lines in logarithms whichever points are taken
+def test_crossings_of_power_laws():
+    # a·x^p = b·x^q at x = (b/a)^(1/(p−q)); power laws are straight lines on logarithmic axes
     (a, p), (b, q) = (3.0, 2.0), (0.02, 3.5)
-    first = [(x, a * x**p) for x in (1, 7, 100)]
-    second = [(x, b * x**q) for x in (90, 2, 30)]
+    first = {x: a * x**p for x in (1, 7, 100)}
+    second = {x: b * x**q for x in (1, 2, 100)}
     x = (b / a) ** (1 / (p - q))
     assert find_crossings(first, second) == [pytest.approx((x, a * x**p))]
     assert find_crossings(second, first) == [pytest.approx((x, a * x**p))]
 
 
-def test_lines_cross_in_a_common_point_but_not_where_they_only_touch():
-    line = [(1, 10), (10, 10), (100, 10)]
-    assert find_crossings(line, [(1, 1), (10, 10), (100, 100)]) == [pytest.approx((10, 10))]
-    assert find_crossings(line, [(1, 1), (10, 10), (100, 1)]) == []
-    assert find_crossings(line, [(1, 1), (100, 5)]) == []
-    assert find_crossings(line[:2], [(20, 1), (100, 100)]) == []  # no resolution in common
-    assert len(find_crossings(line, [(1, 1), (10, 100), (100, 1)])) == 2
+def test_crossings_need_common_positions_and_a_change_of_order():
+    line = {1: 10, 10: 10, 100: 10}
+    assert find_crossings(line, {1: 1, 100: 5}) == []
+    assert find_crossings(line, {20: 1, 200: 100}) == []
+    assert len(find_crossings(line, {1: 1, 10: 100, 100: 1})) == 2
 
 
-def test_the_front_is_what_brute_force_finds():
+def test_pareto_front_equals_brute_force():
     random.seed(0)
     points = [(random.randint(1, 30), random.randint(1, 30)) for _ in range(60)]
 
-    def beats(one, other):
+    def dominates(one, other):
         return one[0] >= other[0] and one[1] >= other[1] and one != other
 
-    expected = {point for point in points if not any(beats(other, point) for other in points)}
+    expected = {point for point in points if not any(dominates(other, point) for other in points)}
     front = pareto_front(points)
     assert set(front) == expected
     assert len(front) == len(expected)

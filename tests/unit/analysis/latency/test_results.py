@@ -1,9 +1,10 @@
-"""Medians and ratios against their formulas, the table's cells, the file, and what is said of the machine."""
+"""Medians and ratios, the table, the JSON file and the description of the machine."""
 
 import subprocess
 
 import pytest
 import torch
+from command_line import ROOT
 
 from mmevm.analysis.latency import Result, environment, read_json, relative_times, results, table, write_json
 
@@ -14,7 +15,7 @@ def row(model='m4', seconds=(), **kwargs):
 
 
 def cells(text):
-    """The tables of a text: a list of rows each, as dictionaries by the header."""
+    """Return the tables of a text, each as a list of rows by column title."""
     tables = []
     for block in text.split('\n\n'):
         lines = [[cell.strip() for cell in line.strip('|').split('|')] for line in block.splitlines()]
@@ -23,7 +24,7 @@ def cells(text):
     return tables
 
 
-def test_median_spread_and_throughput_are_their_formulas():
+def test_median_spread_and_throughput_follow_their_formulas():
     seconds = [0.5, 0.1, 0.2, 0.4, 0.3]
     result = row(seconds=seconds)
     assert result.milliseconds == pytest.approx(1000 * 0.3 / 4)
@@ -32,14 +33,14 @@ def test_median_spread_and_throughput_are_their_formulas():
     assert result.spread == pytest.approx((upper - lower).item() / 2 / 0.3)
 
 
-def test_what_has_no_times_has_no_figures():
+def test_rows_without_times_have_no_statistics():
     for result in (row(), row(error='ValueError: no')):
         assert (result.milliseconds, result.spread, result.images_per_second) == (None, None, None)
     assert row(seconds=[1.0]).spread is None
     assert row(seconds=[1.0]).milliseconds == 250
 
 
-def test_ratios_are_of_the_same_setting_and_engine():
+def test_ratios_compare_the_same_setting_and_engine():
     rows = [
         row('ours', [0.2, 0.3, 0.1]),
         row('ours', [0.5], engine='compile'),
@@ -53,7 +54,7 @@ def test_ratios_are_of_the_same_setting_and_engine():
     assert relative_times(rows, 'broken') == [None] * 7
 
 
-def test_a_halved_batch_is_compared_by_the_image_with_what_was_asked_for():
+def test_a_halved_batch_is_compared_per_image_with_the_requested_one():
     rows = [
         row('large', [1.6], batch_size=16),
         row('large', [0.8], batch_size=4),
@@ -62,12 +63,12 @@ def test_a_halved_batch_is_compared_by_the_image_with_what_was_asked_for():
     assert relative_times(rows, 'large') == pytest.approx([1, 1, (0.4 / 4) / (1.6 / 16)])
 
 
-def test_a_reference_that_was_not_measured_is_refused():
+def test_an_unmeasured_reference_is_refused():
     with pytest.raises(ValueError, match=r"'m5'.*m4, shvit_s4"):
         relative_times([row(), row('shvit_s4')], 'm5')
 
 
-def test_the_table_has_the_figures_in_their_units():
+def test_table_shows_all_values_in_their_units():
     ours = row('ours', [0.2, 0.2, 0.4], params=5_713_534, flops=1_132_029_824, peak_memory=123_456_789)
     theirs = row('theirs', [0.5, 0.5, 0.5], notes=['FLOPs without NMSop'])
     broken = row('broken', error='ValueError: no such thing')
@@ -90,13 +91,13 @@ def test_the_table_has_the_figures_in_their_units():
     assert fourth['ms/image'] == '250.00'
     assert 'broken, eager: not measured: ValueError: no such thing' in text.splitlines()
     assert 'theirs, eager: FLOPs without NMSop' in text.splitlines()
-    assert 'halved, eager: batch 2' in text
+    assert 'halved, eager: batch 2, as larger ones did not fit into memory' in text.splitlines()
     assert text.startswith('512×512, batch 4, float32, forward;')
     table_lines = [line for line in text.splitlines() if line.startswith('|')]
     assert len({len(line) for line in table_lines}) == 1
 
 
-def test_each_setting_has_a_table():
+def test_each_setting_has_its_own_table():
     rows = [
         row(seconds=[1.0]),
         row(seconds=[1.0], resolution=1024),
@@ -109,9 +110,9 @@ def test_each_setting_has_a_table():
     assert 'forward+backward;' in text
 
 
-def test_what_was_written_is_read_again(tmp_path):
+def test_json_round_trip(tmp_path):
     rows = [
-        row('ours', [0.1, 0.25], params=3, flops=4, peak_memory=5, training=True, with_cp=True, notes=['a note']),
+        row('ours', [0.1, 0.25], params=3, flops=4, peak_memory=5, training=True, notes=['a note']),
         row('broken', error='ValueError: µ', asked_batch_size=64),
     ]
     file = tmp_path / 'new' / 'folder' / 'times.json'
@@ -122,15 +123,23 @@ def test_what_was_written_is_read_again(tmp_path):
     assert parts['arguments'] == dict(models=['ours'])
 
 
+@pytest.mark.parametrize('name', ['latency_512', 'engines', 'resolution', 'batch', 'train', 'breakdown'])
+def test_published_results_can_be_read(name):
+    rows, parts = read_json(ROOT / 'docs' / 'benchmarks' / f'{name}.json')
+    assert all(row.milliseconds > 0 for row in rows)
+    assert parts['environment']['versions']['torch']
+    assert 'm4' in table(rows, 'm4')
+
+
 @pytest.mark.parametrize('text', ['{', '{}', '[]', '{"results": [{"model": "m4"}]}', '{"results": [3]}'])
-def test_another_file_is_refused_by_its_name(tmp_path, text):
+def test_other_files_are_refused(tmp_path, text):
     file = tmp_path / 'other.json'
     file.write_text(text)
     with pytest.raises(ValueError, match=r'other\.json'):
         read_json(file)
 
 
-def test_the_machine_and_the_versions_are_told():
+def test_environment_describes_the_machine_and_versions():
     found = environment()
     assert found['versions']['torch'] == torch.__version__
     assert {'mmevm', 'timm', 'numpy'} <= set(found['versions'])
@@ -146,18 +155,18 @@ def git(folder, *arguments):
     return done.stdout.strip()
 
 
-def test_the_commit_is_that_of_the_checkout_and_says_if_files_differ(tmp_path, monkeypatch):
+def test_git_commit_is_that_of_the_checkout_of_mmevm(tmp_path, monkeypatch):
     package = tmp_path / 'mmevm'
-    (package / 'latency').mkdir(parents=True)
+    package.mkdir()
     (package / '__init__.py').touch()
-    monkeypatch.setattr(results, '__file__', str(package / 'latency' / 'results.py'))
+    monkeypatch.setattr(results, '__file__', str(package / 'results.py'))
     monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path.parent))
-    assert results.git_commit() is None  # no checkout
+    assert results.git_commit() is None  # not in a checkout
     git(tmp_path, 'init')
     (tmp_path / 'other').touch()
     git(tmp_path, 'add', 'other')
-    git(tmp_path, 'commit', '-m', 'of somebody else')
-    assert results.git_commit() is None  # installed within another project's
+    git(tmp_path, 'commit', '-m', 'another project')
+    assert results.git_commit() is None  # installed inside another project's checkout
     git(tmp_path, 'add', '.')
     git(tmp_path, 'commit', '-m', 'mmevm')
     git(tmp_path, 'tag', '-a', 'v1', '-m', 'a release')

@@ -1,0 +1,3 @@
+_base_ = './efficientvim-m1.py'
+
+model = dict(backbone=dict(arch='m3'), head=dict(in_channels=[224, 320, 512, 512]))

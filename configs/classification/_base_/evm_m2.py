@@ -1,3 +1,0 @@
-_base_ = './evm_m1.py'
-
-model = dict(backbone=dict(arch='m2'), head=dict(in_channels=[128, 256, 512, 512]))

@@ -1,3 +1,0 @@
-_base_ = './evm_m1.py'
-
-model = dict(backbone=dict(arch='m4'), head=dict(in_channels=[224, 320, 512, 512]))

@@ -1,8 +1,0 @@
-# EfficientViM-M3 on ImageNet-1k, 300 epochs (paper, Table 3 and Supplement A).
-_base_ = [
-    './_base_/evm_m3.py',
-    './_base_/imagenet_224.py',
-    './_base_/schedule_300e.py',
-    './_base_/mesa_ema.py',
-    'mmpretrain::_base_/default_runtime.py',
-]
