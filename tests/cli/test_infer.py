@@ -144,7 +144,7 @@ def test_unknown_command(arguments, monkeypatch, capsys):
 
 def test_arguments_are_passed_on(monkeypatch, capsys):
     monkeypatch.setattr(
-        sys, 'argv', ['mmevm', 'flops', ROOT / 'configs/classification/evm_m1_in1k.py', '--shape', '-1']
+        sys, 'argv', ['mmevm', 'flops', ROOT / 'configs/classification/efficientvim-m1_300e_in1k.py', '--shape', '-1']
     )
     sys.argv = [str(word) for word in sys.argv]
     with pytest.raises(SystemExit) as stopped:

@@ -24,7 +24,7 @@ test_pipeline = [
 test_dataloader = dict(dataset=dict(metainfo=metainfo, pipeline=test_pipeline))
 """
 CLASSIFIER = """
-_base_ = '{root}/configs/demo/evm_m1_digits.py'
+_base_ = '{root}/configs/demo/efficientvim-m1_digits.py'
 test_dataloader = dict(dataset=dict(metainfo=dict(classes={classes})))
 """
 DIGITS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
