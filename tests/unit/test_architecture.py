@@ -19,7 +19,8 @@ LEVELS = [
     {'mmevm.engine'},
     {'mmevm.checks'},
     {'mmevm.cli', 'mmevm.deployment'},
-    {'mmevm.analysis'},
+    {'mmevm.analysis', 'mmevm.inference'},
+    {'mmevm.__main__'},
 ]
 # What mmevm.models may import besides the standard library.
 MODELS = {'torch', 'mmengine', 'mmcv', 'timm'}
