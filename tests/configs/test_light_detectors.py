@@ -238,7 +238,7 @@ def test_trains_and_detects(detector, arch, side, tmp_path):
 
 @pytest.mark.slow
 def test_dino_trains_and_detects(tmp_path):
-    check_training_and_detection('dino', 'm4', 128, tmp_path)
+    check_training_and_detection('dino', 'm4', 256, tmp_path)
 
 
 def check_training_and_detection(detector, arch, side, folder):
@@ -270,7 +270,9 @@ def check_training_and_detection(detector, arch, side, folder):
         assert len(found) > 0
         assert found.bboxes.isfinite().all()
         assert (found.bboxes >= 0).all()
-        assert (found.bboxes <= torch.tensor([160, 120, 160, 120]) + 1e-3).all()
+        # mmdet's RTMDet pads before it records the image's shape, so its boxes may reach into the padding.
+        width, height = (side / scale for side, scale in zip(sample.img_shape[::-1], sample.scale_factor, strict=True))
+        assert (found.bboxes <= torch.tensor([width, height, width, height]) + 1e-3).all()
         assert (found.scores >= 0).all()
         assert found.labels.max() < 80
         if detector == 'rtmdet-ins':
