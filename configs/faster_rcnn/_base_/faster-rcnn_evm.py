@@ -1,0 +1,29 @@
+# Faster R-CNN with EfficientViM on COCO, 1x schedule: `maskrcnn_evm_m4.py` without masks. It has never been trained on
+# COCO.
+_base_ = [
+    'mmdet::_base_/models/faster-rcnn_r50_fpn.py',
+    'mmdet::_base_/datasets/coco_detection.py',
+    'mmdet::_base_/default_runtime.py',
+    '../../_base_/schedule_1x_adamw.py',
+]
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mmevm.EfficientViM',
+        arch='m4',
+        norm_eval=True,  # BatchNorm keeps ImageNet's statistics; its weights and biases are trained
+        init_cfg=dict(type='Pretrained', checkpoint='timm://efficientvim_m4.e450_in1k'),
+    ),
+    # The backbone's strides are 16, 32, 64; the stock anchors are for 4, 8, 16, 32, 64.
+    neck=dict(
+        _delete_=True,
+        type='mmevm.UpsampleFPN',
+        in_channels=[224, 320, 512],
+        out_channels=256,
+        num_outs=5,
+        num_upsamples=2,
+    ),
+)
+
+train_dataloader = dict(batch_size=16, num_workers=8)  # for one GPU; `batch_size=2` for eight
