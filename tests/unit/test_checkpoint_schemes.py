@@ -17,7 +17,8 @@ def test_import_of_mmevm_registers_the_schemes(tmp_path, order):
 
 
 @pytest.mark.parametrize(
-    ('scheme', 'message'), [('timm://', 'is not a name of EfficientViM weights'), ('safe://', 'none'), ('resume://', 'none')]
+    ('scheme', 'message'),
+    [('timm://', 'is not a name of EfficientViM weights'), ('safe://', 'none'), ('resume://', 'none')],
 )
 def test_errors_of_the_loaders(scheme, message):
     with pytest.raises(CheckpointError, match=message):
