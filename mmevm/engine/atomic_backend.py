@@ -1,5 +1,6 @@
 """Atomic writes of checkpoints."""
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -39,7 +40,8 @@ class AtomicBackend(LocalBackend):
             part.replace(path)
             _sync_folder(path.parent)
         except OSError as error:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink()
             raise CheckpointError(
                 f'{path} cannot be written ({error.strerror}). Earlier checkpoints are unchanged. Solve this problem, '
                 'then repeat the command; continue a training with --resume.'
