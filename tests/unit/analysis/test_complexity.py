@@ -70,7 +70,7 @@ def test_classifiers_have_the_flops_of_the_paper(name):
 
 
 @pytest.mark.parametrize('arch', DISTILLED)
-def test_distilled_classifiers_cost_what_those_of_timm_cost(arch):
+def test_distilled_classifiers_have_the_flops_of_timm(arch):
     ours = cost_of_classifier(f'efficientvim-{arch}-distilled_300e_in1k')
     timms = measure_complexity(timm.create_model(f'efficientvim_{arch}_dist'), ours.input_shape)
     assert ours.params == timms.params == round(DISTILLED[arch] * 1e6)
@@ -80,7 +80,7 @@ def test_distilled_classifiers_cost_what_those_of_timm_cost(arch):
 
 
 @pytest.mark.parametrize('name', [*PAPER, *(f'efficientvim-{arch}-distilled_300e_in1k' for arch in DISTILLED)])
-def test_what_classifiers_cost_is_in_the_list_of_models(name):
+def test_metafile_lists_parameters_and_flops(name):
     listed = mmengine.load(CONFIGS / 'classification' / 'metafile.yml')['Models']
     (costs,) = [model['Metadata'] for model in listed if model['Config'] == f'configs/classification/{name}.py']
     complexity = cost_of_classifier(name)
