@@ -151,8 +151,8 @@ def inference(arch: str) -> dict[str, tuple]:
     peer = peer.to(memory_format=torch.channels_last)
     return {
         'deployed': (deployed,),
-        'timm, reparameterised': (peer,),
-        'timm, reparameterised, in parts': (InParts(peer),),
+        'timm, reparameterized': (peer,),
+        'timm, reparameterized, in parts': (InParts(peer),),
         'as trained': (trained,),
         # separate copies, as packed weights would persist between variants
         'deployed, no weights packed': (copy.deepcopy(deployed), unpacked),

@@ -45,12 +45,12 @@ class Recorder(BaseModel):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(()))
         self.calls = {'loss': 0, 'predict': 0}
-        self.at, self.signalled = at, 'predict' if evaluating else 'loss'
+        self.at, self.signaled = at, 'predict' if evaluating else 'loss'
         self.seen = []
 
     def forward(self, *inputs, mode):
         self.calls[mode] += 1
-        if mode == self.signalled and self.calls[mode] == self.at:
+        if mode == self.signaled and self.calls[mode] == self.at:
             workers = set(multiprocessing.active_children()) - self.terminated
             self.terminated.update(workers)  # those of an earlier test may still run
             # A cluster sends it to all processes of a job. A worker ends on its parent's, so another process sends it.

@@ -28,7 +28,7 @@ def make_head(distilled=False, in_channels=CHANNELS, num_classes=5, **kwargs):
     return randomize(head).double()
 
 
-def labelled(labels):
+def labeled(labels):
     return [DataSample().set_gt_label(label) for label in labels]
 
 
@@ -72,11 +72,11 @@ class TestAgainstTimm:
             reference.set_distilled_training(True)
             logits, of_teacher = reference(x)
             losses = [F.cross_entropy(logits, labels) / 2, F.cross_entropy(of_teacher, teacher_logits.argmax(1)) / 2]
-            ours = model.head.loss(model.extract_feat(x), labelled(labels), teacher_logits=teacher_logits)
+            ours = model.head.loss(model.extract_feat(x), labeled(labels), teacher_logits=teacher_logits)
             assert set(ours) == {'loss_cls', 'loss_distill'}
         else:
             losses = [F.cross_entropy(reference(x), labels)]
-            ours = model.loss(x, labelled(labels))
+            ours = model.loss(x, labeled(labels))
             assert set(ours) == {'loss'}
         torch.testing.assert_close(list(ours.values()), losses, rtol=1e-9, atol=1e-9)
         sum(ours.values()).backward()
@@ -108,8 +108,8 @@ class TestFusion:
         expected = torch.zeros(2, 5, dtype=torch.double)
         for i, x in enumerate(feats):
             tokens = x.reshape(*x.shape[:2], -1).transpose(1, 2)  # (B, N, C)
-            centred = tokens - tokens.mean(2, keepdim=True)
-            normed = centred / (centred.square().mean(2, keepdim=True) + 1e-5).sqrt()
+            centered = tokens - tokens.mean(2, keepdim=True)
+            normed = centered / (centered.square().mean(2, keepdim=True) + 1e-5).sqrt()
             normed = normed * head.norm[i].weight + head.norm[i].bias
             mean = sum(normed[:, n] for n in range(normed.shape[1])) / normed.shape[1]
             share = head.weights[i].exp() / sum(weight.exp() for weight in head.weights)
@@ -139,7 +139,7 @@ class TestFusion:
         for distilled in (False, True):
             for teacher_logits in (None, torch.randn(3, 5, dtype=torch.double)):
                 head = make_head(distilled).train()
-                sum(head.loss(feats, labelled([0, 1, 2]), teacher_logits=teacher_logits).values()).backward()
+                sum(head.loss(feats, labeled([0, 1, 2]), teacher_logits=teacher_logits).values()).backward()
                 for name, parameter in head.named_parameters():
                     assert parameter.grad is not None, name
                     assert parameter.grad.any(), name
@@ -165,7 +165,7 @@ class TestFusion:
 class TestLoss:
     def test_loss_of_labels(self, feats):
         head = make_head()
-        losses = head.loss(feats, labelled([4, 0, 4]))
+        losses = head.loss(feats, labeled([4, 0, 4]))
         assert set(losses) == {'loss'}
         torch.testing.assert_close(losses['loss'], -head(feats).log_softmax(1)[range(3), [4, 0, 4]].mean())
 
@@ -181,7 +181,7 @@ class TestLoss:
     def test_loss_with_a_teacher_is_mesa(self, feats, mixed):
         head = make_head()
         teacher_logits = torch.randn(3, 5, dtype=torch.double)
-        samples = labelled([1, 2, 3])
+        samples = labeled([1, 2, 3])
         if mixed:
             samples = [DataSample().set_gt_score(score) for score in torch.rand(3, 5).double().softmax(1)]
         losses = head.loss(feats, samples, teacher_logits=teacher_logits)
@@ -194,7 +194,7 @@ class TestLoss:
         head = make_head(distilled=True).train()
         logits, of_teacher = head(feats)
         teacher_logits = torch.randn(3, 5, dtype=torch.double)
-        losses = head.loss(feats, labelled([1, 2, 3]), teacher_logits=teacher_logits)
+        losses = head.loss(feats, labeled([1, 2, 3]), teacher_logits=teacher_logits)
         assert set(losses) == {'loss_cls', 'loss_distill'}
         torch.testing.assert_close(losses['loss_cls'], -logits.log_softmax(1)[range(3), [1, 2, 3]].mean() / 2)
         choices = [max(range(5), key=row.__getitem__) for row in teacher_logits.tolist()]
@@ -204,7 +204,7 @@ class TestLoss:
     def test_loss_of_a_distilled_head_without_a_teacher(self, feats, training):
         head = make_head(distilled=True)
         mean = head.eval()(feats)
-        losses = head.train(training).loss(feats, labelled([1, 2, 3]))
+        losses = head.train(training).loss(feats, labeled([1, 2, 3]))
         assert set(losses) == {'loss'}
         torch.testing.assert_close(losses['loss'], -mean.log_softmax(1)[range(3), [1, 2, 3]].mean())
 
@@ -216,7 +216,7 @@ class TestLoss:
         logits = head(feats)[0] if distilled else head(feats)
         order = logits.argsort(1, descending=True)
         labels = [order[0, 0].item(), order[1, 1].item(), order[2, 4].item()]
-        losses = head.loss(feats, labelled(labels), teacher_logits=-logits.detach())
+        losses = head.loss(feats, labeled(labels), teacher_logits=-logits.detach())
         assert [acc.item() for acc in losses['accuracy_top-1']] == pytest.approx([100 / 3])
         assert [acc.item() for acc in losses['accuracy_top-2']] == pytest.approx([200 / 3])
 
@@ -224,7 +224,7 @@ class TestLoss:
     def test_teacher_with_other_classes_raises(self, feats, distilled):
         head = make_head(distilled)
         with pytest.raises(ValueError, match=r'num_classes=5 .* teacher, which has 6 classes'):
-            head.loss(feats, labelled([0, 1, 2]), teacher_logits=torch.randn(3, 6))
+            head.loss(feats, labeled([0, 1, 2]), teacher_logits=torch.randn(3, 6))
 
 
 class TestPrediction:
@@ -240,7 +240,7 @@ class TestPrediction:
 
     def test_predictions_are_written_to_the_given_samples(self, feats):
         head = make_head()
-        samples = labelled([0, 1, 2])
+        samples = labeled([0, 1, 2])
         predicted = head.predict(feats, samples)
         for i, (sample, given) in enumerate(zip(predicted, samples, strict=True)):
             assert sample is given
@@ -290,7 +290,7 @@ class TestArguments:
         backbone = EfficientViM(TINY, **given)
         head = FusionClsHead(5, CHANNELS)
         feats = backbone(torch.randn(2, 3, 64, 64))
-        for call in (head, head.predict, lambda x: head.loss(x, labelled([0, 1]))):
+        for call in (head, head.predict, lambda x: head.loss(x, labeled([0, 1]))):
             with pytest.raises(ValueError, match='out_hidden_states=True') as error:
                 call(feats)
             assert str(backbone.out_channels) in str(error.value)

@@ -15,8 +15,8 @@ class TestLayerNorm2d:
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
         x = torch.randn(2, 5, 3, 4, dtype=torch.double, requires_grad=True)
-        centred = x - x.mean(1, keepdim=True)
-        expected = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
+        centered = x - x.mean(1, keepdim=True)
+        expected = centered / (centered.square().mean(1, keepdim=True) + 1e-5).sqrt()
         expected = expected * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
         torch.testing.assert_close(norm(x), expected)
         assert torch.autograd.gradcheck(norm, x)
@@ -54,7 +54,7 @@ def test_conv_norm_with_fixed_statistics_has_the_same_gradients_and_keeps_less(a
         nn.init.normal_(layer.norm.weight)
         nn.init.normal_(layer.norm.bias)
     x = torch.randn(2, 3, 16, 16, dtype=torch.double, requires_grad=True)
-    learnt = [x, *layer.parameters()]
+    learned = [x, *layer.parameters()]
     results = []
     for f in (layer, lambda x: layer.norm(layer.conv(x)).clamp(min=0)):
         maps = {}
@@ -66,7 +66,7 @@ def test_conv_norm_with_fixed_statistics_has_the_same_gradients_and_keeps_less(a
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             out = f(x)
-        results.append((out, torch.autograd.grad(out.square().sum(), learnt), sum(maps.values())))
+        results.append((out, torch.autograd.grad(out.square().sum(), learned), sum(maps.values())))
     (out, gradients, kept), (expected, expected_gradients, kept_by_both) = results
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(gradients, expected_gradients)
