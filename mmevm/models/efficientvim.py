@@ -34,7 +34,7 @@ from .mixers import make_deploy_mixer
 from .recompute import recompute
 from .weight_init import init_from_checkpoints, pretrained_cfgs
 
-# Tokens (pixels of a map) per call of a stage in deploy mode on a CPU: see docs/performance.md.
+# Tokens (pixels of a map) per call of a stage in deploy mode on a CPU: see docs/dev/benchmarks.md.
 _MAX_TOKENS = 4 * 32**2
 
 

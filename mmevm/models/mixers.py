@@ -24,7 +24,7 @@ To change :class:`HSMSSD` itself, also change:
 - the recorded outputs: ``python tests/helpers/regenerate_golden.py --write --reason '…'``;
 - if parameter names or shapes change: ``mmevm/checkpoints/convert.py``, as checkpoints of the authors and of timm no
   longer fit;
-- the parameters and MACs in ``docs/ablations.md`` and in the tests that compare with it, and in ``metafile.yml``;
+- the parameters and MACs in ``docs/dev/ablations.md`` and in the tests that compare with it, and in ``metafile.yml``;
 - if a new operator appears: ``mmevm/analysis/complexity.py``, which counts it, and the ONNX export tests.
 """
 

@@ -4,7 +4,7 @@ import re
 from pprint import pformat
 
 import pytest
-from command_line import ROOT, run, succeed, the_sentence
+from command_line import ROOT, error_line, run, succeed
 from mmengine.config import Config
 
 TRAIN, TEST = ROOT / 'tools/train.py', ROOT / 'tools/test.py'
@@ -47,14 +47,14 @@ def test_check_evaluation(shapes, tmp_path, checkpoint):
     assert f'weights: load_from {checkpoint}' in summary
     assert list(tmp_path.iterdir()) == []
     result = run(TEST, DEMO, 'none.pth', '--data-root', shapes, '--check', '--cfg-options', *SHORT, cwd=tmp_path)
-    assert the_sentence(result).startswith('CheckpointError: ')
+    assert error_line(result).startswith('CheckpointError: ')
 
 
 @pytest.mark.slow
 def test_explained_error_is_the_last_line(shapes, tmp_path):
     options = [*SHORT, 'model.neck.in_channels=[1,2,3]']
     result = run(TRAIN, DEMO, '--data-root', shapes, '--work-dir', 'work', '--cfg-options', *options, cwd=tmp_path)
-    assert the_sentence(result).startswith(
+    assert error_line(result).startswith(
         'ConfigError: model.neck.in_channels=[1, 2, 3] does not match the output channels'
     )
 

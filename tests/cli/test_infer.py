@@ -10,7 +10,7 @@ import threading
 import cv2
 import numpy as np
 import pytest
-from command_line import ROOT, run, run_here, succeed, the_sentence
+from command_line import ROOT, error_line, run, run_here, succeed
 from tiny_models import DIGITS, write_classifier, write_detector
 
 from mmevm import __main__ as command
@@ -60,7 +60,7 @@ def test_folder_with_an_unreadable_image(detector, images, tmp_path):
     shutil.copytree(images, tmp_path / 'in')
     (tmp_path / 'in/broken.jpg').write_bytes((images / 'b.jpg').read_bytes()[:300])
     result = run('-m', 'mmevm', 'infer', *detector, 'in', '--deploy', '--batch-size', 2, cwd=tmp_path)
-    assert the_sentence(result).startswith('UserError: 1 of 4 inputs could not be read and were skipped: in/broken.jpg')
+    assert error_line(result).startswith('UserError: 1 of 4 inputs could not be read and were skipped: in/broken.jpg')
     assert 'Skipped in/broken.jpg: it cannot be read' in result.stderr
     assert 'Images ' in result.stderr
     assert '3/3' in result.stderr

@@ -3,14 +3,11 @@
 import os
 import shutil
 import sysconfig
-from pathlib import Path
 
-import mmdet
 import pytest
 from command_line import ROOT, succeed
 
 pytestmark = pytest.mark.slow
-MMDET_TRAIN = Path(mmdet.__file__).parent / '.mim/tools/train.py'
 SHORT = [
     *('train_cfg.max_iters=1', 'train_cfg.val_interval=1', 'train_dataloader.batch_size=2'),
     *('model.train_cfg.rcnn.sampler.num=32', 'model.test_cfg.rpn.max_per_img=10'),
@@ -43,14 +40,16 @@ def installed(request, tmp_path_factory):
     return source if editable else site / 'mmevm/.mim', python
 
 
-def test_base_config_of_mmdetections_own_tools(installed, shapes, tmp_path):
-    _, python = installed
+def test_base_config_by_name(installed, shapes, tmp_path):
+    root, python = installed
     (tmp_path / 'own.py').write_text("_base_ = 'mmevm::demo/maskrcnn_evm_m1_shapes.py'\n")
     data = [
         *(f'{split}_dataloader.dataset.data_root={shapes}' for split in ('train', 'val', 'test')),
         *(f'{split}_evaluator.ann_file={shapes}/annotations/instances_val.json' for split in ('val', 'test')),
     ]
-    output = python(MMDET_TRAIN, 'own.py', '--work-dir', 'work', '--cfg-options', *SHORT, *data, cwd=tmp_path)
+    output = python(
+        root / 'tools/train.py', 'own.py', '--work-dir', 'work', '--cfg-options', *SHORT, *data, cwd=tmp_path
+    )
     assert 'coco/bbox_mAP' in output
     assert "type='mmevm.EfficientViM'" in (tmp_path / 'work/own.py').read_text()
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from command_line import ENVIRONMENT, ROOT, run, succeed, the_sentence
+from command_line import ENVIRONMENT, ROOT, error_line, run, succeed
 
 from mmevm.engine.training_state import check_training_checkpoint
 
@@ -174,7 +174,7 @@ def test_resume_skips_a_damaged_checkpoint(shapes, uninterrupted, tmp_path):
     damage(here / 'iter_18.pth')
     damage(here / 'iter_20.pth')
     result = run(ROOT / 'tools/train.py', *detection(shapes), '--resume', '--work-dir', here, cwd=tmp_path)
-    assert f'None of the checkpoints in {here} can be resumed from' in the_sentence(result)
+    assert f'None of the checkpoints in {here} can be resumed from' in error_line(result)
 
 
 def test_full_disk_is_an_error_and_keeps_earlier_checkpoints(shapes, uninterrupted, tmp_path):
@@ -192,7 +192,7 @@ def test_full_disk_is_an_error_and_keeps_earlier_checkpoints(shapes, uninterrupt
     )
     if result.returncode == 77 or 'unshare' in result.stderr:
         pytest.skip(f'this user may not mount a file system: {result.stderr}')
-    assert 'here/iter_6.pth cannot be written (No space left on device)' in the_sentence(result)
+    assert 'here/iter_6.pth cannot be written (No space left on device)' in error_line(result)
     assert sorted(path.name for path in (tmp_path / 'saved').iterdir()) == ['iter_2.pth', 'iter_4.pth']
     assert saved_iterations(tmp_path / 'saved') == [2, 4]
 

@@ -5,7 +5,7 @@ import mmap
 import numpy as np
 import pytest
 import torch
-from command_line import ROOT, run, the_sentence
+from command_line import ROOT, error_line, run
 
 TOOL = ROOT / 'benchmarks/memory_growth.py'
 
@@ -66,4 +66,4 @@ def test_measures_training_and_inference(tmp_path):
 @pytest.mark.slow
 def test_exits_with_1_if_growth_exceeds_the_limit(tmp_path):
     result = run(TOOL, '--share', 0.01, '--allowed', -100, '--cases', 'backbone', cwd=tmp_path)
-    assert the_sentence(result) == 'Memory grows by more than -100 %: backbone.'
+    assert error_line(result) == 'Memory grows by more than -100 %: backbone.'

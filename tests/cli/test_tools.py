@@ -8,7 +8,7 @@ import cv2
 import pytest
 import timm
 import torch
-from command_line import ROOT, run, scalars, succeed, the_sentence
+from command_line import ROOT, error_line, run, scalars, succeed
 from pycocotools.coco import COCO
 from safetensors.torch import save_file
 
@@ -97,7 +97,7 @@ def test_train_resume(shapes, trained, tmp_path):
 
 def test_train_resume_from_a_missing_file(shapes, tmp_path):
     result = run(ROOT / 'tools/train.py', CONFIG, '--data-root', shapes, '--resume', 'none.pth', cwd=tmp_path)
-    assert 'There is no checkpoint none.pth' in the_sentence(result)
+    assert 'There is no checkpoint none.pth' in error_line(result)
 
 
 def test_test_prints_coco_metrics(tested):
@@ -147,13 +147,13 @@ def test_test_refuses_an_incomplete_checkpoint(shapes, trained, tmp_path):
     del checkpoint['state_dict']['backbone.stages.0.blocks.0.alpha']
     torch.save(checkpoint, tmp_path / 'incomplete.pth')
     result = run(ROOT / 'tools/test.py', CONFIG, 'incomplete.pth', '--data-root', shapes, cwd=tmp_path)
-    sentence = the_sentence(result)
+    sentence = error_line(result)
     assert 'incomplete.pth does not fit' in sentence
     assert 'backbone.stages.0.blocks.0.alpha' in sentence
 
 
 def test_train_without_data(tmp_path):
-    sentence = the_sentence(run(ROOT / 'tools/train.py', ROOT / 'configs/maskrcnn_evm_m1.py', cwd=tmp_path))
+    sentence = error_line(run(ROOT / 'tools/train.py', ROOT / 'configs/maskrcnn_evm_m1.py', cwd=tmp_path))
     assert 'data/coco/' in sentence
     assert '--data-root DIR' in sentence
 
@@ -165,7 +165,7 @@ def pretrained(checkpoint):
 
 def test_train_without_pretrained_weights_offline(shapes, tmp_path):
     options = [*pretrained('timm://efficientvim_m1.e450_in1k'), 'train_cfg.max_iters=1', 'train_cfg.val_interval=10']
-    sentence = the_sentence(
+    sentence = error_line(
         run(
             *(ROOT / 'tools/train.py', CONFIG, '--data-root', shapes, '--cfg-options', *options),
             cwd=tmp_path,
@@ -233,10 +233,10 @@ def test_coco_subset(shapes, tmp_path):
 def test_auto_scale_lr_requires_base_batch_size(tmp_path):
     (tmp_path / 'config.py').write_text('model = dict()')
     result = run(ROOT / 'tools/train.py', 'config.py', '--auto-scale-lr', cwd=tmp_path)
-    assert 'auto_scale_lr=dict(base_batch_size=…)' in the_sentence(result)
+    assert 'auto_scale_lr=dict(base_batch_size=…)' in error_line(result)
 
 
 def test_format_only_with_a_classifier(tmp_path):
     config = ROOT / 'configs/classification/efficientvim-m1_300e_in1k.py'
     result = run(ROOT / 'tools/test.py', config, 'none.pth', '--format-only', 'results', cwd=tmp_path)
-    assert '--format-only is for detectors' in the_sentence(result)
+    assert '--format-only is for detectors' in error_line(result)

@@ -33,7 +33,7 @@ def run_here(monkeypatch, tool, *arguments):
     runpy.run_path(str(tool), run_name='__main__')
 
 
-def the_sentence(result):
+def error_line(result):
     """Return the last line of standard error. The command must exit with 1 and print no traceback."""
     assert result.returncode == 1, result.stdout + result.stderr
     assert 'Traceback' not in result.stderr

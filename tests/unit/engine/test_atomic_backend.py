@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from command_line import ENVIRONMENT, the_sentence
+from command_line import ENVIRONMENT, error_line
 from mmengine.fileio import get_file_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.runner.checkpoint import save_checkpoint
@@ -63,7 +63,7 @@ def test_failed_write_keeps_the_previous_file(tmp_path):
         check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)),
     )
-    sentence = the_sentence(result)
+    sentence = error_line(result)
     assert f'{path} cannot be written (File too large)' in sentence
     assert '--resume' in sentence
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b'before']
