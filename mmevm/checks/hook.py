@@ -15,11 +15,12 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from mmevm.checkpoints import strip_scheme, unwrap_model
 
 from .config import iter_dicts, type_name
-from .data import DatasetSummary, compare_class_order, leaf_datasets, summarize_all
+from .data import DatasetSummary, compare_class_order, summarize_all
 from .model import FeatureTracer, check_topk, compare_class_counts
 
 # --check alone inspects larger datasets, because it reads their annotations again.
 _MAX_IMAGES = 20_000
+_NO_END = 10**9  # default of MMEngine's schedulers is INF, 1e9
 
 
 class CheckHook(Hook):
@@ -73,11 +74,10 @@ class CheckHook(Hook):
         model, summaries = unwrap_model(runner), []
         check_topk(runner.cfg, model, ['val', 'test'] if split == 'train' else ['test'])
         if is_main_process():
-            summaries = summarize_all(datasets, None if self.check_only else _MAX_IMAGES)
-            if not self.check_only:
-                for key, dataset in datasets.items():
-                    if any(len(leaf) > _MAX_IMAGES for _, leaf in leaf_datasets(dataset, key)):
-                        runner.logger.info(f'{key} has more than {_MAX_IMAGES:,} images; only --check inspects it.')
+            large = [key for key in datasets if len(datasets[key]) > _MAX_IMAGES and not self.check_only]
+            for key in large:
+                runner.logger.info(f'{key} has more than {_MAX_IMAGES:,} images; only --check inspects it.')
+            summaries = summarize_all({key: dataset for key, dataset in datasets.items() if key not in large})
             for summary in summaries:
                 _warn(runner, summary.warnings)
                 if not self.check_only and summary.key.startswith('train'):
@@ -93,13 +93,8 @@ class CheckHook(Hook):
                 self.error = error
                 raise
             if is_main_process():
-                lines = [
-                    '',
-                    'Check passed. Summary of the run:',
-                    *(f'  {line}' for line in self._summary(runner, split, summaries)),
-                    '',
-                ]
-                sys.stdout.write('\n'.join(lines))
+                lines = [f'  {line}' for line in self._summary(runner, split, summaries)]
+                print('', 'Check passed. Summary of the run:', *lines, sep='\n', flush=True)
             sys.exit(0)
 
     def _try_batch(self, runner: Runner, split: str, loader: Any) -> None:
@@ -149,17 +144,13 @@ def _schedule(runner: Runner) -> Iterator[str]:
     for key, scheduler, milestones in _schedulers(runner):
         unit, total = ('epochs', runner.max_epochs) if scheduler.by_epoch else ('iterations', runner.max_iters)
         name = f'{key} ({type(scheduler).__name__})'
-        if scheduler.begin >= total:
-            yield f'{name} begins at {scheduler.begin}, but the training has {total} {unit}; it never starts.'
-        elif type(scheduler).__name__.startswith(('LinearLR', 'ConstantLR')) and total < scheduler.end < 10**9:
+        first = scheduler.begin + (milestones[0] if milestones else 0)
+        if first >= total:
+            yield f'{name} has no effect before {first} {unit}, but the training has {total}.'
+        elif type(scheduler).__name__.startswith(('LinearLR', 'ConstantLR')) and total < scheduler.end < _NO_END:
             yield (
                 f'{name} is a warm-up of {scheduler.end} {unit}, but the training has {total}; the full learning rate '
                 f'is never reached. Set {key}.end to a tenth of the training or less.'
-            )
-        elif milestones and milestones[0] + scheduler.begin >= total:
-            yield (
-                f'{name} has its first milestone at {milestones[0]}, but the training has {total} {unit}; the learning '
-                'rate is never reduced.'
             )
 
 
@@ -187,7 +178,6 @@ def _training(runner: Runner) -> Iterator[str]:
         yield line
     for key, scheduler, milestones in _schedulers(runner):
         unit = 'epoch' if scheduler.by_epoch else 'iteration'
-        end = 'the end' if scheduler.end >= 10**9 else scheduler.end
-        yield f'    {key}: {type(scheduler).__name__} from {unit} {scheduler.begin} to {end}' + (
-            f', milestones {milestones}' if milestones else ''
-        )
+        end = 'the end' if scheduler.end >= _NO_END else scheduler.end
+        text = f', milestones {milestones}' if milestones else ''
+        yield f'    {key}: {type(scheduler).__name__} from {unit} {scheduler.begin} to {end}{text}'

@@ -37,14 +37,14 @@ def compare_class_counts(model: nn.Module, dataset: Any, key: str) -> Iterator[s
     if not classes or isinstance(classes, str) or hasattr(model, 'language_model'):  # which reads classes as text
         return
     for name, head in heads(model):
-        number = getattr(head, 'num_classes', None)
-        if not isinstance(number, int) or number == len(classes):
-            continue
-        if number > len(classes):
-            consequence = f'{number - len(classes)} outputs will never be trained'
-        else:
-            consequence = f'the last {len(classes) - number} classes will not be learned'
-        yield f'{name}.num_classes={number}, but {key} has {len(classes)} classes; {consequence}.'
+        number = getattr(head, 'num_classes', len(classes))
+        if number != len(classes) and isinstance(number, int):
+            rest = number - len(classes)
+            yield f'{name}.num_classes={number}, but {key} has {len(classes)} classes; ' + (
+                f'{rest} outputs will never be trained.'
+                if rest > 0
+                else f'the last {-rest} classes will not be learned.'
+            )
 
 
 def check_topk(cfg: Config, model: nn.Module, splits: list[str]) -> None:
@@ -124,9 +124,8 @@ class FeatureTracer:
             if part.outputs is None and (text := self._explain_channels(part)):
                 return text
         if isinstance(error, AssertionError):  # raised by anchors and points that have no stride for a feature map
-            for part in self.called:
-                strides = _declared_strides(part.module)
-                if strides and _are_maps(part.inputs) and len(strides) != len(part.inputs):
+            for part, strides in self._with_strides():
+                if len(strides) != len(part.inputs):
                     return (
                         f'{part.key} has anchors or points for {len(strides)} feature maps (strides {strides}), but '
                         f'{self._source(part)} returns {len(part.inputs)}. Set num_outs={len(strides)} of the neck, or '
@@ -136,13 +135,11 @@ class FeatureTracer:
 
     def warnings(self) -> Iterator[str]:
         """Yield a warning for each head whose anchors or points have other strides than its feature maps."""
-        for part in self.called:
-            strides = _declared_strides(part.module)
-            if not strides or not _are_maps(part.inputs) or len(strides) != len(part.inputs):
-                continue
+        for part, strides in self._with_strides():
             real = [self._stride(shape) for shape in part.inputs]
             # Strides follow from rounded sizes, so very small maps and small deviations say nothing.
-            if min(part.inputs[0][2:]) >= 4 and not 2 / 3 < real[0] / strides[0] < 3 / 2:
+            is_far = min(part.inputs[0][2:]) >= 4 and not 2 / 3 < real[0] / strides[0] < 3 / 2
+            if is_far and len(strides) == len(real):
                 yield (
                     f'{part.key} has anchors or points for strides {strides}, but {self._source(part)} returns feature '
                     f"maps of strides {real}. Use a neck with these strides, such as type='mmevm.UpsampleFPN' with "
@@ -153,20 +150,24 @@ class FeatureTracer:
         """Yield a line for each part: channels and strides of its output or, for a head, of its input."""
         batch_size = next((part.inputs[0][0] for part in self.called if part.inputs), 0)
         for part in self.called:
-            is_head = part.key.rstrip('.0123456789').endswith('head')
-            shapes = part.inputs if is_head or not part.outputs else part.outputs
-            if not _are_maps(shapes) or '.loss' in part.key:
+            is_head = part.key.endswith('head') or not part.outputs
+            shapes = part.inputs if is_head else part.outputs
+            # RoIs, layers of a transformer and queries have another first dimension than the batch.
+            if not shapes or not _are_maps(shapes) or shapes[0][0] != batch_size or '.loss' in part.key:
                 continue
-            if shapes[0][0] == batch_size:
-                channels = [shape[1] for shape in shapes]
-                channels = channels[:1] if len(set(channels)) == 1 else channels
-                text = f'{_join(channels)} channels at stride {_join([self._stride(shape) for shape in shapes])}'
-            elif part.key.startswith('model.roi_head'):
-                text = '{} channels of {}×{} for each RoI'.format(*shapes[0][1:])
-            else:  # layers and queries of a transformer
-                continue
-            verb = 'returns' if shapes is part.outputs else 'takes'
+            channels = [shape[1] for shape in shapes]
+            channels = channels[:1] if len(set(channels)) == 1 else channels
+            strides = [self._stride(shape) for shape in shapes]
+            verb = 'takes' if is_head else 'returns'
+            text = f'{_join(channels)} channels at stride {_join(strides)}'
             yield f'{part.key} ({type(part.module).__name__}) {verb} {text}'
+
+    def _with_strides(self) -> Iterator[tuple[Part, list[int]]]:
+        """Yield the called heads that have anchors or points, with the strides of these."""
+        for part in self.called:
+            strides = getattr(getattr(part.module, 'prior_generator', None), 'strides', None)
+            if isinstance(strides, (list, tuple)) and _are_maps(part.inputs):
+                yield part, [int(stride[0] if isinstance(stride, (list, tuple)) else stride) for stride in strides]
 
     @property
     def image_size(self) -> tuple[int, int] | None:
@@ -177,8 +178,8 @@ class FeatureTracer:
         if self.image_size is None:
             return 0
         height = self.image_size[0]
-        powers = [2**i for i in range(10) if math.ceil(height / 2**i) == shape[2]]
-        return powers[0] if powers else max(1, round(height / shape[2]))
+        rounded = max(1, round(height / shape[2]))
+        return next((2**i for i in range(10) if math.ceil(height / 2**i) == shape[2]), rounded)
 
     def _source(self, part: Part) -> str:
         """Return the key of the part whose output is this part's input."""
@@ -211,14 +212,8 @@ class FeatureTracer:
 
 def _upsample_fpn(part: Part, channels: list[int]) -> str:
     """Return the neck that replaces the FPN of a ResNet, whose feature maps start at stride 4 instead of 16."""
-    neck = dict(
-        in_channels=channels,
-        out_channels=part.cfg.get('out_channels'),
-        num_outs=part.cfg.get('num_outs'),
-        num_upsamples=max(0, 2 - part.cfg.get('start_level', 0)),
-    )
-    if part.cfg.get('add_extra_convs'):
-        neck['add_extra_convs'] = part.cfg['add_extra_convs']
+    kept = {key: part.cfg[key] for key in ('out_channels', 'num_outs', 'add_extra_convs') if key in part.cfg}
+    neck = dict(in_channels=channels, num_upsamples=max(0, 2 - part.cfg.get('start_level', 0)), **kept)
     arguments = ', '.join(f'{key}={value!r}' for key, value in neck.items())
     return f"Replace the neck: {part.key}=dict(_delete_=True, type='mmevm.UpsampleFPN', {arguments})."
 
@@ -248,10 +243,3 @@ def _join(values: list[int]) -> str:
 
 def _are_maps(shapes: list[tuple[int, ...]]) -> bool:
     return bool(shapes) and all(len(shape) == 4 for shape in shapes)
-
-
-def _declared_strides(module: nn.Module) -> list[int] | None:
-    strides = getattr(getattr(module, 'prior_generator', None), 'strides', None)
-    if not isinstance(strides, (list, tuple)):
-        return None
-    return [int(stride[0] if isinstance(stride, (list, tuple)) else stride) for stride in strides]
