@@ -12,8 +12,6 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from mmevm.errors import ConfigError
-
 # Top-level keys of MMEngine, MMDetection and MMPretrain. Configs may have others.
 _KNOWN_KEYS = {
     *inspect.signature(Runner).parameters,
@@ -33,14 +31,8 @@ def check_config(cfg: Config, splits: Sequence[str]) -> list[str]:
 
     Returns:
         Warnings, one line each.
-
-    Raises:
-        ConfigError: If a value cannot work.
     """
-    for key, value in (cfg.get('model') or {}).items():
-        if isinstance(value, tuple) and len(value) == 1 and isinstance(value[0], dict):
-            raise ConfigError(f'model.{key} is a tuple, not a dict. Remove the comma after its closing parenthesis.')
-    warnings = [*_misspelled_keys(cfg), *string_classes(cfg, splits), *_evaluators(cfg, splits)]
+    warnings = [*_misspelled_keys(cfg), *_string_classes(cfg, splits), *_evaluators(cfg, splits)]
     return [*warnings, *_pretrained_weights(cfg)] if 'train' in splits else warnings
 
 
@@ -54,7 +46,7 @@ def iter_dicts(value: Any, key: str = '') -> Iterator[tuple[str, dict]]:
 
 
 def iter_datasets(cfg: Config, split: str) -> Iterator[tuple[str, dict]]:
-    """Yield the dataset configs of a split, also those in wrappers such as ``RepeatDataset``, with their dotted keys."""
+    """Yield the dataset configs of a split, without wrappers such as ``RepeatDataset``, with their dotted keys."""
     for key, part in iter_dicts(cfg.get(f'{split}_dataloader'), f'{split}_dataloader'):
         if re.search(r'\.datasets?(\.\d+)*$', key) and not {'dataset', 'datasets'} & part.keys():
             yield key, part
@@ -79,16 +71,14 @@ def preview(names: Iterable[Any], limit: int = 5) -> str:
     return ', '.join(names[:limit]) + (', …' if len(names) > limit else '')
 
 
-def string_classes(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
-    """Warn about ``metainfo.classes`` that is a string instead of a tuple."""
-    for split in splits:
-        for key, dataset in iter_datasets(cfg, split):
-            classes = (dataset.get('metainfo') or {}).get('classes')
-            if isinstance(classes, str) and not os.path.isfile(classes):
-                yield (
-                    f'{key}.metainfo.classes={classes!r} is a string, but neither a file nor a tuple of names. For one '
-                    f'class, write classes=({classes!r},) with a comma.'
-                )
+def _string_classes(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
+    for key, dataset in (item for split in splits for item in iter_datasets(cfg, split)):
+        classes = (dataset.get('metainfo') or {}).get('classes')
+        if isinstance(classes, str) and not os.path.isfile(classes):
+            yield (
+                f'{key}.metainfo.classes={classes!r} is a string, but neither a file nor a tuple of names. For one '
+                f'class, write classes=({classes!r},) with a comma.'
+            )
 
 
 def _misspelled_keys(cfg: Config) -> Iterator[str]:

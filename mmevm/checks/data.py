@@ -28,7 +28,6 @@ class DatasetSummary:
     dataset: BaseDataset
     objects: Counter = field(default_factory=Counter)  # by label; for a classifier, images
     ignored: int = 0  # objects with ignore_flag
-    empty: int = 0  # images without objects
     is_detection: bool = False
     unlabeled: bool = False  # has images without known labels, as for self-supervised training
     total_images: int | None = None  # in the annotation file
@@ -53,7 +52,6 @@ class DatasetSummary:
             text += f' of {self.total_images} ({skipped} skipped by filter_cfg={filter_cfg})'
         if self.is_detection:
             text += f'; {self.objects.total()} objects'
-            text += f'; images without objects: {self.empty}' if self.empty else ''
             text += f'; objects to ignore: {self.ignored}' if self.ignored else ''
         return text + (f'; skipped objects: {self._reasons()}' if self.skipped else '')
 
@@ -68,12 +66,10 @@ class DatasetSummary:
     def describe_empty(self) -> str:
         """Return why there is nothing to train on."""
         file = os.path.abspath(self.dataset.ann_file or self.dataset.data_root or '')
-        if not self.total_images:
-            return f'{self.key} has no images; {file} lists none. Correct {self.key}.ann_file and data_prefix.'
         reasons = f' (skipped objects: {self._reasons()})' if self.skipped else ''
-        advice = f'Correct the annotations, {self.key}.metainfo.classes or {self.key}.filter_cfg.'
-        text = f'{self.key}: none of the {self.total_images} images of {file} has an object to train on{reasons}.'
-        return f'{text} {(self.warnings or [advice])[0]}'
+        advice = f'Correct the annotations, or ann_file, data_prefix, metainfo.classes and filter_cfg of {self.key}.'
+        advice = next(iter(self.warnings), advice)
+        return f'{self.key}: none of the {self.total_images or 0} images of {file} has an object{reasons}. {advice}'
 
 
 def leaf_datasets(dataset: Any, key: str) -> Iterator[tuple[str, BaseDataset]]:
@@ -138,7 +134,6 @@ def summarize(key: str, dataset: BaseDataset, training: bool) -> DatasetSummary:
             summary.is_detection = True
             summary.objects.update(instance['bbox_label'] for instance in used if 'bbox_label' in instance)
             summary.ignored += len(instances) - len(used)
-            summary.empty += not used
         elif labels is not None:
             summary.objects.update(np.atleast_1d(labels).tolist())
         else:
@@ -158,13 +153,12 @@ def compare_class_order(summaries: list[DatasetSummary]) -> Iterator[str]:
     others = [summary for summary in summaries if not summary.key.startswith('train')]
     if len(train) != 1 or len(others) != 1 or type(train[0].dataset) is not type(others[0].dataset):
         return
-    for label, (first, second) in enumerate(zip(train[0].classes, others[0].classes, strict=False)):
-        if first != second:
-            yield (
-                f'{train[0].key} and {others[0].key} number their classes differently: {label} is {first!r} in one and '
-                f'{second!r} in the other. Set the same metainfo.classes, or use the same class folders.'
-            )
-            return
+    pairs = zip(train[0].classes, others[0].classes, strict=False)
+    for first, second in [(first, second) for first, second in pairs if first != second][:1]:
+        yield (
+            f'{train[0].key} and {others[0].key} number their classes differently: one has {first!r} where the other '
+            f'has {second!r}. Set the same metainfo.classes, or use the same class folders.'
+        )
 
 
 def _check_boxes(summary: DatasetSummary, infos: list[dict], steps: list[Any], training: bool) -> None:
@@ -177,13 +171,13 @@ def _check_boxes(summary: DatasetSummary, infos: list[dict], steps: list[Any], t
     ]
     left, top, right, bottom, width, height = np.reshape(boxes, (-1, 6)).T
     outside = np.sum((right > 1.02 * width + 1) | (bottom > 1.02 * height + 1))
+    flat = np.sum((right <= left) | (bottom <= top))
+    filters = any(type(step).__name__ == 'FilterAnnotations' for step in steps)
     if outside > 0.2 * len(boxes):
         summary.warnings.append(
             f'{summary.key}: {outside} of {len(boxes)} boxes exceed their image. A COCO bbox is x, y, width, height; '
             'these look like x1, y1, x2, y2.'
         )
-    flat = np.sum((right <= left) | (bottom <= top))
-    filters = any(type(step).__name__ == 'FilterAnnotations' for step in steps)
     if flat and training and not filters and getattr(summary.dataset, 'bbox_min_size', None) is None:
         summary.warnings.append(
             f'{summary.key}: {flat} of {len(boxes)} boxes have no area, which can make losses infinite. Correct them, '
@@ -209,6 +203,8 @@ def _check_image_files(key: str, dataset: BaseDataset, infos: list[dict], steps:
             f'{preview(map(os.path.abspath, unusable))}{hint}. Restore them, remove them from the annotations, or '
             f'correct {key}.data_prefix.'
         ) from error
+    except Exception:  # another storage, which is not set up here
+        return
 
 
 def _check_masks(key: str, infos: list[dict], steps: list[Any]) -> None:
@@ -220,8 +216,7 @@ def _check_masks(key: str, infos: list[dict], steps: list[Any]) -> None:
     if without:
         raise ConfigError(
             f'{key}: {len(without)} of {len(objects)} objects have no segmentation, but the pipeline loads masks '
-            f'(with_mask=True): {preview(dict.fromkeys(without))}. Add segmentations, set "ignore": 1, or use a '
-            'detector without a mask head.'
+            f'(with_mask=True): {preview(dict.fromkeys(without))}. Add them, or use a detector without a mask head.'
         )
 
 
@@ -232,48 +227,34 @@ def compare_with_file(summary: DatasetSummary, training: bool) -> None:
     if summary.unlabeled or not isinstance(file, str) or not os.path.isfile(file) or dataset._indices is not None:
         return
     if hasattr(dataset, 'cat_ids') and file.endswith('.json'):
-        total, reasons = _compare_with_coco(summary, json.loads(Path(file).read_bytes()), training)
+        total, reasons = _compare_with_coco(summary, json.loads(Path(file).read_bytes()))
     elif hasattr(dataset, 'ann_subdir'):
         total, reasons = _compare_with_voc(summary, dataset)
     else:
         return
     if training:
         rest = total - summary.objects.total() - summary.ignored - reasons.total()
-        summary.skipped = +(reasons + Counter({'in skipped images': max(0, rest)}))
+        reasons['without area, outside their image, marked "ignore" or in skipped images'] = rest
+        summary.skipped = +reasons
 
 
-def _compare_with_coco(summary: DatasetSummary, coco: dict, training: bool) -> tuple[int, Counter]:
-    """Return the number of annotations in the file, and of those that CocoDataset skips, by reason."""
+def _compare_with_coco(summary: DatasetSummary, coco: dict) -> tuple[int, Counter]:
+    """Return the number of annotations in the file, and of those that cannot belong to the dataset, by reason."""
     names = [category.get('name') for category in coco.get('categories') or []]
-    images = {image.get('id'): image for image in coco.get('images') or []}
-    annotations = coco.get('annotations') or [] if training else []
-    summary.total_images = len(images)
     _compare_names(summary, names)
     ordered = [name for name in names if name in summary.classes]
-    if training and ordered != [name for name in summary.classes if name in ordered]:
+    if ordered != [name for name in summary.classes if name in ordered]:
         summary.warnings.append(
             f'{summary.key}.metainfo.classes has another order than the categories of the annotation file '
             f'({preview(ordered)}). MMDetection numbers classes by the file, so names would be wrong. Use its order.'
         )
-    wanted = set(summary.dataset.cat_ids)
-    reasons = Counter(_skip_reason(ann, images.get(ann.get('image_id')), wanted) for ann in annotations)
-    reasons.pop('', None)
-    return len(annotations), reasons
-
-
-def _skip_reason(ann: dict, image: dict | None, wanted: set) -> str:
-    """Return why MMDetection's CocoDataset skips an annotation; an empty string if it does not."""
-    if image is None:
-        return 'of images that are not listed'
-    if ann.get('ignore'):
-        return 'marked "ignore"'
-    if ann.get('category_id') not in wanted:
-        return 'of other classes'
-    x, y, width, height = ann['bbox']
-    inside = min(x + width, image['width']) > max(x, 0) and min(y + height, image['height']) > max(y, 0)
-    if inside and ann['area'] > 0 and min(width, height) >= 1:
-        return ''
-    return 'outside their image or smaller than a pixel'
+    images = {image.get('id') for image in coco.get('images') or []}
+    annotations = coco.get('annotations') or []
+    listed = [ann for ann in annotations if ann.get('image_id') in images]
+    others = sum(ann.get('category_id') not in summary.dataset.cat_ids for ann in listed)
+    summary.total_images = len(images)
+    unlisted = len(annotations) - len(listed)
+    return len(annotations), Counter({'of images that are not listed': unlisted, 'of other classes': others})
 
 
 def _compare_with_voc(summary: DatasetSummary, dataset: Any) -> tuple[int, Counter]:

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mmengine.registry
 from mmengine.config import Config
-from mmengine.registry import DATASETS, Registry, init_default_scope
+from mmengine.registry import DATASETS, OPTIMIZERS, Registry, init_default_scope
 
 from mmevm.errors import ConfigError, UserError
 
-from .config import closest, iter_datasets, iter_dicts, preview, string_classes, type_name
+from .config import closest, iter_datasets, iter_dicts, preview, type_name
 from .data import DatasetSummary, compare_with_file
 
 if TYPE_CHECKING:
@@ -40,14 +40,11 @@ def explain_errors(cfg: Config, hook: 'CheckHook') -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as raised:
-        error = hook.error or raised
+    except Exception as error:
         explanation = None if hook.finished else hook.explain(error) or explain(error, cfg)
-        if explanation is not None:
-            raise ConfigError(explanation) from error
-        if hook.error is not None:
-            raise hook.error from None
-        raise
+        if explanation is None:
+            raise
+        raise ConfigError(explanation) from error
 
 
 def explain(error: Exception, cfg: Config) -> str | None:
@@ -67,6 +64,9 @@ def explain(error: Exception, cfg: Config) -> str | None:
     if found := re.search(r'(\w+)\.__init__\(\) missing \d+ required \S+ arguments?: (.*)', message):
         keys = [key for key, part in parts if type_name(part) == found[1]]
         return f'{preview(keys, 3)}: {found[1]} requires {found[2]}. Set it in the config.' if keys else None
+    if message == 'None is not a callable object':  # MMEngine does not name an unknown optimizer
+        names = [part.get('type') for key, part in parts if key == 'optim_wrapper.optimizer']
+        return _unknown_type(parts, names[0], 'optimizer') if names and OPTIMIZERS.get(names[0]) is None else None
     if any(frame.f_code.co_name == 'build_dataloader' for frame in frames):
         return _dataset_error(cfg)
     if frames and frames[-1].f_code.co_filename.startswith(_PACKAGE) and isinstance(error, (TypeError, ValueError)):
@@ -120,30 +120,25 @@ def _unknown_argument(parts: list[tuple[str, dict]], class_name: str, argument: 
         return None
     key, part = holders[0]
     allowed = _parameters(kind)
-    foreign = [name for name in part if name not in allowed | {'type', '_scope_', '_delete_'}]
-    if allowed and len(foreign) > 1:
+    if not allowed:
+        return f'{key}.{argument}: {class_name} has no argument {argument!r}.'
+    unknown = [name for name in part if name not in allowed | {'type', '_scope_', '_delete_'}]
+    if len(unknown) > 1:
         return (
-            f'{key} has arguments that {class_name} does not accept: {", ".join(foreign)}. They come from a config in '
+            f'{key} has arguments that {class_name} does not accept: {", ".join(unknown)}. They come from a config in '
             f'_base_. Add _delete_=True to {key} to replace the dict of the base config.'
         )
-    text = f'{key}.{argument}: {class_name} has no argument {argument!r}'
-    if allowed:
-        suggestion = closest(argument, allowed)
-        text += f' (did you mean {suggestion!r}?)' if suggestion else ''
-        text += f'; it accepts {", ".join(sorted(allowed))}'
-    return f'{text}.'
+    suggestion = closest(argument, allowed)
+    hint = f' (did you mean {suggestion!r}?)' if suggestion else ''
+    accepted = ', '.join(sorted(allowed))
+    return f'{key}.{argument}: {class_name} has no argument {argument!r}{hint}; it accepts {accepted}.'
 
 
 def _parameters(kind: type | None) -> set[str]:
-    """Return the arguments of a class, including those of base classes that it passes on as ``**kwargs``."""
-    names: set[str] = set()
-    for base in kind.__mro__ if kind else ():
-        if '__init__' in vars(base):
-            parameters = inspect.signature(vars(base)['__init__']).parameters.values()
-            names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-                break
-    return names - {'self', 'params'}  # an optimizer's params come from the model
+    """Return the arguments of a class and its base classes, to which it may pass them as ``**kwargs``."""
+    constructors = [vars(base)['__init__'] for base in (kind.__mro__ if kind else ()) if '__init__' in vars(base)]
+    names = {name for constructor in constructors for name in inspect.signature(constructor).parameters}
+    return names - {'self', 'args', 'kwargs', 'params'}  # an optimizer's params come from the model
 
 
 def _dataset_error(cfg: Config) -> str | None:
@@ -159,9 +154,7 @@ def _dataset_error(cfg: Config) -> str | None:
             except TypeError:  # not a BaseDataset
                 continue
             except Exception as error:
-                strings = string_classes(cfg, [split]) if isinstance(error, KeyError) else ()
-                reason = f'{key} cannot be read: {_reason(error, dataset)}'
-                return next((text for text in strings if text.startswith(f'{key}.')), reason)
+                return f'{key} cannot be read: {_reason(error, dataset)}'
             if not len(built):
                 summary = DatasetSummary(key, built)
                 compare_with_file(summary, training=True)
@@ -172,14 +165,10 @@ def _dataset_error(cfg: Config) -> str | None:
 def _reason(error: Exception, dataset: dict) -> str:
     path = os.path.abspath(os.path.join(dataset.get('data_root') or '', dataset.get('ann_file') or ''))
     if isinstance(error, FileNotFoundError) and error.filename:
-        missing = os.path.abspath(error.filename)
-        listed = f', which is listed in {path}' if missing != path and os.path.isfile(path) else ''
         return (
-            f'{missing} does not exist{listed} (the current folder is {os.getcwd()}). Put or link the data there, '
-            'pass --data-root DIR, or correct data_root, ann_file and data_prefix.'
+            f'{os.path.abspath(error.filename)} does not exist (the current folder is {os.getcwd()}). Put or link the '
+            'data there, pass --data-root DIR, or correct data_root, ann_file and data_prefix.'
         )
-    if isinstance(error, KeyError) and path.endswith('.json'):
-        return f'{path} has an entry without {error}, which {type_name(dataset)} requires.'
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_name == 'parse_data_info':  # of one of many XML files
             path = frame.f_locals.get('img_info', {}).get('xml_path', path)

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 from mmengine.config import Config
 from torch import Tensor, nn
 
 from mmevm.errors import ConfigError
 
-from .config import iter_dicts, type_name
+from .config import iter_dicts, preview, type_name
 
 
 def heads(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -40,11 +41,8 @@ def compare_class_counts(model: nn.Module, dataset: Any, key: str) -> Iterator[s
         number = getattr(head, 'num_classes', len(classes))
         if number != len(classes) and isinstance(number, int):
             rest = number - len(classes)
-            yield f'{name}.num_classes={number}, but {key} has {len(classes)} classes; ' + (
-                f'{rest} outputs will never be trained.'
-                if rest > 0
-                else f'the last {-rest} classes will not be learned.'
-            )
+            text = f'{rest} outputs will never be trained' if rest > 0 else f'{-rest} classes will not be learned'
+            yield f'{name}.num_classes={number}, but {key} has {len(classes)} classes; {text}.'
 
 
 def check_topk(cfg: Config, model: nn.Module, splits: list[str]) -> None:
@@ -57,12 +55,10 @@ def check_topk(cfg: Config, model: nn.Module, splits: list[str]) -> None:
     classes = min((number for number in numbers if isinstance(number, int)), default=math.inf)
     for split in splits:
         for key, metric in iter_dicts(cfg.get(f'{split}_evaluator'), f'{split}_evaluator'):
-            topk = metric.get('topk')
-            largest = max(topk) if isinstance(topk, (list, tuple)) and topk else topk
-            if type_name(metric) == 'Accuracy' and isinstance(largest, int) and largest > classes:
+            if type_name(metric) == 'Accuracy' and np.max(metric.get('topk', 1)) > classes:
                 raise ConfigError(
-                    f'{key}.topk={topk}, but the head has num_classes={classes}. Set topk=(1,) in val_evaluator and '
-                    'test_evaluator.'
+                    f'{key}.topk={metric["topk"]}, but the head has num_classes={classes}. Set topk=(1,) in '
+                    'val_evaluator and test_evaluator.'
                 )
 
 
@@ -94,7 +90,12 @@ class FeatureTracer:
     """
 
     def __init__(self, model: nn.Module, cfg: dict) -> None:
-        self.parts = list(_parts(model, cfg, 'model'))
+        modules = {f'model.{name}': module for name, module in model.named_modules()}
+        self.parts = [
+            Part(key, modules[key], part)
+            for key, part in iter_dicts(cfg, 'model')
+            if key in modules and 'type' in part and not key.startswith('model.data_preprocessor')
+        ]
         self.called: list[Part] = []
         self._handles: list[Any] = []
 
@@ -118,31 +119,26 @@ class FeatureTracer:
     def _end(part: Part, module: nn.Module, args: tuple, output: Any) -> None:
         part.outputs = _shapes(output)
 
-    def explain(self, error: Exception) -> str | None:
-        """Return why the forward pass failed, or None if channels and strides are not the cause."""
+    def explain(self) -> str | None:
+        """Return why the forward pass failed, or None if the numbers of channels are not the cause."""
         for part in reversed(self.called):
             if part.outputs is None and (text := self._explain_channels(part)):
                 return text
-        if isinstance(error, AssertionError):  # raised by anchors and points that have no stride for a feature map
-            for part, strides in self._with_strides():
-                if len(strides) != len(part.inputs):
-                    return (
-                        f'{part.key} has anchors or points for {len(strides)} feature maps (strides {strides}), but '
-                        f'{self._source(part)} returns {len(part.inputs)}. Set num_outs={len(strides)} of the neck, or '
-                        f'change the strides of {part.key}.'
-                    )
         return None
 
     def warnings(self) -> Iterator[str]:
         """Yield a warning for each head whose anchors or points have other strides than its feature maps."""
-        for part, strides in self._with_strides():
+        for part in self.called:
+            strides = getattr(getattr(part.module, 'prior_generator', None), 'strides', None)
+            if not isinstance(strides, (list, tuple)) or not _are_maps(part.inputs) or len(strides) != len(part.inputs):
+                continue
+            expected = [int(stride[0] if isinstance(stride, (list, tuple)) else stride) for stride in strides]
             real = [self._stride(shape) for shape in part.inputs]
             # Strides follow from rounded sizes, so very small maps and small deviations say nothing.
-            is_far = min(part.inputs[0][2:]) >= 4 and not 2 / 3 < real[0] / strides[0] < 3 / 2
-            if is_far and len(strides) == len(real):
+            if min(part.inputs[0][2:]) >= 4 and not 2 / 3 < real[0] / expected[0] < 3 / 2:
                 yield (
-                    f'{part.key} has anchors or points for strides {strides}, but {self._source(part)} returns feature '
-                    f"maps of strides {real}. Use a neck with these strides, such as type='mmevm.UpsampleFPN' with "
+                    f'{part.key} has anchors or points for strides {expected}, but {self._source(part)} has '
+                    f"strides {real}. Use a neck with these strides, such as type='mmevm.UpsampleFPN' with "
                     f'num_upsamples, or change the strides of {part.key}.'
                 )
 
@@ -155,19 +151,10 @@ class FeatureTracer:
             # RoIs, layers of a transformer and queries have another first dimension than the batch.
             if not shapes or not _are_maps(shapes) or shapes[0][0] != batch_size or '.loss' in part.key:
                 continue
-            channels = [shape[1] for shape in shapes]
-            channels = channels[:1] if len(set(channels)) == 1 else channels
-            strides = [self._stride(shape) for shape in shapes]
+            channels = preview(dict.fromkeys(shape[1] for shape in shapes))
+            strides = preview(self._stride(shape) for shape in shapes)
             verb = 'takes' if is_head else 'returns'
-            text = f'{_join(channels)} channels at stride {_join(strides)}'
-            yield f'{part.key} ({type(part.module).__name__}) {verb} {text}'
-
-    def _with_strides(self) -> Iterator[tuple[Part, list[int]]]:
-        """Yield the called heads that have anchors or points, with the strides of these."""
-        for part in self.called:
-            strides = getattr(getattr(part.module, 'prior_generator', None), 'strides', None)
-            if isinstance(strides, (list, tuple)) and _are_maps(part.inputs):
-                yield part, [int(stride[0] if isinstance(stride, (list, tuple)) else stride) for stride in strides]
+            yield f'{part.key} ({type(part.module).__name__}) {verb} {channels} channels at stride {strides}'
 
     @property
     def image_size(self) -> tuple[int, int] | None:
@@ -189,25 +176,21 @@ class FeatureTracer:
         return 'the previous part'
 
     def _explain_channels(self, part: Part) -> str | None:
+        # An extractor of RoIs keeps the number of channels.
+        argument = 'out_channels' if 'featmap_strides' in part.cfg else 'in_channels'
+        name, wanted, source = f'{part.key}.{argument}', part.cfg.get(argument), self._source(part)
         given = [shape[1] for shape in part.inputs if len(shape) > 1]
-        source = self._source(part)
-        is_extractor = 'featmap_strides' in part.cfg  # of RoIs, which keeps the number of channels
-        name = f'{part.key}.{"out_channels" if is_extractor else "in_channels"}'
-        wanted = part.cfg.get('out_channels' if is_extractor else 'in_channels')
-        if isinstance(wanted, (list, tuple)):
-            if not given or sorted(wanted) == sorted(given):  # some necks start with the coarsest map
-                return None
-            text = f'{name}={list(wanted)} does not match the output channels {given} of {source}.'
-            if type_name(part.cfg) == 'FPN' and source == 'model.backbone':
-                return f'{text} {_upsample_fpn(part, given)}'
-            return f'{text} Set {name}={given}.'
-        if not isinstance(wanted, int) or not given or wanted in given:
+        is_list = isinstance(wanted, (list, tuple))
+        # Some necks start with the coarsest map. Modules that share one number are called with one map at a time.
+        if not given or not wanted or (sorted(wanted) == sorted(given) if is_list else wanted in given):
             return None
-        if len(set(given)) > 1:
-            return (
-                f"{name}={wanted}, but {source} returns {given} channels. Add a neck, such as type='mmevm.UpsampleFPN'."
-            )
-        return f'{name}={wanted}, but {source} returns {given[0]} channels. Set {name}={given[0]}.'
+        if is_list and type_name(part.cfg) == 'FPN' and source == 'model.backbone':
+            fix = _upsample_fpn(part, given)
+        elif is_list or len(set(given)) == 1:
+            fix = f'Set {name}={given if is_list else given[0]}.'
+        else:
+            fix = "Add a neck, such as type='mmevm.UpsampleFPN'."
+        return f'{name}={wanted} does not match the output channels {given} of {source}. {fix}'
 
 
 def _upsample_fpn(part: Part, channels: list[int]) -> str:
@@ -218,27 +201,12 @@ def _upsample_fpn(part: Part, channels: list[int]) -> str:
     return f"Replace the neck: {part.key}=dict(_delete_=True, type='mmevm.UpsampleFPN', {arguments})."
 
 
-def _parts(module: nn.Module, cfg: Any, key: str) -> Iterator[Part]:
-    for name, value in cfg.items() if isinstance(cfg, dict) else enumerate(cfg):
-        if not isinstance(value, (dict, list, tuple)) or name == 'data_preprocessor':
-            continue
-        child = module._modules.get(str(name))  # of a ModuleList, too
-        if isinstance(child, nn.Module):
-            if isinstance(value, dict) and 'type' in value:
-                yield Part(f'{key}.{name}', child, value)
-            yield from _parts(child, value, f'{key}.{name}')
-
-
 def _shapes(value: Any) -> list[tuple[int, ...]]:
     if isinstance(value, Tensor):
         return [tuple(value.shape)]
     if isinstance(value, (list, tuple)) and all(isinstance(item, Tensor) for item in value):
         return [tuple(item.shape) for item in value]
     return []
-
-
-def _join(values: list[int]) -> str:
-    return ', '.join(map(str, values))
 
 
 def _are_maps(shapes: list[tuple[int, ...]]) -> bool:
