@@ -88,7 +88,7 @@ def read_config(path: str) -> Config:
         path = str(find_config(path))
     try:
         return get_config(path) if '::' in path else Config.fromfile(path)
-    except (AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, ImportError, OSError, TypeError, ValueError) as error:
         where = '' if '::' in path else f' ({os.path.abspath(path)}; the current folder is {os.getcwd()})'
         raise ConfigError(
             f'{path} cannot be read: {error}{where}. Give the path of a config file, or the name of a config in an '
@@ -129,9 +129,8 @@ def build_runner(cfg: Config) -> Runner:
     """
     _check_launcher(cfg.launcher)
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':
-        timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')  # seconds, as in MMEngine
-        options: dict[str, Any] = dict(timeout=timedelta(seconds=timeout)) if timeout else {}
-        torch.distributed.init_process_group('gloo', **options)
+        seconds = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout', 1800)  # PyTorch's default
+        torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=seconds))
         default = dict(broadcast_buffers=False, find_unused_parameters=cfg.get('find_unused_parameters', False))
         cfg.model_wrapper_cfg = dict(cfg.get('model_wrapper_cfg') or default, device_ids=None)
     runner = Runner.from_cfg(cfg)

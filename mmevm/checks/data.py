@@ -13,11 +13,10 @@ from typing import Any
 import cv2
 import numpy as np
 from mmengine.dataset import BaseDataset
-from mmengine.logging import print_log
 
 from mmevm.errors import ConfigError
 
-from .config import preview
+from .config import preview, skip_failures
 
 
 @dataclass
@@ -94,23 +93,16 @@ def summarize_all(datasets: dict[str, Any]) -> list[DatasetSummary]:
         A summary of each dataset, including those in wrappers.
 
     Raises:
-        ConfigError: If there are no objects to train on, or a dataset cannot be used (see :func:`summarize`). Nothing
-            else about the data is an error.
+        ConfigError: If there are no objects to train on, or a dataset cannot be used (see :func:`summarize`).
     """
-    summaries = []
+    summaries: list[DatasetSummary] = []
     for key, dataset in datasets.items():
-        training, of_key = key.startswith('train'), []
-        try:
-            for leaf_key, leaf in leaf_datasets(dataset, key):
-                of_key.append(summarize(leaf_key, leaf, training))
-        except ConfigError:
-            raise
-        except Exception as error:  # a user's dataset may return anything
-            print_log(f'{key} is not checked: {type(error).__name__}: {error}', 'current', 'DEBUG')
-            continue
-        summaries += of_key
-        if training and of_key and not any(summary.objects or summary.unlabeled for summary in of_key):
-            raise ConfigError(of_key[0].describe_empty())
+        training = key.startswith('train')
+        with skip_failures():
+            of_key = [summarize(leaf_key, leaf, training) for leaf_key, leaf in leaf_datasets(dataset, key)]
+            if training and of_key and not any(summary.objects or summary.unlabeled for summary in of_key):
+                raise ConfigError(of_key[0].describe_empty())
+            summaries += of_key
     return summaries
 
 
@@ -139,11 +131,14 @@ def summarize(key: str, dataset: BaseDataset, training: bool) -> DatasetSummary:
         else:
             summary.unlabeled = True
     steps = list(getattr(getattr(dataset, 'pipeline', None), 'transforms', ()))
-    _check_image_files(key, dataset, infos, steps)
-    _check_boxes(summary, infos, steps, training)
+    with skip_failures():
+        _check_image_files(key, dataset, infos, steps)
+    with skip_failures():
+        _check_boxes(summary, infos, steps, training)
     if training:
         _check_masks(key, infos, steps)
-    compare_with_file(summary, training)
+    with skip_failures():
+        compare_with_file(summary)
     return summary
 
 
@@ -203,8 +198,6 @@ def _check_image_files(key: str, dataset: BaseDataset, infos: list[dict], steps:
             f'{preview(map(os.path.abspath, unusable))}{hint}. Restore them, remove them from the annotations, or '
             f'correct {key}.data_prefix.'
         ) from error
-    except Exception:  # another storage, which is not set up here
-        return
 
 
 def _check_masks(key: str, infos: list[dict], steps: list[Any]) -> None:
@@ -220,7 +213,7 @@ def _check_masks(key: str, infos: list[dict], steps: list[Any]) -> None:
         )
 
 
-def compare_with_file(summary: DatasetSummary, training: bool) -> None:
+def compare_with_file(summary: DatasetSummary) -> None:
     """Add to a summary what its annotation files contain beyond the dataset, for COCO and Pascal VOC formats."""
     dataset: Any = summary.dataset
     file = getattr(dataset, 'ann_file', None)
@@ -232,10 +225,9 @@ def compare_with_file(summary: DatasetSummary, training: bool) -> None:
         total, reasons = _compare_with_voc(summary, dataset)
     else:
         return
-    if training:
-        rest = total - summary.objects.total() - summary.ignored - reasons.total()
-        reasons['without area, outside their image, marked "ignore" or in skipped images'] = rest
-        summary.skipped = +reasons
+    rest = total - summary.objects.total() - summary.ignored - reasons.total()
+    reasons['without area, outside their image, marked "ignore" or in skipped images'] = rest
+    summary.skipped = +reasons
 
 
 def _compare_with_coco(summary: DatasetSummary, coco: dict) -> tuple[int, Counter]:
@@ -246,7 +238,7 @@ def _compare_with_coco(summary: DatasetSummary, coco: dict) -> tuple[int, Counte
     if ordered != [name for name in summary.classes if name in ordered]:
         summary.warnings.append(
             f'{summary.key}.metainfo.classes has another order than the categories of the annotation file '
-            f'({preview(ordered)}). MMDetection numbers classes by the file, so names would be wrong. Use its order.'
+            f'({preview(ordered)}), by which MMDetection numbers them. Use its order.'
         )
     images = {image.get('id') for image in coco.get('images') or []}
     annotations = coco.get('annotations') or []

@@ -16,7 +16,7 @@ from mmengine.registry import DATASETS, OPTIMIZERS, Registry, init_default_scope
 
 from mmevm.errors import ConfigError, UserError
 
-from .config import closest, iter_datasets, iter_dicts, preview, type_name
+from .config import closest, iter_datasets, iter_dicts, preview, skip_failures, type_name
 from .data import DatasetSummary, compare_with_file
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ def explain_errors(cfg: Config, hook: 'CheckHook') -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        explanation = None if hook.finished else hook.explain(error) or explain(error, cfg)
+        explanation = None
+        with skip_failures():
+            explanation = None if hook.finished else hook.explain(error) or explain(error, cfg)
         if explanation is None:
             raise
         raise ConfigError(explanation) from error
@@ -65,7 +67,7 @@ def explain(error: Exception, cfg: Config) -> str | None:
         keys = [key for key, part in parts if type_name(part) == found[1]]
         return f'{preview(keys, 3)}: {found[1]} requires {found[2]}. Set it in the config.' if keys else None
     if message == 'None is not a callable object':  # MMEngine does not name an unknown optimizer
-        names = [part.get('type') for key, part in parts if key == 'optim_wrapper.optimizer']
+        names = [part['type'] for key, part in parts if key == 'optim_wrapper.optimizer']
         return _unknown_type(parts, names[0], 'optimizer') if names and OPTIMIZERS.get(names[0]) is None else None
     if any(frame.f_code.co_name == 'build_dataloader' for frame in frames):
         return _dataset_error(cfg)
@@ -157,7 +159,7 @@ def _dataset_error(cfg: Config) -> str | None:
                 return f'{key} cannot be read: {_reason(error, dataset)}'
             if not len(built):
                 summary = DatasetSummary(key, built)
-                compare_with_file(summary, training=True)
+                compare_with_file(summary)
                 return summary.describe_empty()
     return None
 

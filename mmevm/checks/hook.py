@@ -13,7 +13,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from mmevm.checkpoints import strip_scheme, unwrap_model
 
-from .config import iter_dicts, type_name
+from .config import iter_dicts, skip_failures, type_name
 from .data import DatasetSummary, compare_class_order, summarize_all
 from .model import FeatureTracer, check_topk, compare_class_counts
 
@@ -78,7 +78,8 @@ class CheckHook(Hook):
         if val_loader:
             datasets['val_dataloader.dataset'] = val_loader.dataset
         model = unwrap_model(runner)
-        check_topk(runner.cfg, model, ['val', 'test'] if split == 'train' else ['test'])
+        with skip_failures():
+            check_topk(runner.cfg, model, ['val', 'test'] if split == 'train' else ['test'])
         if not is_main_process():
             return
         large = [key for key in datasets if len(datasets[key]) > _MAX_IMAGES and not self.check_only]
@@ -109,8 +110,8 @@ class CheckHook(Hook):
 
 
 def _warn(runner: Runner, messages: Iterable[str]) -> None:
-    if is_main_process():
-        for message in dict.fromkeys(messages):
+    with skip_failures():
+        for message in dict.fromkeys(messages) if is_main_process() else ():
             runner.logger.warning(message)
 
 
@@ -128,10 +129,7 @@ def _schedule(runner: Runner) -> Iterator[str]:
         if first >= total:
             yield f'{name} has no effect before {first} {unit}, but the training has {total}.'
         elif type(scheduler).__name__.startswith(('LinearLR', 'ConstantLR')) and total < scheduler.end < _NO_END:
-            yield (
-                f'{name} is a warm-up of {scheduler.end} {unit}, but the training has {total}; the full learning rate '
-                f'is never reached. Set {key}.end to a tenth of the training or less.'
-            )
+            yield f'{name} is a warm-up of {scheduler.end} {unit}, but the training has {total}. Reduce {key}.end.'
 
 
 def _weights(cfg: Config) -> Iterator[str]:

@@ -56,10 +56,8 @@ def check_topk(cfg: Config, model: nn.Module, splits: list[str]) -> None:
     for split in splits:
         for key, metric in iter_dicts(cfg.get(f'{split}_evaluator'), f'{split}_evaluator'):
             if type_name(metric) == 'Accuracy' and np.max(metric.get('topk', 1)) > classes:
-                raise ConfigError(
-                    f'{key}.topk={metric["topk"]}, but the head has num_classes={classes}. Set topk=(1,) in '
-                    'val_evaluator and test_evaluator.'
-                )
+                topk = metric['topk']
+                raise ConfigError(f'{key}.topk={topk}, but the head has num_classes={classes}. Set {key}.topk=(1,).')
 
 
 @dataclass(eq=False)
@@ -179,14 +177,15 @@ class FeatureTracer:
         # An extractor of RoIs keeps the number of channels.
         argument = 'out_channels' if 'featmap_strides' in part.cfg else 'in_channels'
         name, wanted, source = f'{part.key}.{argument}', part.cfg.get(argument), self._source(part)
-        given = [shape[1] for shape in part.inputs if len(shape) > 1]
         is_list = isinstance(wanted, (list, tuple))
-        # Some necks start with the coarsest map. Modules that share one number are called with one map at a time.
+        given = [shape[1] for shape in part.inputs if len(shape) > 1]
+        given = given if is_list else sorted(set(given))
+        # Some necks start with the coarsest map.
         if not given or not wanted or (sorted(wanted) == sorted(given) if is_list else wanted in given):
             return None
         if is_list and type_name(part.cfg) == 'FPN' and source == 'model.backbone':
             fix = _upsample_fpn(part, given)
-        elif is_list or len(set(given)) == 1:
+        elif is_list or len(given) == 1:
             fix = f'Set {name}={given if is_list else given[0]}.'
         else:
             fix = "Add a neck, such as type='mmevm.UpsampleFPN'."

@@ -40,7 +40,7 @@ def test_more_outputs_than_classes(check, detector):
 
 def test_topk_larger_than_the_number_of_classes(check, classifier):
     classifier.val_evaluator.topk = (1, 5)
-    with pytest.raises(ConfigError, match=r'^val_evaluator\.topk=\(1, 5\), but the head has num_classes=2\. Set topk='):
+    with pytest.raises(ConfigError, match=r'^val_evaluator\.topk=\(1, 5\), but the head has num_classes=2\. Set '):
         check(classifier)
 
 
