@@ -29,7 +29,7 @@ class CheckHook(Hook):
         check_only: Print a summary after the first iteration and exit with status 0.
     """
 
-    priority = 'VERY_LOW'
+    priority = 'HIGHEST'  # exit before other hooks write files
 
     def __init__(self, check_only: bool = False) -> None:
         self.check_only = check_only
@@ -67,6 +67,7 @@ class CheckHook(Hook):
 
     before_test_iter = before_train_iter
     after_test_iter = after_train_iter
+    after_train = after_train_iter  # of a resumed training without iterations left
 
     def explain(self, error: Exception) -> str | None:
         """Explain an error of the first iteration by its channels; None if they are not the cause."""

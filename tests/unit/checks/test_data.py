@@ -198,6 +198,12 @@ def test_wrappers(detector, wrap, number):
         assert '(CocoDataset): 3 images of 4' in str(summary)
 
 
+def test_check_that_fails_itself_is_skipped(detector, monkeypatch):
+    dataset = build(detector)
+    monkeypatch.setattr(dataset, 'get_data_info', lambda index: None)
+    assert summarize_all({DATASET: dataset}) == []
+
+
 def test_empty_annotation_file(detector, edit):
     edit(lambda coco: json.loads('{"images": [], "annotations": [], "categories": []}'))
     assert reading_error(detector).startswith(f'{DATASET}: none of the 0 images of ')
