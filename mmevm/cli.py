@@ -4,7 +4,7 @@ import argparse
 import atexit
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +20,7 @@ from mmengine.hub import get_config
 from mmengine.runner import Runner
 
 from .checks import CheckHook, check_config, explain_errors
+from .checks.config import iter_dicts, preview
 from .config_path import PREFIX, find_config
 from .errors import ConfigError, UserError
 
@@ -65,36 +66,20 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of both training and testing, named as in MMDetection."""
     parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/CONFIG_NAME)')
     parser.add_argument('--data-root', help='folder of the data; replaces data_root in all paths of the config')
+    parser.add_argument('--tensorboard', action='store_true', help='also write TensorBoard files to the work dir')
     parser.add_argument(
-        '--tensorboard', action='store_true', help='also write scalars and images for TensorBoard to the work dir'
+        '--check', action='store_true', help='stop after the first iteration, print a summary and write nothing'
     )
-    parser.add_argument(
-        '--check',
-        action='store_true',
-        help='run everything up to the first iteration, print a summary and exit with 0, or with 1 after an error',
-    )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='override config values: key=value, nested keys with dots, lists as key="[a,b]"',
-    )
-    parser.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
-        help='launcher of the processes; use pytorch for torchrun',
-    )
+    options = 'override config values: key=value, nested keys with dots, lists as key="[a,b]"'
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help=options)
+    launchers = ['none', 'pytorch', 'slurm', 'mpi']
+    parser.add_argument('--launcher', choices=launchers, default='none', help='use pytorch for torchrun')
     # torch.distributed.launch passes an argument, torchrun an environment variable.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
 def read_config(path: str) -> Config:
-    """Read a config.
-
-    Args:
-        path: Path of a file, or the name of a config in a package, such as ``mmevm::maskrcnn_evm_m4.py`` or
-            ``mmdet::retinanet/retinanet_r50_fpn_1x_coco.py``.
+    """Read a config from a file or from a package, such as ``mmevm::maskrcnn_evm_m4.py``.
 
     Raises:
         ConfigError: If it cannot be read.
@@ -103,17 +88,7 @@ def read_config(path: str) -> Config:
         path = str(find_config(path))
     try:
         return get_config(path) if '::' in path else Config.fromfile(path)
-    except KeyError as error:
-        if 'Duplicate key' not in str(error):
-            raise
-        raise ConfigError(
-            f'{path}: two configs in _base_ define the same keys ({error.args[0].rpartition(": ")[2]}). Keep one of '
-            'them in _base_ and copy what you need from the other.'
-        ) from error
-    except Exception as error:
-        # mmengine raises these, an AssertionError for an unknown package; others come from the code of the config.
-        if '::' not in path and not isinstance(error, (AssertionError, ImportError, OSError, TypeError, ValueError)):
-            raise
+    except (AssertionError, ImportError, OSError, TypeError, ValueError) as error:
         where = '' if '::' in path else f' ({os.path.abspath(path)}; the current folder is {os.getcwd()})'
         raise ConfigError(
             f'{path} cannot be read: {error}{where}. Give the path of a config file, or the name of a config in an '
@@ -122,10 +97,7 @@ def read_config(path: str) -> Config:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """Read ``args.config`` and apply the common arguments.
-
-    Args:
-        args: Arguments of a parser with :func:`add_common_arguments` and an argument ``config``.
+    """Read ``args.config`` and apply the arguments of :func:`add_common_arguments`.
 
     Raises:
         ConfigError: If the config cannot be read, or ``args.data_root`` changes nothing.
@@ -138,19 +110,15 @@ def load_config(args: argparse.Namespace) -> Config:
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
     if cfg.get('default_scope') == 'mmpretrain':
-        _set_loader_defaults(cfg)
+        # as MMPretrain's own tools do
+        for loader in filter(None, (cfg.get(f'{split}_dataloader') for split in ('train', 'val', 'test'))):
+            loader.setdefault('collate_fn', dict(type='default_collate'))
+            loader.setdefault('pin_memory', torch.cuda.is_available())
+            loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
     if args.tensorboard:
         cfg.visualizer.vis_backends.append(dict(type='TensorboardVisBackend'))
     return cfg
-
-
-def _set_loader_defaults(cfg: Config) -> None:
-    """Set the defaults that MMPretrain's own tools set."""
-    for loader in filter(None, (cfg.get(f'{split}_dataloader') for split in ('train', 'val', 'test'))):
-        loader.setdefault('collate_fn', dict(type='default_collate'))
-        loader.setdefault('pin_memory', torch.cuda.is_available())
-        loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -161,9 +129,8 @@ def build_runner(cfg: Config) -> Runner:
     """
     _check_launcher(cfg.launcher)
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':
-        timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')  # seconds, as in MMEngine
-        options: dict[str, Any] = dict(timeout=timedelta(seconds=timeout)) if timeout else {}
-        torch.distributed.init_process_group('gloo', **options)
+        seconds = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout', 1800)  # PyTorch's default
+        torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=seconds))
         default = dict(broadcast_buffers=False, find_unused_parameters=cfg.get('find_unused_parameters', False))
         cfg.model_wrapper_cfg = dict(cfg.get('model_wrapper_cfg') or default, device_ids=None)
     runner = Runner.from_cfg(cfg)
@@ -178,7 +145,7 @@ def start(cfg: Config, splits: Sequence[str], run_loop: Callable[[Runner], Any],
         cfg: A config for MMEngine's runner.
         splits: The splits in use, out of 'train', 'val' and 'test'.
         run_loop: Starts the runner.
-        check_only: Print a summary before the first iteration and exit with status 0. Write nothing to work_dir.
+        check_only: Print a summary after the first iteration and exit with status 0. Write nothing to work_dir.
 
     Raises:
         ConfigError: If the config or its data cannot be used.
@@ -207,44 +174,33 @@ def _check_launcher(launcher: str) -> None:
             'Add --launcher pytorch.'
         )
     if launcher == 'pytorch' and 'RANK' not in os.environ:
-        raise ConfigError(
-            '--launcher pytorch: torchrun did not start this process. Use torchrun --nproc-per-node N instead of '
-            'python, or remove --launcher.'
-        )
-    if launcher in ('slurm', 'mpi') and get_device() == 'cpu':
-        raise ConfigError(
-            f'--launcher {launcher} needs GPUs. Without GPUs, start one torchrun per node with --launcher pytorch.'
-        )
+        raise ConfigError('--launcher pytorch: start the tool with torchrun --nproc-per-node N instead of python.')
 
 
 # Processes that differ in these keys would wait for each other, or average gradients of different models.
-_SHARED_KEYS = ('load_from', 'model', 'optim_wrapper', 'param_scheduler', 'resume', 'train_cfg', 'train_dataloader')
+_SHARED_KEYS = ('model', 'optim_wrapper', 'param_scheduler', 'resume', 'train_cfg', 'train_dataloader')
 
 
 def _check_same_config(cfg: Config) -> None:
-    shared = Config({key: cfg.get(key) for key in _SHARED_KEYS}).to_dict()
-    first, *others = all_gather_object(dict(_flatten(shared)))
+    values = {'load_from': repr(cfg.get('load_from') and Path(cfg.load_from).name)}
+    for key, part in iter_dicts({key: cfg.get(key) for key in _SHARED_KEYS}):
+        values |= {f'{key}.{name}'.lstrip('.'): repr(value) for name, value in part.items() if _is_shared(value)}
+    first, *others = all_gather_object(values)
     for rank, other in enumerate(others, start=1):
         keys = [key for key in sorted(first.keys() | other.keys()) if first.get(key) != other.get(key)]
         if keys:
-            differences = '; '.join(f'{key} is {other.get(key)}, not {first.get(key)}' for key in keys[:5])
+            differences = preview(f'{key} is {other.get(key)}, not {first.get(key)}' for key in keys)
             raise ConfigError(
-                f'Process {rank} has another config than process 0: {differences}{"; …" if keys[5:] else ""}. Use the '
-                'same config file and arguments on all nodes, and a shared work_dir.'
+                f'Process {rank} has another config than process 0: {differences}. Use the same config file and '
+                'arguments on all nodes, and a shared work_dir.'
             )
 
 
-def _flatten(value: Any, key: str = '') -> Iterator[tuple[str, str]]:
-    """Yield dotted keys and values as text. Paths count as equal, because nodes may keep data in different folders."""
-    if isinstance(value, (dict, list, tuple)):
-        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _flatten(item, f'{key}.{name}' if key else str(name))
-    elif key == 'load_from':
-        yield key, str(value and Path(value).name)
-    elif isinstance(value, str) and '/' in value:
-        yield key, 'a path'
-    else:
-        yield key, repr(value) if isinstance(value, (bool, int, float, str)) else type(value).__name__
+def _is_shared(value: Any) -> bool:
+    """Return whether processes must agree on a value. Paths may differ: nodes may keep data in different folders."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_shared, value))
+    return isinstance(value, (bool, int, float, str)) and '/' not in str(value)
 
 
 def replace_data_root(cfg: Config, data_root: str) -> Config:
@@ -259,21 +215,20 @@ def replace_data_root(cfg: Config, data_root: str) -> Config:
     if not old:
         raise ConfigError('--data-root: the config has no data_root to replace. Set its paths with --cfg-options.')
     new = os.path.expanduser(data_root).rstrip('/') + '/'
-    replaced = 0
+    replaced = []
 
     def replace(value: Any) -> Any:
-        nonlocal replaced
         if isinstance(value, dict):
             return {key: replace(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)(replace(item) for item in value)
         if isinstance(value, str) and f'{value}/'.startswith(f'{old}/'):
-            replaced += 1
+            replaced.append(value)
             return new + value[len(old) :].lstrip('/')
         return value
 
     result = Config(replace(cfg.to_dict()), filename=cfg.filename)
-    if replaced < 2:  # data_root itself is one
+    if len(replaced) < 2:  # data_root itself is one
         raise ConfigError(
             f'--data-root {data_root}: no path of the config begins with data_root={cfg.data_root!r}, so nothing would '
             'change. Correct data_root in the config, or override the paths with --cfg-options.'

@@ -1,9 +1,12 @@
 """Checks before a run: warn about likely mistakes and explain the errors that stop it.
 
 Nothing is built or read only to be checked. :func:`check_config` reads the config, :class:`CheckHook` inspects the
-datasets and the model that MMEngine's runner has built, and :func:`explain_errors` explains errors of building them and
-of the first iteration. A run is refused only if it cannot work or has nothing to train on; everything else is a
-warning. A check skips what it does not recognize.
+datasets and the model that MMEngine's runner has built and traces the first iteration, and :func:`explain_errors`
+explains errors of building the run and of its first iteration.
+
+Checks never stop a run that the libraries can train. They raise :class:`mmevm.errors.ConfigError` only if there is
+nothing to train on, image files are missing or empty, the pipeline loads masks that objects do not have, or ``topk``
+exceeds the number of classes. Everything else is a warning. A check that fails itself is skipped.
 """
 
 from .config import check_config

@@ -2,12 +2,17 @@
 
 import difflib
 import inspect
+import logging
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from mmevm.errors import ConfigError
@@ -31,22 +36,23 @@ def check_config(cfg: Config, splits: Sequence[str]) -> list[str]:
 
     Returns:
         Warnings, one line each.
-
-    Raises:
-        ConfigError: If a value cannot work.
     """
-    for key, value in (cfg.get('model') or {}).items():
-        if isinstance(value, tuple) and len(value) == 1 and isinstance(value[0], dict):
-            raise ConfigError(f'model.{key} is a tuple, not a dict. Remove the comma after its closing parenthesis.')
-    for split in splits:
-        for name in ('batch_size', 'num_workers'):
-            value = (cfg.get(f'{split}_dataloader') or {}).get(name)
-            if isinstance(value, str):
-                raise ConfigError(
-                    f'{split}_dataloader.{name}={value!r} is a string, not an integer. Remove the quotes.'
-                )
-    warnings = [*_misspelled_keys(cfg), *string_classes(cfg, splits), *_evaluators(cfg, splits)]
-    return [*warnings, *_pretrained_weights(cfg)] if 'train' in splits else warnings
+    warnings: list[str] = []
+    for check in (_misspelled_keys, _string_classes, _evaluators, _pretrained_weights):
+        with skip_failures():
+            warnings += check(cfg, splits)
+    return warnings
+
+
+@contextmanager
+def skip_failures() -> Iterator[None]:
+    """Skip a check that fails itself, because it does not fit an unusual config, dataset or model."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        print_log(f'A check was skipped: {type(error).__name__}: {error}', 'current', logging.DEBUG)
 
 
 def iter_dicts(value: Any, key: str = '') -> Iterator[tuple[str, dict]]:
@@ -58,22 +64,11 @@ def iter_dicts(value: Any, key: str = '') -> Iterator[tuple[str, dict]]:
             yield from iter_dicts(item, f'{key}.{name}' if key else str(name))
 
 
-def iter_datasets(value: Any, key: str) -> Iterator[tuple[str, dict]]:
-    """Yield the configs of datasets, also of those in wrappers such as ``RepeatDataset``, with their dotted keys."""
-    if isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from iter_datasets(item, f'{key}.{i}')
-    elif isinstance(value, dict):
-        inner = next((name for name in ('dataset', 'datasets') if name in value), None)
-        if inner is None:
-            yield key, value
-        else:
-            yield from iter_datasets(value[inner], f'{key}.{inner}')
-
-
-def datasets_of(cfg: Config, split: str) -> Iterator[tuple[str, dict]]:
-    """Yield the dataset configs of a split with their dotted keys."""
-    yield from iter_datasets((cfg.get(f'{split}_dataloader') or {}).get('dataset'), f'{split}_dataloader.dataset')
+def iter_datasets(cfg: Config, split: str) -> Iterator[tuple[str, dict]]:
+    """Yield the dataset configs of a split, without wrappers such as ``RepeatDataset``, with their dotted keys."""
+    for key, part in iter_dicts(cfg.get(f'{split}_dataloader'), f'{split}_dataloader'):
+        if re.search(r'\.datasets?(\.\d+)*$', key) and not {'dataset', 'datasets'} & part.keys():
+            yield key, part
 
 
 def type_name(cfg: dict) -> str:
@@ -89,19 +84,20 @@ def closest(name: str, names: Sequence[str] | set[str], cutoff: float = 0.6) -> 
     return others[found[0]] if found else None
 
 
-def string_classes(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
-    """Warn about ``metainfo.classes`` that is a string instead of a tuple."""
-    for split in splits:
-        for key, dataset in datasets_of(cfg, split):
-            classes = (dataset.get('metainfo') or {}).get('classes')
-            if isinstance(classes, str) and not os.path.isfile(classes):
-                yield (
-                    f'{key}.metainfo.classes={classes!r} is a string, but neither a file nor a tuple of names. For one '
-                    f'class, write classes=({classes!r},) with a comma.'
-                )
+def preview(names: Iterable[Any], limit: int = 5) -> str:
+    """Join the first few of many names."""
+    names = [str(name) for name in names]
+    return ', '.join(names[:limit]) + (', …' if len(names) > limit else '')
 
 
-def _misspelled_keys(cfg: Config) -> Iterator[str]:
+def _string_classes(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
+    for key, dataset in (item for split in splits for item in iter_datasets(cfg, split)):
+        classes = (dataset.get('metainfo') or {}).get('classes')
+        if isinstance(classes, str) and not os.path.isfile(classes):
+            yield f'{key}.metainfo.classes={classes!r} is a string, not a tuple. For one class, write ({classes!r},).'
+
+
+def _misspelled_keys(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
     for key in cfg:
         if key in _KNOWN_KEYS or key.startswith('_'):
             continue
@@ -113,40 +109,30 @@ def _misspelled_keys(cfg: Config) -> Iterator[str]:
 
 def _evaluators(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
     for split in splits:
-        evaluator = cfg.get(f'{split}_evaluator')
-        if find_spec('faster_coco_eval') is None and any(
-            type_name(metric) == 'FasterCocoMetric' for _, metric in iter_dicts(evaluator)
-        ):
-            yield (
-                f"{split}_evaluator.type='FasterCocoMetric' computes nothing without faster-coco-eval. Run pip install "
-                "faster-coco-eval, or set type='CocoMetric'."
-            )
-        datasets = [dataset for _, dataset in datasets_of(cfg, split) if dataset.get('ann_file')]
-        # One evaluator for one dataset: several may have different files.
-        if isinstance(evaluator, dict) and type_name(evaluator).startswith(('Coco', 'LVIS')) and len(datasets) == 1:
-            path, file = evaluator.get('ann_file'), datasets[0]['ann_file']
-            file = file if '://' in file else os.path.join(datasets[0].get('data_root') or '', file)
-            if isinstance(path, str) and os.path.abspath(path) != os.path.abspath(file):
-                yield (
-                    f'{split}_evaluator.ann_file={path!r}, but {split}_dataloader.dataset reads {file!r}. Image ids '
-                    'that are missing in either stop the evaluation or lower its result.'
-                )
+        key = f'{split}_evaluator'
+        metrics = [metric for _, metric in iter_dicts(cfg.get(key)) if 'type' in metric]
+        if find_spec('faster_coco_eval') is None and 'FasterCocoMetric' in map(type_name, metrics):
+            yield f'{key}: FasterCocoMetric computes nothing. Run pip install faster-coco-eval, or use CocoMetric.'
+        datasets = [dataset for _, dataset in iter_datasets(cfg, split) if dataset.get('ann_file')]
+        if len(metrics) == len(datasets) == 1 and 'ann_file' in metrics[0]:
+            path = metrics[0]['ann_file']
+            file = os.path.join(datasets[0].get('data_root') or '', datasets[0]['ann_file'])
+            if '://' not in path and os.path.abspath(path) != os.path.abspath(file):
+                yield f'{key}.ann_file={path!r}, but {split}_dataloader.dataset reads {file!r}. Use the same file.'
 
 
-def _pretrained_weights(cfg: Config) -> Iterator[str]:
-    model = cfg.get('model') or {}
-    backbone = model.get('backbone') or {}
-    if type_name(backbone) != 'EfficientViM':
+def _pretrained_weights(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
+    model, backbone = cfg.model, cfg.model.get('backbone') or {}
+    if type_name(backbone) != 'EfficientViM' or 'train' not in splits:
         return
     starts = [start for _, start in iter_dicts([model.get('init_cfg'), backbone.get('init_cfg')])]
     if backbone.get('norm_eval') and not starts and not cfg.get('load_from') and not cfg.get('resume'):
         yield (
-            'model.backbone.norm_eval=True, but the backbone starts from random weights; BatchNorm would keep its '
-            'initial statistics. Set model.backbone.norm_eval=False.'
+            'model.backbone.norm_eval=True, but the backbone starts from random weights, without statistics for '
+            'BatchNorm. Set model.backbone.norm_eval=False.'
         )
-    if not any('efficientvim' in str(start.get('checkpoint')).lower() for start in starts):
-        return  # the user's own weights may expect any normalization
-    if backbone.get('in_channels', 3) != 3 or any(
+    # The user's own weights may expect any normalization, and a pipeline may normalize instead of the preprocessor.
+    if not any('efficientvim' in str(start.get('checkpoint')).lower() for start in starts) or any(
         type_name(step) == 'Normalize' for _, step in iter_dicts(cfg.get('train_dataloader'))
     ):
         return
@@ -154,8 +140,8 @@ def _pretrained_weights(cfg: Config) -> Iterator[str]:
     preprocessor = model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
     mean, std = preprocessor.get('mean'), preprocessor.get('std')
     is_rgb = preprocessor.get('bgr_to_rgb') or preprocessor.get('to_rgb')
-    given, expected = [*(mean or []), *(std or [])], [*_MEAN, *_STD]
-    if not is_rgb or len(given) != 6 or any(abs(a - b) > 2 for a, b in zip(given, expected, strict=True)):
+    given = [*(mean or []), *(std or [])]
+    if not is_rgb or len(given) != 6 or not np.allclose(given, [*_MEAN, *_STD], rtol=0, atol=2):
         yield (
             f'{key} gives {"RGB" if is_rgb else "BGR"} images with mean={mean} and std={std}, but the pretrained '
             f'weights expect RGB images. Set mean={list(_MEAN)}, std={list(_STD)} and bgr_to_rgb=True in {key}.'

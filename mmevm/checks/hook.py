@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator
 from textwrap import shorten
 from typing import Any
 
-import torch
 from mmengine.config import Config
 from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
@@ -14,32 +13,34 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from mmevm.checkpoints import strip_scheme, unwrap_model
 
-from .config import iter_dicts, type_name
-from .data import DatasetSummary, compare_class_order, leaf_datasets, summarize_all
+from .config import iter_dicts, skip_failures, type_name
+from .data import DatasetSummary, compare_class_order, summarize_all
 from .model import FeatureTracer, check_topk, compare_class_counts
 
 # --check alone inspects larger datasets, because it reads their annotations again.
 _MAX_IMAGES = 20_000
+_NO_END = 10**9  # default of MMEngine's schedulers is INF, 1e9
 
 
 class CheckHook(Hook):
     """Warn about data, schedule and model before a run, and trace its first iteration.
 
     Args:
-        check_only: Pass the first batch through the model, print a summary and exit with status 0.
+        check_only: Print a summary after the first iteration and exit with status 0.
     """
 
-    priority = 'VERY_LOW'
+    priority = 'HIGHEST'  # exit before other hooks write files
 
     def __init__(self, check_only: bool = False) -> None:
         self.check_only = check_only
         self.finished = False
         self.tracer: FeatureTracer | None = None
-        self.error: TypeError | None = None
+        self.summaries: list[DatasetSummary] = []
 
     def before_train(self, runner: Runner) -> None:
         """Check datasets, schedule and heads."""
         self._check(runner, 'train', runner.train_dataloader, runner.val_loop and runner.val_dataloader)
+        _warn(runner, _schedule(runner))
 
     def before_test(self, runner: Runner) -> None:
         """Check dataset and heads."""
@@ -47,77 +48,53 @@ class CheckHook(Hook):
 
     def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         """Trace the first iteration."""
-        if not self.finished and self.tracer is None and not runner.cfg.get('compile'):
+        if not self.finished and not runner.cfg.get('compile'):
             self.tracer = FeatureTracer(unwrap_model(runner), runner.cfg.model).__enter__()
 
     def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        """Warn about the first iteration."""
-        if not self.finished:
-            self.finished = True
-            if self.tracer is not None:
-                self.tracer.__exit__()
-                _warn(runner, self.tracer.warnings())
+        """Warn about the first iteration. Exit if it is the only one."""
+        if self.finished:
+            return
+        self.finished = True
+        if self.tracer is not None:
+            self.tracer.__exit__()
+            _warn(runner, self.tracer.warnings())
+        if self.check_only:
+            if is_main_process():
+                lines = ['', 'Check passed. Summary of the run:', *(f'  {line}' for line in self._summary(runner)), '']
+                sys.stdout.write('\n'.join(lines))
+            sys.exit(0)
 
     before_test_iter = before_train_iter
     after_test_iter = after_train_iter
+    after_train = after_train_iter  # of a resumed training without iterations left
 
     def explain(self, error: Exception) -> str | None:
         """Explain an error of the first iteration by its channels; None if they are not the cause."""
-        explanation = self.tracer and self.tracer.explain(error)
+        explanation = self.tracer and self.tracer.explain()
         return f'{explanation} ({type(error).__name__}: {shorten(str(error), 200)})' if explanation else None
 
     def _check(self, runner: Runner, split: str, loader: Any, val_loader: Any = None) -> None:
         datasets = {f'{split}_dataloader.dataset': loader.dataset}
         if val_loader:
             datasets['val_dataloader.dataset'] = val_loader.dataset
-        model, summaries = unwrap_model(runner), []
-        check_topk(runner.cfg, model, ['val', 'test'] if split == 'train' else ['test'])
-        if is_main_process():
-            summaries = summarize_all(datasets, None if self.check_only else _MAX_IMAGES)
-            if not self.check_only:
-                for key, dataset in datasets.items():
-                    if any(len(leaf) > _MAX_IMAGES for _, leaf in leaf_datasets(dataset, key)):
-                        runner.logger.info(f'{key} has more than {_MAX_IMAGES:,} images; only --check inspects it.')
-            for summary in summaries:
-                _warn(runner, summary.warnings)
-                if not self.check_only and summary.key.startswith('train'):
-                    runner.logger.info(str(summary))
-            _warn(runner, compare_class_order(summaries))
-            _warn(runner, compare_class_counts(model, loader.dataset, f'{split}_dataloader.dataset'))
-            if split == 'train':
-                _warn(runner, _schedule(runner))
-        if self.check_only:
-            try:
-                self._try_batch(runner, split, loader)
-            except TypeError as error:  # MMEngine replaces the traceback of a TypeError in a hook
-                self.error = error
-                raise
-            if is_main_process():
-                lines = [
-                    '',
-                    'Check passed. Summary of the run:',
-                    *(f'  {line}' for line in self._summary(runner, split, summaries)),
-                    '',
-                ]
-                sys.stdout.write('\n'.join(lines))
-            sys.exit(0)
+        model = unwrap_model(runner)
+        with skip_failures():
+            check_topk(runner.cfg, model, ['val', 'test'] if split == 'train' else ['test'])
+        if not is_main_process():
+            return
+        large = [key for key in datasets if len(datasets[key]) > _MAX_IMAGES and not self.check_only]
+        for key in large:
+            runner.logger.info(f'{key} has more than {_MAX_IMAGES:,} images; only --check inspects it.')
+        self.summaries = summarize_all({key: dataset for key, dataset in datasets.items() if key not in large})
+        for summary in self.summaries:
+            runner.logger.info(str(summary))
+            _warn(runner, summary.warnings)
+        _warn(runner, compare_class_order(self.summaries))
+        _warn(runner, compare_class_counts(model, loader.dataset, f'{split}_dataloader.dataset'))
 
-    def _try_batch(self, runner: Runner, split: str, loader: Any) -> None:
-        """Pass the first batch through the model, without gradients."""
-        batch = next(iter(loader))
-        model: Any = unwrap_model(runner)
-        with torch.no_grad(), FeatureTracer(model, runner.cfg.model) as self.tracer:
-            if split == 'train':
-                model.train()
-                data = model.data_preprocessor(batch, True)
-                model(**data, mode='loss') if isinstance(data, dict) else model(*data, mode='loss')
-            else:
-                model.eval()
-                model.test_step(batch)
-        _warn(runner, self.tracer.warnings())
-
-    def _summary(self, runner: Runner, split: str, summaries: list[DatasetSummary]) -> Iterator[str]:
-        for summary in summaries:
+    def _summary(self, runner: Runner) -> Iterator[str]:
+        for summary in self.summaries:
             yield str(summary)
             if summary.objects and summary.classes:
                 yield f'    per class: {summary.per_class()}'
@@ -125,17 +102,17 @@ class CheckHook(Hook):
             if self.tracer.image_size:
                 yield 'input: {} × {} pixels (height × width) after the pipeline'.format(*self.tracer.image_size)
             yield from self.tracer.table()
-        parameters = list(unwrap_model(runner).parameters())
-        total, trained = (sum(p.numel() for p in parameters if p.requires_grad or every) for every in (True, False))
-        yield f'parameters: {total / 1e6:.2f} M, of which {trained / 1e6:.2f} M are trained'
+        sizes = [(p.numel(), p.requires_grad) for p in unwrap_model(runner).parameters()]
+        trained = sum(size for size, requires_grad in sizes if requires_grad)
+        yield f'parameters: {sum(size for size, _ in sizes) / 1e6:.2f} M, of which {trained / 1e6:.2f} M are trained'
         yield f'weights: {"; ".join(_weights(runner.cfg)) or "random"}'
-        if split == 'train':
+        if isinstance(runner.optim_wrapper, OptimWrapper):
             yield from _training(runner)
 
 
 def _warn(runner: Runner, messages: Iterable[str]) -> None:
-    if is_main_process():
-        for message in dict.fromkeys(messages):
+    with skip_failures():
+        for message in dict.fromkeys(messages) if is_main_process() else ():
             runner.logger.warning(message)
 
 
@@ -149,18 +126,11 @@ def _schedule(runner: Runner) -> Iterator[str]:
     for key, scheduler, milestones in _schedulers(runner):
         unit, total = ('epochs', runner.max_epochs) if scheduler.by_epoch else ('iterations', runner.max_iters)
         name = f'{key} ({type(scheduler).__name__})'
-        if scheduler.begin >= total:
-            yield f'{name} begins at {scheduler.begin}, but the training has {total} {unit}; it never starts.'
-        elif type(scheduler).__name__.startswith(('LinearLR', 'ConstantLR')) and total < scheduler.end < 10**9:
-            yield (
-                f'{name} is a warm-up of {scheduler.end} {unit}, but the training has {total}; the full learning rate '
-                f'is never reached. Set {key}.end to a tenth of the training or less.'
-            )
-        elif milestones and milestones[0] + scheduler.begin >= total:
-            yield (
-                f'{name} has its first milestone at {milestones[0]}, but the training has {total} {unit}; the learning '
-                'rate is never reduced.'
-            )
+        first = scheduler.begin + (milestones[0] if milestones else 0)
+        if first >= total:
+            yield f'{name} has no effect before {first} {unit}, but the training has {total}.'
+        elif type(scheduler).__name__.startswith(('LinearLR', 'ConstantLR')) and total < scheduler.end < _NO_END:
+            yield f'{name} is a warm-up of {scheduler.end} {unit}, but the training has {total}. Reduce {key}.end.'
 
 
 def _weights(cfg: Config) -> Iterator[str]:
@@ -177,17 +147,14 @@ def _training(runner: Runner) -> Iterator[str]:
     by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
     epochs = f' ({runner.max_epochs} epochs of {len(loader)} iterations)' if by_epoch else ''
     yield f'training: {runner.max_iters} iterations of {batch} images per process{epochs}'
-    if isinstance(runner.optim_wrapper, OptimWrapper):
-        rates = [group.get('initial_lr', group['lr']) for group in runner.optim_wrapper.param_groups]
-        lowest = f' (down to {min(rates):g} for some parameters)' if min(rates) < max(rates) else ''
-        line = f'optimizer: {type(runner.optim_wrapper.optimizer).__name__}, learning rate {max(rates):g}{lowest}'
-        scaling, total = runner.cfg.get('auto_scale_lr') or {}, batch * get_world_size()
-        if not scaling.get('enable') and scaling.get('base_batch_size', total) != total:
-            line += f' for batch size {scaling["base_batch_size"]}; --auto-scale-lr scales it to {total}'
-        yield line
+    rate = max(group.get('initial_lr', group['lr']) for group in runner.optim_wrapper.param_groups)
+    line = f'optimizer: {type(runner.optim_wrapper.optimizer).__name__}, learning rate {rate:g}'
+    scaling, total = runner.cfg.get('auto_scale_lr') or {}, batch * get_world_size()
+    if not scaling.get('enable') and scaling.get('base_batch_size', total) != total:
+        line += f' for batch size {scaling["base_batch_size"]}; --auto-scale-lr scales it to {total}'
+    yield line
     for key, scheduler, milestones in _schedulers(runner):
         unit = 'epoch' if scheduler.by_epoch else 'iteration'
-        end = 'the end' if scheduler.end >= 10**9 else scheduler.end
-        yield f'    {key}: {type(scheduler).__name__} from {unit} {scheduler.begin} to {end}' + (
-            f', milestones {milestones}' if milestones else ''
-        )
+        end = 'the end' if scheduler.end >= _NO_END else scheduler.end
+        steps = f', milestones {milestones}' if milestones else ''
+        yield f'    {key}: {type(scheduler).__name__} from {unit} {scheduler.begin} to {end}{steps}'

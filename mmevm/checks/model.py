@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 from mmengine.config import Config
 from torch import Tensor, nn
 
 from mmevm.errors import ConfigError
 
-from .config import iter_dicts, type_name
+from .config import iter_dicts, preview, type_name
 
 
 def heads(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -37,14 +38,11 @@ def compare_class_counts(model: nn.Module, dataset: Any, key: str) -> Iterator[s
     if not classes or isinstance(classes, str) or hasattr(model, 'language_model'):  # which reads classes as text
         return
     for name, head in heads(model):
-        number = getattr(head, 'num_classes', None)
-        if not isinstance(number, int) or number == len(classes):
-            continue
-        if number > len(classes):
-            consequence = f'{number - len(classes)} outputs will never be trained'
-        else:
-            consequence = f'the last {len(classes) - number} classes will not be learned'
-        yield f'{name}.num_classes={number}, but {key} has {len(classes)} classes; {consequence}.'
+        number = getattr(head, 'num_classes', len(classes))
+        if number != len(classes) and isinstance(number, int):
+            rest = number - len(classes)
+            text = f'{rest} outputs will never be trained' if rest > 0 else f'{-rest} classes will not be learned'
+            yield f'{name}.num_classes={number}, but {key} has {len(classes)} classes; {text}.'
 
 
 def check_topk(cfg: Config, model: nn.Module, splits: list[str]) -> None:
@@ -57,13 +55,9 @@ def check_topk(cfg: Config, model: nn.Module, splits: list[str]) -> None:
     classes = min((number for number in numbers if isinstance(number, int)), default=math.inf)
     for split in splits:
         for key, metric in iter_dicts(cfg.get(f'{split}_evaluator'), f'{split}_evaluator'):
-            topk = metric.get('topk')
-            largest = max(topk) if isinstance(topk, (list, tuple)) and topk else topk
-            if type_name(metric) == 'Accuracy' and isinstance(largest, int) and largest > classes:
-                raise ConfigError(
-                    f'{key}.topk={topk}, but the head has num_classes={classes}. Set topk=(1,) in val_evaluator and '
-                    'test_evaluator.'
-                )
+            if type_name(metric) == 'Accuracy' and np.max(metric.get('topk', 1)) > classes:
+                topk = metric['topk']
+                raise ConfigError(f'{key}.topk={topk}, but the head has num_classes={classes}. Set {key}.topk=(1,).')
 
 
 @dataclass(eq=False)
@@ -94,7 +88,12 @@ class FeatureTracer:
     """
 
     def __init__(self, model: nn.Module, cfg: dict) -> None:
-        self.parts = list(_parts(model, cfg, 'model'))
+        modules = {f'model.{name}': module for name, module in model.named_modules()}
+        self.parts = [
+            Part(key, modules[key], part)
+            for key, part in iter_dicts(cfg, 'model')
+            if key in modules and 'type' in part and not key.startswith('model.data_preprocessor')
+        ]
         self.called: list[Part] = []
         self._handles: list[Any] = []
 
@@ -118,34 +117,26 @@ class FeatureTracer:
     def _end(part: Part, module: nn.Module, args: tuple, output: Any) -> None:
         part.outputs = _shapes(output)
 
-    def explain(self, error: Exception) -> str | None:
-        """Return why the forward pass failed, or None if channels and strides are not the cause."""
+    def explain(self) -> str | None:
+        """Return why the forward pass failed, or None if the numbers of channels are not the cause."""
         for part in reversed(self.called):
             if part.outputs is None and (text := self._explain_channels(part)):
                 return text
-        if isinstance(error, AssertionError):  # raised by anchors and points that have no stride for a feature map
-            for part in self.called:
-                strides = _declared_strides(part.module)
-                if strides and _are_maps(part.inputs) and len(strides) != len(part.inputs):
-                    return (
-                        f'{part.key} has anchors or points for {len(strides)} feature maps (strides {strides}), but '
-                        f'{self._source(part)} returns {len(part.inputs)}. Set num_outs={len(strides)} of the neck, or '
-                        f'change the strides of {part.key}.'
-                    )
         return None
 
     def warnings(self) -> Iterator[str]:
         """Yield a warning for each head whose anchors or points have other strides than its feature maps."""
         for part in self.called:
-            strides = _declared_strides(part.module)
-            if not strides or not _are_maps(part.inputs) or len(strides) != len(part.inputs):
+            strides = getattr(getattr(part.module, 'prior_generator', None), 'strides', None)
+            if not isinstance(strides, (list, tuple)) or not _are_maps(part.inputs) or len(strides) != len(part.inputs):
                 continue
+            expected = [int(stride[0] if isinstance(stride, (list, tuple)) else stride) for stride in strides]
             real = [self._stride(shape) for shape in part.inputs]
             # Strides follow from rounded sizes, so very small maps and small deviations say nothing.
-            if min(part.inputs[0][2:]) >= 4 and not 2 / 3 < real[0] / strides[0] < 3 / 2:
+            if min(part.inputs[0][2:]) >= 4 and not 2 / 3 < real[0] / expected[0] < 3 / 2:
                 yield (
-                    f'{part.key} has anchors or points for strides {strides}, but {self._source(part)} returns feature '
-                    f"maps of strides {real}. Use a neck with these strides, such as type='mmevm.UpsampleFPN' with "
+                    f'{part.key} has anchors or points for strides {expected}, but {self._source(part)} has '
+                    f"strides {real}. Use a neck with these strides, such as type='mmevm.UpsampleFPN' with "
                     f'num_upsamples, or change the strides of {part.key}.'
                 )
 
@@ -153,20 +144,15 @@ class FeatureTracer:
         """Yield a line for each part: channels and strides of its output or, for a head, of its input."""
         batch_size = next((part.inputs[0][0] for part in self.called if part.inputs), 0)
         for part in self.called:
-            is_head = part.key.rstrip('.0123456789').endswith('head')
-            shapes = part.inputs if is_head or not part.outputs else part.outputs
-            if not _are_maps(shapes) or '.loss' in part.key:
+            is_head = part.key.endswith('head') or not part.outputs
+            shapes = part.inputs if is_head else part.outputs
+            # RoIs, layers of a transformer and queries have another first dimension than the batch.
+            if not shapes or not _are_maps(shapes) or shapes[0][0] != batch_size or '.loss' in part.key:
                 continue
-            if shapes[0][0] == batch_size:
-                channels = [shape[1] for shape in shapes]
-                channels = channels[:1] if len(set(channels)) == 1 else channels
-                text = f'{_join(channels)} channels at stride {_join([self._stride(shape) for shape in shapes])}'
-            elif part.key.startswith('model.roi_head'):
-                text = '{} channels of {}×{} for each RoI'.format(*shapes[0][1:])
-            else:  # layers and queries of a transformer
-                continue
-            verb = 'returns' if shapes is part.outputs else 'takes'
-            yield f'{part.key} ({type(part.module).__name__}) {verb} {text}'
+            channels = preview(dict.fromkeys(shape[1] for shape in shapes))
+            strides = preview(self._stride(shape) for shape in shapes)
+            verb = 'takes' if is_head else 'returns'
+            yield f'{part.key} ({type(part.module).__name__}) {verb} {channels} channels at stride {strides}'
 
     @property
     def image_size(self) -> tuple[int, int] | None:
@@ -177,8 +163,8 @@ class FeatureTracer:
         if self.image_size is None:
             return 0
         height = self.image_size[0]
-        powers = [2**i for i in range(10) if math.ceil(height / 2**i) == shape[2]]
-        return powers[0] if powers else max(1, round(height / shape[2]))
+        rounded = max(1, round(height / shape[2]))
+        return next((2**i for i in range(10) if math.ceil(height / 2**i) == shape[2]), rounded)
 
     def _source(self, part: Part) -> str:
         """Return the key of the part whose output is this part's input."""
@@ -188,50 +174,30 @@ class FeatureTracer:
         return 'the previous part'
 
     def _explain_channels(self, part: Part) -> str | None:
+        # An extractor of RoIs keeps the number of channels.
+        argument = 'out_channels' if 'featmap_strides' in part.cfg else 'in_channels'
+        name, wanted, source = f'{part.key}.{argument}', part.cfg.get(argument), self._source(part)
+        is_list = isinstance(wanted, (list, tuple))
         given = [shape[1] for shape in part.inputs if len(shape) > 1]
-        source = self._source(part)
-        is_extractor = 'featmap_strides' in part.cfg  # of RoIs, which keeps the number of channels
-        name = f'{part.key}.{"out_channels" if is_extractor else "in_channels"}'
-        wanted = part.cfg.get('out_channels' if is_extractor else 'in_channels')
-        if isinstance(wanted, (list, tuple)):
-            if not given or sorted(wanted) == sorted(given):  # some necks start with the coarsest map
-                return None
-            text = f'{name}={list(wanted)} does not match the output channels {given} of {source}.'
-            if type_name(part.cfg) == 'FPN' and source == 'model.backbone':
-                return f'{text} {_upsample_fpn(part, given)}'
-            return f'{text} Set {name}={given}.'
-        if not isinstance(wanted, int) or not given or wanted in given:
+        given = given if is_list else sorted(set(given))
+        # Some necks start with the coarsest map.
+        if not given or not wanted or (sorted(wanted) == sorted(given) if is_list else wanted in given):
             return None
-        if len(set(given)) > 1:
-            return (
-                f"{name}={wanted}, but {source} returns {given} channels. Add a neck, such as type='mmevm.UpsampleFPN'."
-            )
-        return f'{name}={wanted}, but {source} returns {given[0]} channels. Set {name}={given[0]}.'
+        if is_list and type_name(part.cfg) == 'FPN' and source == 'model.backbone':
+            fix = _upsample_fpn(part, given)
+        elif is_list or len(given) == 1:
+            fix = f'Set {name}={given if is_list else given[0]}.'
+        else:
+            fix = "Add a neck, such as type='mmevm.UpsampleFPN'."
+        return f'{name}={wanted} does not match the output channels {given} of {source}. {fix}'
 
 
 def _upsample_fpn(part: Part, channels: list[int]) -> str:
     """Return the neck that replaces the FPN of a ResNet, whose feature maps start at stride 4 instead of 16."""
-    neck = dict(
-        in_channels=channels,
-        out_channels=part.cfg.get('out_channels'),
-        num_outs=part.cfg.get('num_outs'),
-        num_upsamples=max(0, 2 - part.cfg.get('start_level', 0)),
-    )
-    if part.cfg.get('add_extra_convs'):
-        neck['add_extra_convs'] = part.cfg['add_extra_convs']
+    kept = {key: part.cfg[key] for key in ('out_channels', 'num_outs', 'add_extra_convs') if key in part.cfg}
+    neck = dict(in_channels=channels, num_upsamples=max(0, 2 - part.cfg.get('start_level', 0)), **kept)
     arguments = ', '.join(f'{key}={value!r}' for key, value in neck.items())
     return f"Replace the neck: {part.key}=dict(_delete_=True, type='mmevm.UpsampleFPN', {arguments})."
-
-
-def _parts(module: nn.Module, cfg: Any, key: str) -> Iterator[Part]:
-    for name, value in cfg.items() if isinstance(cfg, dict) else enumerate(cfg):
-        if not isinstance(value, (dict, list, tuple)) or name == 'data_preprocessor':
-            continue
-        child = module._modules.get(str(name))  # of a ModuleList, too
-        if isinstance(child, nn.Module):
-            if isinstance(value, dict) and 'type' in value:
-                yield Part(f'{key}.{name}', child, value)
-            yield from _parts(child, value, f'{key}.{name}')
 
 
 def _shapes(value: Any) -> list[tuple[int, ...]]:
@@ -242,16 +208,5 @@ def _shapes(value: Any) -> list[tuple[int, ...]]:
     return []
 
 
-def _join(values: list[int]) -> str:
-    return ', '.join(map(str, values))
-
-
 def _are_maps(shapes: list[tuple[int, ...]]) -> bool:
     return bool(shapes) and all(len(shape) == 4 for shape in shapes)
-
-
-def _declared_strides(module: nn.Module) -> list[int] | None:
-    strides = getattr(getattr(module, 'prior_generator', None), 'strides', None)
-    if not isinstance(strides, (list, tuple)):
-        return None
-    return [int(stride[0] if isinstance(stride, (list, tuple)) else stride) for stride in strides]

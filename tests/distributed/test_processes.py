@@ -340,8 +340,8 @@ def test_resume_with_another_number_of_processes_restarts_the_epoch(tmp_path):
 def test_torchrun_without_launcher_is_an_error(tmp_path):
     result = tiny(tmp_path, '--launcher', 'none')
     assert result.returncode == 1
-    assert 'torchrun has started 2 processes' in result.stdout
-    assert 'add --launcher pytorch' in result.stdout
+    assert 'torchrun started 2 processes' in result.stdout
+    assert 'Add --launcher pytorch' in result.stdout
     assert not (tmp_path / 'here').exists()
 
 

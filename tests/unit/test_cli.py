@@ -189,15 +189,6 @@ def test_replace_data_root_without_matching_paths():
         replace_data_root(cfg, '/new')
 
 
-def test_duplicate_keys_in_base_configs(tmp_path):
-    for name in ('first', 'second'):
-        (tmp_path / f'{name}.py').write_text("data_root = 'data/'")
-    path = tmp_path / 'config.py'
-    path.write_text("_base_ = ['first.py', 'second.py']")
-    with pytest.raises(ConfigError, match=r"two configs in _base_ define the same keys .*'data_root'"):
-        read_config(str(path))
-
-
 def test_missing_config_is_named_with_its_absolute_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as error:

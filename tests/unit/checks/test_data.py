@@ -66,9 +66,8 @@ def test_counts_equal_those_of_mmdet(detector, edit):
     assert summary.total_images == 4
     assert summary.skipped == {
         'of other classes': 2,
-        'outside their image or smaller than a pixel': 2,
+        'without area, outside their image, marked "ignore" or in skipped images': 3,
         'of images that are not listed': 1,
-        'marked "ignore"': 1,
     }
     assert '1 images of 4 (3 skipped by filter_cfg=' in str(summary)
 
@@ -77,7 +76,7 @@ def test_objects_in_skipped_images(detector):
     detector.train_dataloader.dataset.filter_cfg = dict(filter_empty_gt=True, min_size=1000)
     message = reading_error(detector)
     assert message.startswith(f'{DATASET}: none of the 4 images of ')
-    assert 'in skipped images)' in message
+    assert 'or in skipped images)' in message
 
 
 def test_no_object_left(detector, edit):
@@ -98,7 +97,7 @@ def test_one_other_class_name(check, detector):
     detector.train_dataloader.dataset.metainfo = dict(classes=('shape', 'Circle'))
     _, warnings = check(detector)
     assert any('no object is annotated as Circle (1 of 2 classes)' in warning for warning in warnings)
-    too_few = f'model.roi_head.bbox_head.num_classes=1, but {DATASET} has 2 classes; the last 1 classes will not be'
+    too_few = f'model.roi_head.bbox_head.num_classes=1, but {DATASET} has 2 classes; 1 classes will not be learned'
     assert any(warning.startswith(too_few) for warning in warnings)
     assert not any('number their classes differently' in warning for warning in warnings)
 
@@ -123,11 +122,6 @@ def test_boxes_as_corners(detector, edit):
     edit(change)
     (warning,) = summary_of(detector).warnings
     assert 'boxes exceed their image. A COCO bbox is x, y, width, height' in warning
-
-
-def test_repeated_ids(detector, edit):
-    edit(lambda coco: coco['images'].append(dict(coco['images'][0])))
-    assert '1 ids of images occur more than once' in summary_of(detector).warnings[0]
 
 
 @pytest.mark.parametrize(('content', 'problem'), [(None, 'missing'), (b'', 'empty')])
@@ -204,9 +198,15 @@ def test_wrappers(detector, wrap, number):
         assert '(CocoDataset): 3 images of 4' in str(summary)
 
 
+def test_check_that_fails_itself_is_skipped(detector, monkeypatch):
+    dataset = build(detector)
+    monkeypatch.setattr(dataset, 'get_data_info', lambda index: None)
+    assert summarize_all({DATASET: dataset}) == []
+
+
 def test_empty_annotation_file(detector, edit):
     edit(lambda coco: json.loads('{"images": [], "annotations": [], "categories": []}'))
-    assert reading_error(detector).startswith(f'{DATASET} has no images; ')
+    assert reading_error(detector).startswith(f'{DATASET}: none of the 0 images of ')
 
 
 class TestVOC:
@@ -220,12 +220,12 @@ class TestVOC:
         voc.train_dataloader.dataset.metainfo.classes = ('cell', 'Plate')
         summary = summary_of(voc)
         (warning,) = summary.warnings
-        assert 'no object is annotated as Plate (1 of 2 classes); the annotations have cell (2), plate (2)' in warning
+        assert 'no object is annotated as Plate (1 of 2 classes); the annotations have cell, plate' in warning
         assert summary.skipped == {'of other classes': 2}
         voc.train_dataloader.dataset.metainfo.classes = ('Cell', 'Plate')
         message = reading_error(voc)
         assert message.startswith(f'{DATASET}: none of the 2 images of {tmp_path}/sets/train.txt has an object')
-        assert 'cell (2), plate (2)' in message
+        assert 'cell, plate' in message
 
     def test_missing_files(self, voc, tmp_path):
         (tmp_path / 'JPEGImages/b.jpg').unlink()
@@ -245,16 +245,11 @@ class TestVOC:
 
     def test_name_with_a_suffix(self, voc, tmp_path):
         (tmp_path / 'sets/train.txt').write_text('a.jpg')
-        text = f'{tmp_path}/Annotations/a.jpg.xml does not exist, which is listed in {tmp_path}/sets/train.txt'
-        assert text in reading_error(voc)
+        assert f'{tmp_path}/Annotations/a.jpg.xml does not exist' in reading_error(voc)
 
     def test_no_images(self, voc, tmp_path):
         (tmp_path / 'sets/train.txt').write_text('')
-        assert reading_error(voc).startswith(f'{DATASET} has no images; ')
-
-    def test_string_classes(self, voc):
-        voc.train_dataloader.dataset.metainfo.classes = 'cell'
-        assert reading_error(voc).startswith(f"{DATASET}.metainfo.classes='cell' is a string")
+        assert reading_error(voc).startswith(f'{DATASET}: none of the 0 images of ')
 
     def test_boxes_without_area(self, voc, tmp_path):
         """XMLDataset keeps them, and the loss of a RetinaNet becomes infinite."""
@@ -283,7 +278,7 @@ class TestClassifier:
     def test_other_folders_in_evaluation(self, classifier, tmp_path):
         (tmp_path / 'val/cat').rename(tmp_path / 'val/bird')
         (warning,) = compare_class_order([summary_of(classifier), summary_of(classifier, 'val')])
-        assert "differently: 0 is 'cat' in one and 'bird' in the other" in warning
+        assert "differently: one has 'cat' where the other has 'bird'" in warning
 
     def test_empty_image(self, classifier, tmp_path):
         (tmp_path / 'train/cat/0.png').write_bytes(b'')

@@ -53,14 +53,16 @@ def test_queries_are_not_feature_maps():
 def test_strides_of_anchors():
     assert list(trace(backbone=Layer(*MAPS), bbox_head=Layer(strides=[8, 16])).warnings()) == []
     (message,) = trace(backbone=Layer(*MAPS), bbox_head=Layer(strides=[4, 8])).warnings()
-    assert message.startswith('model.bbox_head has anchors or points for strides [4, 8], but model.backbone returns')
+    assert message.startswith(
+        'model.bbox_head has anchors or points for strides [4, 8], but model.backbone has strides'
+    )
 
 
 def test_points_for_one_of_several_maps():
     """As in the mask head of CondInst."""
     tracer = trace(backbone=Layer(*MAPS), mask_head=Layer(strides=[8]))
     assert list(tracer.warnings()) == []
-    assert tracer.explain(RuntimeError('something else')) is None
+    assert tracer.explain() is None
 
 
 @pytest.mark.parametrize('wanted', [[8, 16], [16, 8]])
@@ -73,6 +75,6 @@ def test_channels_in_another_order(wanted):
 
     model = nn.ModuleDict(dict(neck=Neck()))
     tracer = FeatureTracer(model, dict(neck=dict(type='x', in_channels=wanted)))
-    with pytest.raises(RuntimeError) as error, tracer:
+    with pytest.raises(RuntimeError), tracer:
         model.neck([torch.zeros(2, 8, 12, 12), torch.zeros(2, 16, 6, 6)])
-    assert tracer.explain(error.value) is None
+    assert tracer.explain() is None

@@ -95,7 +95,7 @@ def test_no_stock_config_is_refused(package, tmp_path, monkeypatch):
             splits = [split for split in ('train', 'val', 'test') if cfg.get(f'{split}_dataloader')]
             warnings, errors, built = check_config(cfg, splits), [], {}
             for split in splits:
-                for key, dataset in iter_datasets(cfg[f'{split}_dataloader'].get('dataset'), split):
+                for key, dataset in iter_datasets(cfg, split):
                     result, error = datasets(dataset)
                     counts['datasets' if result is not None else 'datasets not built'] += 1
                     if result is None:
