@@ -9,14 +9,15 @@ its row. Compare times within one run only, as the speed of most machines drifts
 """
 
 import argparse
-import contextlib
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
+import mmevm
 from mmevm.analysis.latency import (
     DEFAULT_MODELS,
     DTYPES,
@@ -38,6 +39,12 @@ from mmevm.analysis.latency.results import summarize_error
 from mmevm.analysis.latency.timing import enlarge_kernel_cache
 from mmevm.cli import run
 from mmevm.errors import ConfigError
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text} is less than 1')
+    return int(text)
 
 
 def parse_args() -> tuple[argparse.Namespace, list[ModelSpec]]:
@@ -79,14 +86,14 @@ def parse_args() -> tuple[argparse.Namespace, list[ModelSpec]]:
         '--engine', nargs='+', choices=list(ENGINES), default=['eager'], help='inference engines (default: eager)'
     )
     how.add_argument(
-        '--resolution', nargs='+', type=int, default=[512], metavar='PIXELS', help='image sides (default: 512)'
+        '--resolution', nargs='+', type=positive, default=[512], metavar='PIXELS', help='image sides (default: 512)'
     )
     how.add_argument(
         '--batch-size',
         nargs='+',
-        type=int,
+        type=positive,
         metavar='IMAGES',
-        help='images per call, halved if they do not fit into memory (default: 16 on the CPU and 256 on CUDA, as in '
+        help='images per call, halved if they do not fit into a GPU (default: 16 on the CPU and 256 on CUDA, as in '
         'the paper; above 512×512 as many pixels)',
     )
     how.add_argument('--dtype', nargs='+', choices=list(DTYPES), default=['float32'], help='(default: float32)')
@@ -96,8 +103,8 @@ def parse_args() -> tuple[argparse.Namespace, list[ModelSpec]]:
         default=True,
         help="memory format of PyTorch's weights and images (default: yes)",
     )
-    how.add_argument('--threads', type=int, help="CPU threads of every engine (default: PyTorch's number)")
-    how.add_argument('--rounds', type=int, help='calls to time (default: 7 on the CPU, 50 on CUDA)')
+    how.add_argument('--threads', type=positive, help="CPU threads of every engine (default: PyTorch's number)")
+    how.add_argument('--rounds', type=positive, help='calls to time (default: 7 on the CPU, 50 on CUDA)')
     how.add_argument('--no-memory', dest='memory', action='store_false', help='do not measure peak memory')
     out = parser.add_argument_group('output')
     out.add_argument(
@@ -114,10 +121,6 @@ def parse_args() -> tuple[argparse.Namespace, list[ModelSpec]]:
     )
     args = parser.parse_args()
 
-    for name in ('resolution', 'batch_size', 'threads', 'rounds'):
-        value = getattr(args, name)
-        if value is not None and min(value if isinstance(value, list) else [value]) < 1:
-            parser.error(f'--{name.replace("_", "-")} must be 1 or more, not {value}.')
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error(f'--device cuda: PyTorch {torch.__version__} finds no GPU. Use --device cpu.')
     if args.train and args.deploy:
@@ -135,8 +138,54 @@ def parse_args() -> tuple[argparse.Namespace, list[ModelSpec]]:
         parser.error(f'--models: {error}')
 
 
-def measure(args: argparse.Namespace, specs: list[ModelSpec], write) -> list[Result]:
-    """Return all rows, and write those measured so far after each."""
+def break_down_all(args: argparse.Namespace, specs: list[ModelSpec], results: list[Result]) -> dict[str, dict]:
+    """Print the breakdown of each model and return all."""
+    found: dict[str, dict] = {}
+    dtype = args.dtype[0]
+    autocast = DTYPES[dtype][1]
+    for spec in specs:
+        batch_size = next(result.batch_size for result in results if result.model == spec.name)
+        setting = Setting(args.resolution[0], batch_size, dtype, args.device, args.deploy, args.channels_last)
+        print(f'\n{spec.name}, {args.resolution[0]}×{args.resolution[0]}, batch {batch_size}, {dtype}')
+        try:
+            model, x = build(spec, setting)
+            with cuda_settings(), torch.autocast(args.device, autocast, enabled=autocast is not None):
+                breakdown = break_down(model, x)
+        except Exception as error:  # report it and continue with the other models
+            found[spec.name] = dict(error=summarize_error(error))
+            print(f'No breakdown: {summarize_error(error)}')
+        else:
+            found[spec.name] = asdict(breakdown)
+            print(breakdown.table())
+    return found
+
+
+def plot(args: argparse.Namespace, results: list[Result], title: str) -> None:
+    figures = dict(latency=partial(plots.draw_latency, reference=args.reference), box_ap=plots.draw_pareto)
+    if len(set(args.resolution)) > 1:
+        figures['resolution'] = partial(plots.draw_lines, along='resolution')
+    if len(set(args.batch_size or ())) > 1:
+        figures['batch'] = partial(plots.draw_lines, along='batch_size')
+    args.plot.mkdir(parents=True, exist_ok=True)
+    for name, draw in figures.items():
+        file = args.plot / f'{name}.png'
+        try:
+            draw(results, title=title).savefig(file, dpi=120)
+        except ValueError as error:
+            print(f'{file} not drawn: {error}')
+
+
+def main() -> None:
+    args, specs = parse_args()
+    enlarge_kernel_cache()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    machine = environment(args.device)
+    parts = dict(arguments=arguments, environment=machine)
+    device = machine['gpu'] or f'{machine["cpu"]} ({machine["cpu_capability"]})'
+    title = f'{device}, {machine["threads"]} threads, PyTorch {torch.__version__}'
+
     results = []
     with Console(stderr=True).status('') as status:
         for result in benchmark(
@@ -149,74 +198,19 @@ def measure(args: argparse.Namespace, specs: list[ModelSpec], write) -> list[Res
             deploy=args.deploy,
             channels_last=args.channels_last,
             training=args.train,
-            threads=args.threads,
             rounds=args.rounds,
             memory=args.memory,
             progress=status.update,
         ):
             results.append(result)
-            write(results)
-    return results
-
-
-def break_down_all(args: argparse.Namespace, specs: list[ModelSpec], results: list[Result]) -> dict[str, dict]:
-    """Print the breakdown of each model and return all."""
-    found = {}
-    dtype = args.dtype[0]
-    autocast = DTYPES[dtype][1]
-    for spec in specs:
-        batch_size = next(result.batch_size for result in results if result.model == spec.name)
-        setting = Setting(args.resolution[0], batch_size, dtype, args.device, args.deploy, args.channels_last)
-        print(f'\n{spec.name}, {args.resolution[0]}×{args.resolution[0]}, batch {batch_size}, {dtype}')
-        try:
-            model, x = build(spec, setting)
-            with cuda_settings(), torch.autocast(args.device, autocast) if autocast else contextlib.nullcontext():
-                breakdown = break_down(model, x)
-        except Exception as error:  # report it and continue with the other models
-            found[spec.name] = dict(error=summarize_error(error))
-            print(f'No breakdown: {summarize_error(error)}')
-        else:
-            found[spec.name] = breakdown.as_dict()
-            print(breakdown.table())
-    return found
-
-
-def plot(args: argparse.Namespace, results: list[Result], title: str) -> None:
-    figures = dict(latency=partial(plots.draw_latency, reference=args.reference), box_ap=plots.draw_pareto)
-    if len(set(args.resolution)) > 1:
-        figures['resolution'] = plots.draw_resolution
-    if len(set(args.batch_size or ())) > 1:
-        figures['batch'] = plots.draw_batch
-    args.plot.mkdir(parents=True, exist_ok=True)
-    for name, draw in figures.items():
-        file = args.plot / f'{name}.png'
-        try:
-            draw(results, title).savefig(file, dpi=120)
-        except ValueError as error:
-            print(f'{file} not drawn: {error}')
-
-
-def main() -> None:
-    args, specs = parse_args()
-    enlarge_kernel_cache()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    parts = dict(arguments=arguments, environment=environment(args.device))
-    machine = parts['environment']
-    device = machine['gpu'] or f'{machine["cpu"]} ({machine["cpu_capability"]})'
-    title = f'{device}, {machine["threads"]} threads, PyTorch {torch.__version__}'
-
-    def write(results: list[Result]) -> None:
-        if args.json:
-            write_json(args.json, results, **parts)
-
-    results = measure(args, specs, write)
-    print(f'{title}, mmevm {machine["versions"].get("mmevm")} ({machine["commit"] or "no checkout"})\n')
+            if args.json:
+                write_json(args.json, results, **parts)
+    print(f'{title}, mmevm {mmevm.__version__} ({machine["commit"] or "no checkout"})\n')
     print(table(results, args.reference))
     if args.breakdown:
         parts['breakdown'] = break_down_all(args, specs, results)
-        write(results)
+        if args.json:
+            write_json(args.json, results, **parts)
     if args.plot:
         plot(args, results, title)
     if not any(result.seconds for result in results):

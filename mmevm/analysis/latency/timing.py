@@ -42,12 +42,9 @@ def time_call(call: Callable[[], Any], device: str | torch.device = 'cpu') -> fl
 
 
 def is_warm(seconds: Sequence[float], tolerance: float = 0.03) -> bool:
-    """Return whether calls have stopped becoming faster.
+    """Return whether the fastest call of the later half is at most 3 % faster than the fastest of the earlier half.
 
-    Args:
-        seconds: Times of all calls so far, in order.
-        tolerance: How much the fastest call of the later half may undercut the fastest of the earlier half. Minima are
-            compared because other load on the machine only makes calls slower.
+    Minima are compared because other load on the machine only makes calls slower.
 
     Example:
         >>> is_warm([3.0, 1.0, 1.0]), is_warm([3.0, 1.0, 1.0, 1.0])
@@ -62,14 +59,8 @@ def warm_up(
 ) -> tuple[list[float], bool]:
     """Call repeatedly until the calls stop becoming faster.
 
-    Args:
-        call: Function to call.
-        device: Where it runs.
-        min_seconds: Minimum duration.
-        max_seconds: Duration after which to stop in any case.
-
     Returns:
-        The times of the calls in seconds, and whether they have become stable.
+        The times of the calls in seconds, and whether they became stable within ``max_seconds``.
     """
     seconds: list[float] = []
     start = time.perf_counter()
@@ -85,17 +76,11 @@ def interleave(
     calls: Mapping[Key, Callable[[], Any]],
     rounds: int,
     device: str = 'cpu',
-    after_round: Callable[[int], None] | None = None,
+    after_round: Callable[[int], None] = lambda done: None,
 ) -> tuple[dict[Key, list[float]], dict[Key, Exception]]:
-    """Time calls in rounds: one call each per round, in an order that is shuffled for each round.
+    """Time warmed-up calls in rounds: one call each per round, in an order that is shuffled for each round.
 
-    Drifts in the machine's speed then affect all calls alike.
-
-    Args:
-        calls: Functions to call, warmed up.
-        rounds: Number of rounds.
-        device: Where they run.
-        after_round: Called with the number of finished rounds.
+    Drifts in the machine's speed then affect all calls alike. ``after_round`` is called with the finished rounds.
 
     Returns:
         The seconds of each call by round, for those that never failed; and the errors of the others.
@@ -111,6 +96,5 @@ def interleave(
                     seconds[key].append(time_call(calls[key], device))
                 except Exception as error:
                     errors[key] = error.with_traceback(None)  # a traceback would keep the call's tensors alive
-        if after_round is not None:
-            after_round(i + 1)
+        after_round(i + 1)
     return {key: times for key, times in seconds.items() if key not in errors}, errors
