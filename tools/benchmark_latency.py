@@ -34,7 +34,7 @@ from mmevm.analysis.latency import (
     table,
     write_json,
 )
-from mmevm.analysis.latency.benchmark import cuda_settings
+from mmevm.analysis.latency.benchmark import cudnn_settings
 from mmevm.analysis.latency.results import summarize_error
 from mmevm.analysis.latency.timing import enlarge_kernel_cache
 from mmevm.cli import run
@@ -149,7 +149,7 @@ def break_down_all(args: argparse.Namespace, specs: list[ModelSpec], results: li
         print(f'\n{spec.name}, {args.resolution[0]}×{args.resolution[0]}, batch {batch_size}, {dtype}')
         try:
             model, x = build(spec, setting)
-            with cuda_settings(), torch.autocast(args.device, autocast, enabled=autocast is not None):
+            with cudnn_settings(), torch.autocast(args.device, autocast, enabled=autocast is not None):
                 breakdown = break_down(model, x)
         except Exception as error:  # report it and continue with the other models
             found[spec.name] = dict(error=summarize_error(error))

@@ -15,7 +15,6 @@ How it is measured:
   PyTorch's allocator.
 """
 
-import contextlib
 import functools
 import gc
 import itertools
@@ -37,6 +36,9 @@ from .memory import peak_cpu_memory
 from .model_spec import ModelSpec
 from .results import Result, summarize_error
 from .timing import interleave, is_cuda, time_call, warm_up
+
+# cuDNN's autotuning, and no TF32. Matrix products do not use TF32 by default.
+cudnn_settings = partial(torch.backends.cudnn.flags, enabled=True, benchmark=True, allow_tf32=False)
 
 
 @dataclass(frozen=True)
@@ -114,9 +116,7 @@ def benchmark(
         dtypes: Of ``DTYPES``.
         engines: Of ``ENGINES``.
         device: 'cpu' or 'cuda'.
-        deploy: As ``channels_last`` and ``training``, see :class:`Setting`.
-        channels_last: See :class:`Setting`.
-        training: See :class:`Setting`.
+        deploy, channels_last, training: See :class:`Setting`.
         rounds: Number of calls to time; None is 50 on CUDA and 7 on the CPU.
         memory: Whether to measure peak memory.
         progress: Called with a description of each step.
@@ -140,7 +140,7 @@ def benchmark(
             raise ValueError(f'{name}: {", ".join(unknown)} is not one of {", ".join(known)}.')
     rounds = rounds or (50 if is_cuda(device) else 7)
     rows = list(itertools.product(specs, engines))
-    with cuda_settings():
+    with cudnn_settings():
         for resolution, dtype in itertools.product(resolutions, dtypes):
             for batch_size in batch_sizes or [default_batch_size(device, resolution)]:
                 setting = Setting(resolution, batch_size, dtype, device, deploy, channels_last, training)
@@ -153,11 +153,7 @@ def default_batch_size(device: str, resolution: int) -> int:
 
 
 def _measure(
-    rows: Sequence[tuple[ModelSpec, str]],
-    setting: Setting,
-    rounds: int,
-    memory: bool,
-    progress: Callable[[str], None],
+    rows: Sequence[tuple[ModelSpec, str]], setting: Setting, rounds: int, memory: bool, progress: Callable[[str], None]
 ) -> list[Result]:
     """Return the rows of one setting."""
     if any(engine == 'compile' for _, engine in rows):
@@ -168,24 +164,21 @@ def _measure(
     with tempfile.TemporaryDirectory(prefix='mmevm-latency-') as folder:
         for i, (spec, engine) in enumerate(rows):
             progress(f'{text}: warm-up of {spec.name}, {engine}')
-            params, flops, notes = _cost(spec, setting.resolution)
-            results.append(
-                Result(
-                    model=spec.name,
-                    engine=engine,
-                    deployed=setting.deploy and not setting.training,
-                    resolution=setting.resolution,
-                    batch_size=setting.batch_size,
-                    dtype=setting.dtype,
-                    channels_last=setting.is_channels_last(engine),
-                    training=setting.training,
-                    params=params,
-                    flops=flops,
-                    notes=list(notes),
-                )
+            result = Result(
+                model=spec.name,
+                engine=engine,
+                deployed=setting.deploy and not setting.training,
+                resolution=setting.resolution,
+                batch_size=setting.batch_size,
+                dtype=setting.dtype,
+                channels_last=setting.is_channels_last(engine),
+                training=setting.training,
             )
-            onnx_file = Path(folder, f'{[spec for spec, _ in rows].index(spec)}.onnx')  # the same for both engines
-            if (call := _make_warm_call(results[-1], spec, setting, onnx_file, memory)) is not None:
+            results.append(result)
+            result.params, result.flops, note = _cost(spec, setting.resolution)
+            result.notes += [note] if note else []
+            onnx_file = Path(folder, f'{spec.name.replace("/", "_")}.onnx')  # the same for all engines
+            if (call := _make_warm_call(result, spec, setting, onnx_file, memory)) is not None:
                 calls[i] = call
         seconds, errors = interleave(
             calls, rounds, setting.device, lambda done: progress(f'{text}: round {done} of {rounds}')
@@ -236,26 +229,14 @@ def _make_warm_call(
 
 
 @functools.cache
-def _cost(spec: ModelSpec, resolution: int) -> tuple[int | None, int | None, tuple[str, ...]]:
-    """Return parameters, multiply-accumulates per image, and notes on them."""
+def _cost(spec: ModelSpec, resolution: int) -> tuple[int | None, int | None, str]:
+    """Return parameters, multiply-accumulates per image, and a note on them or ''."""
     params = None
     try:
         model = spec.build()
         params = sum(parameter.numel() for parameter in model.parameters())
         complexity = measure_complexity(model, (1, 3, resolution, resolution))
     except Exception as error:  # also errors of the model itself, which _make_warm_call reports
-        return params, None, (f'FLOPs not counted: {summarize_error(error)}',)
+        return params, None, f'FLOPs not counted: {summarize_error(error)}'
     unknown = ', '.join(sorted(complexity.unknown))
-    return params, complexity.flops, (f'FLOPs do not include {unknown}',) if unknown else ()
-
-
-@contextlib.contextmanager
-def cuda_settings() -> Iterator[None]:
-    """Enable cuDNN's autotuning and disable TF32."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, False, False
-    try:
-        yield
-    finally:
-        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+    return params, complexity.flops, f'FLOPs do not include {unknown}' if unknown else ''

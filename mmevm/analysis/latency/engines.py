@@ -76,7 +76,7 @@ def _forward(model: Callable, precision: Callable, x: Tensor) -> Any:
         return model(x)
 
 
-def _forward_and_backward(model: nn.Module, precision: Callable, x: Tensor) -> None:
+def _forward_and_backward(model: Any, precision: Callable, x: Tensor) -> None:
     model.zero_grad(set_to_none=True)
     with torch.enable_grad():
         with precision():

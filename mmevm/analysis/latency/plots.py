@@ -6,6 +6,7 @@ Titles name the settings that all rows share. Rows without times are listed belo
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from textwrap import fill
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -205,7 +206,7 @@ def _group(rows: Sequence[Result], names: Sequence[str]) -> dict[str, list[Resul
     return groups
 
 
-def _add_grid(axes: Axes, axis: str) -> None:
+def _add_grid(axes: Axes, axis: Literal['x', 'both']) -> None:
     """Add grid lines, and label logarithmic axes with plain numbers instead of powers of ten."""
     for scaled, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
         if scaled.get_scale() == 'log':

@@ -41,17 +41,13 @@ def time_call(call: Callable[[], Any], device: str | torch.device = 'cpu') -> fl
     return seconds
 
 
-def is_warm(seconds: Sequence[float], tolerance: float = 0.03) -> bool:
+def is_warm(seconds: Sequence[float]) -> bool:
     """Return whether the fastest call of the later half is at most 3 % faster than the fastest of the earlier half.
 
     Minima are compared because other load on the machine only makes calls slower.
-
-    Example:
-        >>> is_warm([3.0, 1.0, 1.0]), is_warm([3.0, 1.0, 1.0, 1.0])
-        (False, True)
     """
     half = len(seconds) // 2
-    return half > 0 and len(seconds) > 2 and min(seconds[half:]) >= (1 - tolerance) * min(seconds[:half])
+    return len(seconds) > 2 and min(seconds[half:]) >= 0.97 * min(seconds[:half])
 
 
 def warm_up(
@@ -63,13 +59,11 @@ def warm_up(
         The times of the calls in seconds, and whether they became stable within ``max_seconds``.
     """
     seconds: list[float] = []
-    start = time.perf_counter()
-    while True:
+    start, elapsed = time.perf_counter(), 0.0
+    while elapsed < max_seconds and not (elapsed >= min_seconds and is_warm(seconds)):
         seconds.append(time_call(call, device))
         elapsed = time.perf_counter() - start
-        warm = elapsed >= min_seconds and is_warm(seconds)
-        if warm or elapsed >= max_seconds:
-            return seconds, warm
+    return seconds, is_warm(seconds)
 
 
 def interleave(

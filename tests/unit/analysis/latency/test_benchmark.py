@@ -2,6 +2,7 @@
 
 import functools
 import statistics
+import sys
 import time
 
 import pytest
@@ -10,12 +11,12 @@ from timed_models import MB, CustomSpec, Does, Sleep, Takes200MB
 from torch import nn
 
 from mmevm.analysis import measure_complexity
-from mmevm.analysis.latency import ModelSpec, Setting, benchmark, build, memory, relative_times
+from mmevm.analysis.latency import ModelSpec, Setting, benchmark, build, relative_times
 from mmevm.analysis.latency.benchmark import default_batch_size
 from mmevm.analysis.latency.timing import warm_up
 from mmevm.models import EfficientViM
 
-on_linux = pytest.mark.skipif(memory.available_memory() is None, reason='needs /proc')
+on_linux = pytest.mark.skipif(sys.platform != 'linux', reason='measured on Linux only')
 
 
 def custom(name, action):
@@ -63,14 +64,6 @@ def test_a_failing_model_is_reported_in_its_row():
     assert (good.error, len(good.seconds)) == (None, 2)
 
 
-def test_batch_norms_that_remain_in_deploy_mode_are_noted():
-    spec = CustomSpec('normed', module=lambda: nn.BatchNorm2d(3))
-    (row,) = measure(spec)
-    assert '1 BatchNorms remain in deploy mode' in row.notes
-    for rows in (measure(spec, deploy=False), measure(ModelSpec('m1'), resolutions=[32])):
-        assert 'BatchNorms' not in ' '.join(rows[0].notes)
-
-
 def test_a_batch_that_does_not_fit_is_halved():
     batches = []
 
@@ -85,21 +78,6 @@ def test_a_batch_that_does_not_fit_is_halved():
     assert (small.batch_size, small.asked_batch_size, small.error) == (2, 8, None)
     assert (large.batch_size, large.asked_batch_size) == (8, None)
     assert relative_times([small, large], 'large')[0] == pytest.approx(1, rel=0.5)  # per image
-
-
-@on_linux
-def test_if_no_batch_fits_the_error_is_reported():
-    (row,) = measure(custom('endless', lambda x: torch.empty(len(x), 2**46)), batch_sizes=[4])
-    assert row.batch_size == 1
-    assert "can't allocate memory" in row.error
-    assert not row.seconds
-
-
-@on_linux
-def test_a_batch_that_exceeds_the_available_memory_is_halved(monkeypatch):
-    monkeypatch.setattr(memory, 'available_memory', lambda: 200 * MB)
-    (row,) = measure(custom('large', lambda x: torch.ones(len(x) * 150 * MB // 4)), batch_sizes=[4])
-    assert (row.batch_size, row.asked_batch_size) == (1, 4)
 
 
 @on_linux
@@ -142,14 +120,6 @@ def test_all_models_get_the_same_images_in_the_requested_format(channels_last):
     assert a.is_contiguous(memory_format=torch.channels_last) is channels_last
     assert a.float().mean().abs() < 0.05  # normal noise
     assert a.float().std() == pytest.approx(1, abs=0.05)
-
-
-def test_threads_are_set_during_the_benchmark_and_restored():
-    before = torch.get_num_threads()
-    seen = []
-    measure(custom('a', lambda x: seen.append(torch.get_num_threads())), threads=before + 2)
-    assert set(seen) == {before + 2}
-    assert torch.get_num_threads() == before
 
 
 def test_parameters_and_flops_are_those_of_one_image_before_deploy_mode():
@@ -208,9 +178,6 @@ def test_default_batches_of_large_images_have_as_many_pixels(device, resolution,
 @pytest.mark.parametrize(
     ('wrong', 'message'),
     [
-        (dict(rounds=0), 'rounds'),
-        (dict(resolutions=[64, 0]), 'resolutions'),
-        (dict(batch_sizes=[-1]), 'batch_sizes'),
         (dict(dtypes=['half']), 'half is not one of float32'),
         (dict(engines=['tensorrt']), 'tensorrt is not one of eager'),
     ],
