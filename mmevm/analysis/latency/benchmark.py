@@ -116,7 +116,9 @@ def benchmark(
         dtypes: Of ``DTYPES``.
         engines: Of ``ENGINES``.
         device: 'cpu' or 'cuda'.
-        deploy, channels_last, training: See :class:`Setting`.
+        deploy: See :class:`Setting`.
+        channels_last: See :class:`Setting`.
+        training: See :class:`Setting`.
         rounds: Number of calls to time; None is 50 on CUDA and 7 on the CPU.
         memory: Whether to measure peak memory.
         progress: Called with a description of each step.
@@ -177,7 +179,7 @@ def _measure(
             results.append(result)
             result.params, result.flops, note = _cost(spec, setting.resolution)
             result.notes += [note] if note else []
-            onnx_file = Path(folder, f'{spec.name.replace("/", "_")}.onnx')  # the same for all engines
+            onnx_file = Path(folder, f'{hash(spec)}.onnx')  # the same for all engines
             if (call := _make_warm_call(result, spec, setting, onnx_file, memory)) is not None:
                 calls[i] = call
         seconds, errors = interleave(

@@ -70,19 +70,19 @@ class Breakdown:
         for part in self.parts:
             for group, milliseconds in part.groups.items():
                 groups[group] += milliseconds
-        part_rows = [(part.name or 'model', part.milliseconds, f'{part.flops / 1e6:.1f}') for part in self.parts]
-        part_rows.append(('sum', self.milliseconds, f'{sum(part.flops for part in self.parts) / 1e6:.1f}'))
-        group_rows = sorted(groups.items(), key=lambda item: item[1], reverse=True)
 
-        def cells(name: str, milliseconds: float, *others: str) -> tuple[str, ...]:
+        def row(name: str, milliseconds: float, *others: str) -> tuple[str, ...]:
             return name, f'{milliseconds:.3f}', f'{milliseconds / self.milliseconds:.1%}', *others
 
+        parts = [row(part.name or 'model', part.milliseconds, f'{part.flops / 1e6:.1f}') for part in self.parts]
+        parts.append(row('sum', self.milliseconds, f'{sum(part.flops for part in self.parts) / 1e6:.1f}'))
+        by_group = [row(*item) for item in sorted(groups.items(), key=lambda item: -item[1])]
         return (
             f'{self.milliseconds:.2f} ms for a batch of {self.input_shape[0]} with the profiler, '
             f'{self.uninstrumented:.2f} ms without it; means of {self.rounds} passes on {self.device}. '
             'A part does not include the parts inside it.\n\n'
-            f'{format_table(("part", "ms", "share", "MMAC"), [cells(*row) for row in part_rows])}\n\n'
-            f'{format_table(("operator group", "ms", "share"), [cells(*row) for row in group_rows])}'
+            f'{format_table(("part", "ms", "share", "MMAC"), parts)}\n\n'
+            f'{format_table(("operator group", "ms", "share"), by_group)}'
         )
 
 
@@ -118,15 +118,13 @@ def break_down(model: nn.Module, x: Tensor, rounds: int = 10) -> Breakdown:
         _profile(model, x, names, 1)  # warm up the model and the profiler
         uninstrumented = mean(time_call(partial(model, x), x.device) for _ in range(rounds))
         times = _profile(model, x, names, rounds)
-    flops: dict[str, int] = defaultdict(int)
+    flops = dict.fromkeys(map(_replace_indices, names), 0)
     for name in names:
-        own = complexity.by_module[name][1]
-        flops[_replace_indices(name)] += own
+        flops[_replace_indices(name)] += complexity.by_module[name][1]
         parents = [other for other in names if other != name and _is_inside(name, other)]
         if parents:
-            flops[_replace_indices(max(parents, key=len))] -= own
-    parts = [Part(name, sum(groups.values()), flops[name], groups) for name, groups in times.items()]
-    parts.sort(key=lambda part: list(flops).index(part.name))
+            flops[_replace_indices(max(parents, key=len))] -= complexity.by_module[name][1]
+    parts = [Part(name, sum(times[name].values()), flops[name], times[name]) for name in flops if name in times]
     return Breakdown(
         device=x.device.type,
         input_shape=tuple(x.shape),
@@ -173,16 +171,16 @@ def _profile(model: nn.Module, x: Tensor, names: Sequence[str], rounds: int) -> 
             synchronize(x.device)
     times: dict[str, dict[str, float]] = {}
     for event in profiler.events():
-        microseconds = _device_time(event) if x.is_cuda else event.self_cpu_time_total
+        microseconds = event.self_device_time_total if x.is_cuda else event.self_cpu_time_total
         if event.device_type != DeviceType.CPU or event.is_async or microseconds <= 0:
             continue
-        innermost = event
-        while innermost is not None and not innermost.name.startswith(_RANGE):
-            innermost = innermost.cpu_parent
-        if innermost is not None:
-            group = OUTSIDE if event is innermost else operator_group(event.name.rpartition('::')[2])
+        part = event
+        while part is not None and not part.name.startswith(_RANGE):
+            part = part.cpu_parent
+        if part is not None:
+            group = OUTSIDE if event is part else operator_group(event.name.rpartition('::')[2])
             group = f'{OTHER}: {event.name}' if group == OTHER else group
-            groups = times.setdefault(innermost.name.removeprefix(_RANGE), {})
+            groups = times.setdefault(part.name.removeprefix(_RANGE), {})
             groups[group] = groups.get(group, 0) + microseconds / 1e3 / rounds
     return times
 
@@ -205,8 +203,3 @@ def _record_modules(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
             hooks.enter_context(module.register_forward_pre_hook(partial(enter, name)))
             hooks.enter_context(module.register_forward_hook(leave, always_call=True))
         yield
-
-
-def _device_time(event: Any) -> float:
-    name = 'self_device_time_total' if hasattr(event, 'self_device_time_total') else 'self_cuda_time_total'  # torch<2.4
-    return getattr(event, name)

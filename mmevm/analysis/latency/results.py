@@ -7,6 +7,7 @@ import re
 import statistics
 import subprocess
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -100,33 +101,35 @@ def table(results: Sequence[Result], reference: str) -> str:
     The column ``relative`` divides by the times of the reference model.
     """
     header = ('model', 'engine', 'ms/image', '± %', 'images/s', 'relative', 'params (M)', 'MFLOPs', 'memory (MB)')
-    rows: dict[str, list[tuple[str, ...]]] = {}
-    remarks: dict[str, list[str]] = {}
+    tables: dict[str, list[tuple[str, ...]]] = defaultdict(list)
+    remarks: dict[str, list[str]] = defaultdict(list)
     for result, ratio in zip(results, relative_times(results, reference), strict=True):
         _, resolution, batch_size, dtype, training = result.setting
         task = 'forward+backward' if training else 'forward'
         title = f'{resolution}×{resolution}, batch {batch_size}, {dtype}, {task}'
-        cells = [
-            _number(result.milliseconds, 2),
-            _number(result.spread, 1, 1e-2),
-            _number(result.images_per_second, 1),
-            _number(ratio, 2),
-            _number(result.params, 2, 1e6),
-            _number(result.flops, 0, 1e6),
-            _number(result.peak_memory, 0, 1e6),
+        columns = [
+            (result.milliseconds, 1, 2),  # value, unit, decimals
+            (result.spread, 1e-2, 1),
+            (result.images_per_second, 1, 1),
+            (ratio, 1, 2),
+            (result.params, 1e6, 2),
+            (result.flops, 1e6, 0),
+            (result.peak_memory, 1e6, 0),
         ]
-        rows.setdefault(title, []).append((result.model, result.engine, *cells))
-        notes = [f'not measured: {result.error}'] if result.error else []
-        if result.asked_batch_size and not result.error:
-            notes.append(f'batch {result.batch_size}, as larger ones did not fit into memory')
-        lines = [f'{result.model}, {result.engine}: {note}' for note in notes + result.notes]
-        remarks.setdefault(title, []).extend(lines)
+        cells = ['–' if value is None else f'{value / unit:,.{decimals}f}' for value, unit, decimals in columns]
+        tables[title].append((result.model, result.engine, *cells))
+        notes = list(result.notes)
+        if result.error:
+            notes.insert(0, f'not measured: {result.error}')
+        elif result.asked_batch_size:
+            notes.insert(0, f'batch {result.batch_size}, as larger ones did not fit into memory')
+        remarks[title] += [f'{result.model}, {result.engine}: {note}' for note in notes]
     blocks = []
-    for title in rows:
+    for title, rows in tables.items():
         blocks.append(f'{title}; relative: time per image divided by that of {reference}')
-        blocks.append(format_table(header, rows[title], text_columns=2))
-        blocks += ['\n'.join(remarks[title])] if remarks[title] else []
-    return '\n\n'.join(blocks)
+        blocks.append(format_table(header, rows, text_columns=2))
+        blocks.append('\n'.join(remarks[title]))
+    return '\n\n'.join(filter(None, blocks))
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
@@ -195,7 +198,3 @@ def _cpu_name() -> str:
     cpuinfo = Path('/proc/cpuinfo')
     names = re.findall(r'model name\s*: (.*)', cpuinfo.read_text() if cpuinfo.exists() else '')
     return names[0] if names else platform.processor()
-
-
-def _number(value: float | None, digits: int, unit: float = 1) -> str:
-    return '–' if value is None else f'{value / unit:,.{digits}f}'

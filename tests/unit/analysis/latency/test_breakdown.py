@@ -1,7 +1,9 @@
 """Breakdowns of modules with known durations and FLOPs, and of real backbones."""
 
 import functools
+import json
 import time
+from dataclasses import asdict
 
 import pytest
 import timm
@@ -141,6 +143,13 @@ def test_table_lists_parts_and_operator_groups():
     assert shown['sum'][0] == f'{breakdown.milliseconds:.3f}'
     assert shown[SOFTMAX][0] == f'{parts_of(breakdown)["stages.*.blocks.*.mixer"].groups[SOFTMAX]:.3f}'
     assert 'batch of 2' in breakdown.table()
+
+
+def test_breakdown_can_be_written_as_json():
+    written = json.loads(json.dumps(asdict(breakdown_of_m1())))
+    assert written['input_shape'] == [2, 3, 64, 64]
+    assert written['parts'][1]['name'] == 'patch_embed'
+    assert written['parts'][1]['groups'] == breakdown_of_m1().parts[1].groups
 
 
 def test_deployed_wrapped_and_timm_models_are_split_up_too():
