@@ -18,22 +18,8 @@ import torch
 from rich.console import Console
 
 import mmevm
-from mmevm.analysis.latency import (
-    DEFAULT_MODELS,
-    DTYPES,
-    ENGINES,
-    PARTS,
-    ModelSpec,
-    Result,
-    Setting,
-    benchmark,
-    break_down,
-    build,
-    environment,
-    plots,
-    table,
-    write_json,
-)
+from mmevm.analysis import latency
+from mmevm.analysis.latency import ModelSpec, Result, plots
 from mmevm.analysis.latency.benchmark import cudnn_settings
 from mmevm.analysis.latency.results import summarize_error
 from mmevm.analysis.latency.timing import enlarge_kernel_cache
@@ -53,38 +39,27 @@ def parse_args() -> tuple[argparse.Namespace, list[ModelSpec]]:
     what.add_argument(
         '--models',
         nargs='+',
-        default=list(DEFAULT_MODELS),
+        default=list(latency.DEFAULT_MODELS),
         metavar='NAME',
         help="m1 to m4 for mmevm's backbones, any timm model, or a config as a path or a name such as mmdet::…; the "
-        f'suffix @trained excludes a model from deploy mode (default: {" ".join(DEFAULT_MODELS)})',
+        f'suffix @trained excludes a model from deploy mode (default: {" ".join(latency.DEFAULT_MODELS)})',
     )
     what.add_argument(
         '--part',
-        choices=PARTS,
+        choices=latency.PARTS,
         default='backbone',
         help="part of a config's model; a whole detector is timed without post-processing (default: backbone)",
     )
-    what.add_argument(
-        '--deploy',
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help='switch models to deploy mode (default: yes, except with --train)',
-    )
+    what.add_argument('--no-deploy', dest='deploy', action='store_false', help='do not switch models to deploy mode')
     what.add_argument(
         '--train',
         action='store_true',
         help='time forward and backward in training mode, with every BatchNorm in eval mode as in a detector',
     )
     how = parser.add_argument_group('settings')
-    how.add_argument(
-        '--device',
-        choices=['cpu', 'cuda'],
-        default='cuda' if torch.cuda.is_available() else 'cpu',
-        help='(default: cuda if there is a GPU)',
-    )
-    how.add_argument(
-        '--engine', nargs='+', choices=list(ENGINES), default=['eager'], help='inference engines (default: eager)'
-    )
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    how.add_argument('--device', choices=['cpu', 'cuda'], default=device, help='(default: cuda if there is a GPU)')
+    how.add_argument('--engine', nargs='+', choices=latency.ENGINES, default=['eager'], help='(default: eager)')
     how.add_argument(
         '--resolution', nargs='+', type=positive, default=[512], metavar='PIXELS', help='image sides (default: 512)'
     )
@@ -96,12 +71,9 @@ def parse_args() -> tuple[argparse.Namespace, list[ModelSpec]]:
         help='images per call, halved if they do not fit into a GPU (default: 16 on the CPU and 256 on CUDA, as in '
         'the paper; above 512×512 as many pixels)',
     )
-    how.add_argument('--dtype', nargs='+', choices=list(DTYPES), default=['float32'], help='(default: float32)')
+    how.add_argument('--dtype', nargs='+', choices=list(latency.DTYPES), default=['float32'], help='(default: float32)')
     how.add_argument(
-        '--channels-last',
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="memory format of PyTorch's weights and images (default: yes)",
+        '--no-channels-last', dest='channels_last', action='store_false', help='do not use channels_last in PyTorch'
     )
     how.add_argument('--threads', type=positive, help="CPU threads of every engine (default: PyTorch's number)")
     how.add_argument('--rounds', type=positive, help='calls to time (default: 7 on the CPU, 50 on CUDA)')
@@ -123,11 +95,8 @@ def parse_args() -> tuple[argparse.Namespace, list[ModelSpec]]:
 
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error(f'--device cuda: PyTorch {torch.__version__} finds no GPU. Use --device cpu.')
-    if args.train and args.deploy:
-        parser.error('--deploy: models in deploy mode cannot be trained. Remove --deploy or --train.')
     if args.train and args.breakdown:
         parser.error('--breakdown supports inference only. Remove --breakdown or --train.')
-    args.deploy = not args.train if args.deploy is None else args.deploy
     if args.reference is None:
         args.reference = 'efficientvim_m4' if 'efficientvim_m4' in args.models else args.models[0]
     elif args.reference not in args.models:
@@ -142,15 +111,15 @@ def break_down_all(args: argparse.Namespace, specs: list[ModelSpec], results: li
     """Print the breakdown of each model and return all."""
     found: dict[str, dict] = {}
     dtype = args.dtype[0]
-    autocast = DTYPES[dtype][1]
+    autocast = latency.DTYPES[dtype][1]
     for spec in specs:
         batch_size = next(result.batch_size for result in results if result.model == spec.name)
-        setting = Setting(args.resolution[0], batch_size, dtype, args.device, args.deploy, args.channels_last)
+        setting = latency.Setting(args.resolution[0], batch_size, dtype, args.device, args.deploy, args.channels_last)
         print(f'\n{spec.name}, {args.resolution[0]}×{args.resolution[0]}, batch {batch_size}, {dtype}')
         try:
-            model, x = build(spec, setting)
+            model, x = latency.build(spec, setting)
             with cudnn_settings(), torch.autocast(args.device, autocast, enabled=autocast is not None):
-                breakdown = break_down(model, x)
+                breakdown = latency.break_down(model, x)
         except Exception as error:  # report it and continue with the other models
             found[spec.name] = dict(error=summarize_error(error))
             print(f'No breakdown: {summarize_error(error)}')
@@ -181,14 +150,14 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    machine = environment(args.device)
+    machine = latency.environment(args.device)
     parts = dict(arguments=arguments, environment=machine)
     device = machine['gpu'] or f'{machine["cpu"]} ({machine["cpu_capability"]})'
     title = f'{device}, {machine["threads"]} threads, PyTorch {torch.__version__}'
 
     results = []
     with Console(stderr=True).status('') as status:
-        for result in benchmark(
+        for result in latency.benchmark(
             specs,
             args.resolution,
             args.batch_size,
@@ -204,13 +173,13 @@ def main() -> None:
         ):
             results.append(result)
             if args.json:
-                write_json(args.json, results, **parts)
+                latency.write_json(args.json, results, **parts)
     print(f'{title}, mmevm {mmevm.__version__} ({machine["commit"] or "no checkout"})\n')
-    print(table(results, args.reference))
+    print(latency.table(results, args.reference))
     if args.breakdown:
         parts['breakdown'] = break_down_all(args, specs, results)
         if args.json:
-            write_json(args.json, results, **parts)
+            latency.write_json(args.json, results, **parts)
     if args.plot:
         plot(args, results, title)
     if not any(result.seconds for result in results):

@@ -115,7 +115,6 @@ def test_fails_if_no_model_could_be_measured(tool):
         (['--batch-size', '0'], 'argument --batch-size: 0 is less than 1'),
         (['--rounds', '0'], 'argument --rounds: 0 is less than 1'),
         (['--threads', '-1'], 'argument --threads: -1 is less than 1'),
-        (['--train', '--deploy'], 'cannot be trained'),
         (['--train', '--breakdown'], '--breakdown supports inference only'),
     ],
 )
