@@ -10,8 +10,9 @@ its row. Compare times within one run only, as the speed of most machines drifts
 
 import argparse
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from rich.console import Console
 import mmevm
 from mmevm.analysis import latency
 from mmevm.analysis.latency import ModelSpec, Result, plots
-from mmevm.analysis.latency.benchmark import cudnn_settings
+from mmevm.analysis.latency.benchmark import cudnn_settings, default_batch_size
 from mmevm.analysis.latency.results import summarize_error
 from mmevm.analysis.latency.timing import enlarge_kernel_cache
 from mmevm.cli import run
@@ -107,18 +108,17 @@ def parse_args() -> tuple[argparse.Namespace, list[ModelSpec]]:
         parser.error(f'--models: {error}')
 
 
-def break_down_all(args: argparse.Namespace, specs: list[ModelSpec], results: list[Result]) -> dict[str, dict]:
-    """Print the breakdown of each model and return all."""
+def break_down_all(specs: list[ModelSpec], setting: latency.Setting, results: list[Result]) -> dict[str, dict]:
+    """Print the breakdown of each model in a setting and return all."""
     found: dict[str, dict] = {}
-    dtype = args.dtype[0]
-    autocast = latency.DTYPES[dtype][1]
+    autocast = latency.DTYPES[setting.dtype][1]
     for spec in specs:
         batch_size = next(result.batch_size for result in results if result.model == spec.name)
-        setting = latency.Setting(args.resolution[0], batch_size, dtype, args.device, args.deploy, args.channels_last)
-        print(f'\n{spec.name}, {args.resolution[0]}×{args.resolution[0]}, batch {batch_size}, {dtype}')
+        setting = replace(setting, batch_size=batch_size)
+        print(f'\n{spec.name}, {setting.resolution}×{setting.resolution}, batch {batch_size}, {setting.dtype}')
         try:
             model, x = latency.build(spec, setting)
-            with cudnn_settings(), torch.autocast(args.device, autocast, enabled=autocast is not None):
+            with cudnn_settings(), torch.autocast(setting.device, autocast, enabled=autocast is not None):
                 breakdown = latency.break_down(model, x)
         except Exception as error:  # report it and continue with the other models
             found[spec.name] = dict(error=summarize_error(error))
@@ -153,31 +153,23 @@ def main() -> None:
     machine = latency.environment(args.device)
     parts = dict(arguments=arguments, environment=machine)
     device = machine['gpu'] or f'{machine["cpu"]} ({machine["cpu_capability"]})'
+    settings = [
+        latency.Setting(resolution, batch_size, dtype, args.device, args.deploy, args.channels_last, args.train)
+        for resolution, dtype in product(args.resolution, args.dtype)
+        for batch_size in args.batch_size or [default_batch_size(args.device, resolution)]
+    ]
     title = f'{device}, {machine["threads"]} threads, PyTorch {torch.__version__}'
 
     results = []
     with Console(stderr=True).status('') as status:
-        for result in latency.benchmark(
-            specs,
-            args.resolution,
-            args.batch_size,
-            args.dtype,
-            args.engine,
-            args.device,
-            deploy=args.deploy,
-            channels_last=args.channels_last,
-            training=args.train,
-            rounds=args.rounds,
-            memory=args.memory,
-            progress=status.update,
-        ):
+        for result in latency.benchmark(specs, settings, args.engine, args.rounds, args.memory, status.update):
             results.append(result)
             if args.json:
                 latency.write_json(args.json, results, **parts)
     print(f'{title}, mmevm {mmevm.__version__} ({machine["commit"] or "no checkout"})\n')
     print(latency.table(results, args.reference))
     if args.breakdown:
-        parts['breakdown'] = break_down_all(args, specs, results)
+        parts['breakdown'] = break_down_all(specs, settings[0], results)
         if args.json:
             latency.write_json(args.json, results, **parts)
     if args.plot:

@@ -1,4 +1,4 @@
-"""Time models in a grid of settings.
+"""Time models in several settings.
 
 How it is measured:
 
@@ -17,11 +17,11 @@ How it is measured:
 
 import functools
 import gc
-import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmevm.analysis.complexity import measure_complexity
 
-from .engines import DTYPES, ENGINES, prepare
+from .engines import DTYPES, prepare
 from .memory import peak_cpu_memory
 from .model_spec import ModelSpec
 from .results import Result, summarize_error
@@ -94,15 +94,8 @@ def make_call(spec: ModelSpec, setting: Setting, engine: str, onnx_file: Path | 
 
 def benchmark(
     models: Sequence[str | ModelSpec],
-    resolutions: Sequence[int] = (512,),
-    batch_sizes: Sequence[int] | None = None,
-    dtypes: Sequence[str] = ('float32',),
+    settings: Sequence[Setting],
     engines: Sequence[str] = ('eager',),
-    device: str = 'cpu',
-    *,
-    deploy: bool = True,
-    channels_last: bool = True,
-    training: bool = False,
     rounds: int | None = None,
     memory: bool = True,
     progress: Callable[[str], None] = lambda text: None,
@@ -111,42 +104,25 @@ def benchmark(
 
     Args:
         models: Names or model specs.
-        resolutions: Sides of the images in pixels.
-        batch_sizes: Images per call; None is :func:`default_batch_size`.
-        dtypes: Of ``DTYPES``.
+        settings: How they are called.
         engines: Of ``ENGINES``.
-        device: 'cpu' or 'cuda'.
-        deploy: See :class:`Setting`.
-        channels_last: See :class:`Setting`.
-        training: See :class:`Setting`.
         rounds: Number of calls to time; None is 50 on CUDA and 7 on the CPU.
         memory: Whether to measure peak memory.
         progress: Called with a description of each step.
 
     Yields:
-        A row for each resolution, dtype, batch size, model and engine, after its setting has been measured. Errors of
-        a model or engine are in its row.
+        A row for each setting, model and engine, after its setting has been measured. Errors of a model or engine are
+        in its row.
 
     Raises:
-        ValueError: If the name of a model, dtype or engine is unknown.
+        ValueError: If the name of a model is unknown.
         ConfigError: If a config cannot be read.
-
-    Example:
-        >>> from mmevm.analysis.latency import benchmark, table
-        >>> results = list(benchmark(['m1', 'shvit_s1'], [224], batch_sizes=[1], rounds=3))
-        >>> print(table(results, reference='shvit_s1'))  # doctest: +SKIP
     """
     specs = [model if isinstance(model, ModelSpec) else ModelSpec(model) for model in models]
-    for name, values, known in (('dtypes', dtypes, list(DTYPES)), ('engines', engines, list(ENGINES))):
-        if unknown := [value for value in values if value not in known]:
-            raise ValueError(f'{name}: {", ".join(unknown)} is not one of {", ".join(known)}.')
-    rounds = rounds or (50 if is_cuda(device) else 7)
-    rows = list(itertools.product(specs, engines))
     with cudnn_settings():
-        for resolution, dtype in itertools.product(resolutions, dtypes):
-            for batch_size in batch_sizes or [default_batch_size(device, resolution)]:
-                setting = Setting(resolution, batch_size, dtype, device, deploy, channels_last, training)
-                yield from _measure(rows, setting, rounds, memory, progress)
+        for setting in settings:
+            count = rounds or (50 if is_cuda(setting.device) else 7)
+            yield from _measure(list(product(specs, engines)), setting, count, memory, progress)
 
 
 def default_batch_size(device: str, resolution: int) -> int:

@@ -49,17 +49,13 @@ class Breakdown:
     """Where the time of a forward pass goes.
 
     Attributes:
-        device: Type of the device.
         input_shape: Shape of the batch, (B, C, H, W).
-        rounds: Number of passes that each time is the mean of.
         milliseconds: Sum of the parts. On a GPU it is the time of the kernels.
         uninstrumented: Milliseconds of a pass without the profiler.
         parts: Modules with times, in the order of their definition.
     """
 
-    device: str
     input_shape: tuple[int, ...]
-    rounds: int
     milliseconds: float
     uninstrumented: float
     parts: tuple[Part, ...]
@@ -79,8 +75,7 @@ class Breakdown:
         by_group = [row(*item) for item in sorted(groups.items(), key=lambda item: -item[1])]
         return (
             f'{self.milliseconds:.2f} ms for a batch of {self.input_shape[0]} with the profiler, '
-            f'{self.uninstrumented:.2f} ms without it; means of {self.rounds} passes on {self.device}. '
-            'A part does not include the parts inside it.\n\n'
+            f'{self.uninstrumented:.2f} ms without it. A part does not include the parts inside it.\n\n'
             f'{format_table(("part", "ms", "share", "MMAC"), parts)}\n\n'
             f'{format_table(("operator group", "ms", "share"), by_group)}'
         )
@@ -95,7 +90,7 @@ def break_down(model: nn.Module, x: Tensor, rounds: int = 10) -> Breakdown:
     Args:
         model: A module in eval mode that takes one tensor, on the device of ``x``.
         x: Its input. Autocast and memory formats apply as usual.
-        rounds: Number of passes to measure, after a warm-up.
+        rounds: Number of passes to average, after a warm-up.
 
     Raises:
         ValueError: If the model is in training mode or returns no tensor.
@@ -125,14 +120,8 @@ def break_down(model: nn.Module, x: Tensor, rounds: int = 10) -> Breakdown:
         if parents:
             flops[_replace_indices(max(parents, key=len))] -= complexity.by_module[name][1]
     parts = [Part(name, sum(times[name].values()), flops[name], times[name]) for name in flops if name in times]
-    return Breakdown(
-        device=x.device.type,
-        input_shape=tuple(x.shape),
-        rounds=rounds,
-        milliseconds=sum(part.milliseconds for part in parts),
-        uninstrumented=1e3 * uninstrumented,
-        parts=tuple(parts),
-    )
+    milliseconds = sum(part.milliseconds for part in parts)
+    return Breakdown(tuple(x.shape), milliseconds, 1e3 * uninstrumented, tuple(parts))
 
 
 # An index in a module's name. timm's feature extractors flatten 'stages.0' to 'stages_0'.
@@ -175,9 +164,9 @@ def _profile(model: nn.Module, x: Tensor, names: Sequence[str], rounds: int) -> 
         if event.device_type != DeviceType.CPU or event.is_async or microseconds <= 0:
             continue
         part = event
-        while part is not None and not part.name.startswith(_RANGE):
+        while part and not part.name.startswith(_RANGE):
             part = part.cpu_parent
-        if part is not None:
+        if part:
             group = OUTSIDE if event is part else operator_group(event.name.rpartition('::')[2])
             group = f'{OTHER}: {event.name}' if group == OTHER else group
             groups = times.setdefault(part.name.removeprefix(_RANGE), {})

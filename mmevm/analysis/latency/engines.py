@@ -47,8 +47,10 @@ def prepare(
         A function of ``x`` that computes all outputs. On CUDA it may return before the device has finished.
 
     Raises:
-        EngineError: If the engine is not installed, or does not support these arguments.
+        EngineError: If the engine is unknown or not installed, or does not support these arguments.
     """
+    if engine not in ENGINES:
+        raise EngineError(f'engine={engine!r} is not one of {", ".join(ENGINES)}.')
     if training and engine not in ('eager', 'compile'):
         raise EngineError(f'{engine} supports inference only. Use eager or compile for training.')
     if engine in _TORCH_ENGINES:

@@ -73,11 +73,6 @@ class Result:
         return (upper - lower) / 2 / median
 
     @property
-    def images_per_second(self) -> float | None:
-        """Images per second at the median time; None without times."""
-        return 1e3 / self.milliseconds if self.milliseconds else None
-
-    @property
     def setting(self) -> tuple:
         """What rows must share to be compared."""
         batch_size = self.asked_batch_size or self.batch_size
@@ -110,7 +105,7 @@ def table(results: Sequence[Result], reference: str) -> str:
         columns = [
             (result.milliseconds, 1, 2),  # value, unit, decimals
             (result.spread, 1e-2, 1),
-            (result.images_per_second, 1, 1),
+            (result.milliseconds and 1e3 / result.milliseconds, 1, 1),
             (ratio, 1, 2),
             (result.params, 1e6, 2),
             (result.flops, 1e6, 0),
@@ -171,7 +166,6 @@ def environment(device: str = 'cpu') -> dict[str, Any]:
         threads=torch.get_num_threads(),
         load_average=os.getloadavg() if hasattr(os, 'getloadavg') else None,
         gpu=torch.cuda.get_device_name(device) if is_cuda(device) else None,
-        cuda=torch.version.cuda if is_cuda(device) else None,
     )
 
 

@@ -121,7 +121,7 @@ def test_operators_without_a_group_are_named():
 def test_parts_of_the_backbone_are_the_steps_of_its_blocks():
     breakdown = breakdown_of_m1()
     parts = parts_of(breakdown)
-    blocks = {f'stages.*.blocks.*.{name}' for name in ('dwconv1', 'mixer', 'dwconv2', 'fc1', 'fc2')}
+    blocks = {f'stages.*.blocks.*.{name}' for name in ('dwconv1', 'mixer', 'dwconv2', 'ffn')}
     assert set(parts) >= {'', 'patch_embed', 'stages.*', 'stages.*.blocks.*', 'stages.*.downsample', *blocks}
     complexity = measure_complexity(EfficientViM('m1'), (2, 3, 64, 64))
     assert sum(part.flops for part in breakdown.parts) == complexity.flops
@@ -167,7 +167,7 @@ def hooks_of(model):
     return [hook for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks) for hook in hooks]
 
 
-@pytest.mark.parametrize('failing_call', [None, 1, 2, 4, 6])
+@pytest.mark.parametrize('failing_call', [None, 1, 2, 3, 4])
 def test_no_hook_remains(failing_call):
     calls = []
 
