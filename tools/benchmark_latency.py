@@ -1,11 +1,8 @@
 """Compare the speed of mmevm's models with others on this machine.
 
 By default it times backbones at 512×512, like the latencies in the paper's Table B: mmevm's m4 and the peers that timm
-has. That takes a few minutes on two CPU cores; a smaller --batch-size, fewer --rounds or --models, or --no-memory make
-it shorter.
-
-Weights are random, and nothing is downloaded. A model that fails, or an engine that is not installed, is reported in
-its row. Compare times within one run only, as the speed of most machines drifts.
+has. That takes a few minutes on two CPU cores. Weights are random, and nothing is downloaded. A model that fails, or an
+engine that is not installed, is reported in its row. Compare times within one run only, as most machines' speed drifts.
 """
 
 import argparse

@@ -89,7 +89,7 @@ def break_down(model: nn.Module, x: Tensor, rounds: int = 10) -> Breakdown:
 
     Args:
         model: A module in eval mode that takes one tensor, on the device of ``x``.
-        x: Its input. Autocast and memory formats apply as usual.
+        x: Its input.
         rounds: Number of passes to average, after a warm-up.
 
     Raises:
@@ -116,9 +116,9 @@ def break_down(model: nn.Module, x: Tensor, rounds: int = 10) -> Breakdown:
     flops = dict.fromkeys(map(_replace_indices, names), 0)
     for name in names:
         flops[_replace_indices(name)] += complexity.by_module[name][1]
-        parents = [other for other in names if other != name and _is_inside(name, other)]
-        if parents:
-            flops[_replace_indices(max(parents, key=len))] -= complexity.by_module[name][1]
+        if name:
+            parent = max((other for other in names if name.startswith(f'{other}.')), key=len, default='')
+            flops[_replace_indices(parent)] -= complexity.by_module[name][1]
     parts = [Part(name, sum(times[name].values()), flops[name], times[name]) for name in flops if name in times]
     milliseconds = sum(part.milliseconds for part in parts)
     return Breakdown(tuple(x.shape), milliseconds, 1e3 * uninstrumented, tuple(parts))
@@ -132,16 +132,12 @@ def _replace_indices(name: str) -> str:
     return re.sub(_INDEX, '*', name)
 
 
-def _is_inside(name: str, parent: str) -> bool:
-    return not parent or name.startswith(f'{parent}.')
-
-
 def _part_names(model: nn.Module) -> list[str]:
     """Return the names of the modules to tell apart, parents before children."""
     names: list[str] = []
     whole: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Identity) or any(_is_inside(name, other) for other in whole):
+        if isinstance(module, nn.Identity) or any(name.startswith(f'{other}.') for other in whole):
             continue
         names.append(name)
         is_list = isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))

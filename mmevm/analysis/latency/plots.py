@@ -112,7 +112,6 @@ def draw_lines(results: Sequence[Result], along: str, title: str = '') -> Figure
                 label=name,
                 color=COLORS[i % len(COLORS)],
                 marker=MARKERS[i % len(MARKERS)],
-                linestyle=('-', '--')[i // len(COLORS) % 2],
                 markersize=5,
                 capsize=2,
             )

@@ -3,12 +3,10 @@
 import os
 import random
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-
-Key = TypeVar('Key', bound=Hashable)
 
 
 def enlarge_kernel_cache() -> None:
@@ -67,11 +65,11 @@ def warm_up(
 
 
 def interleave(
-    calls: Mapping[Key, Callable[[], Any]],
+    calls: Mapping[Any, Callable[[], Any]],
     rounds: int,
     device: str = 'cpu',
     after_round: Callable[[int], None] = lambda done: None,
-) -> tuple[dict[Key, list[float]], dict[Key, Exception]]:
+) -> tuple[dict[Any, list[float]], dict[Any, Exception]]:
     """Time warmed-up calls in rounds: one call each per round, in an order that is shuffled for each round.
 
     Drifts in the machine's speed then affect all calls alike. ``after_round`` is called with the finished rounds.
@@ -80,8 +78,8 @@ def interleave(
         The seconds of each call by round, for those that never failed; and the errors of the others.
     """
     order, rng = list(calls), random.Random(0)
-    seconds: dict[Key, list[float]] = {key: [] for key in calls}
-    errors: dict[Key, Exception] = {}
+    seconds: dict[Any, list[float]] = {key: [] for key in calls}
+    errors: dict[Any, Exception] = {}
     for i in range(rounds):
         rng.shuffle(order)
         for key in order:

@@ -27,10 +27,8 @@ def custom(name, action):
 def measure(*specs, resolutions=(8,), batch_sizes=(1,), dtypes=('float32',), rounds=2, memory=False, **kwargs):
     """Rows with the cheapest settings: one image of 8×8, two rounds, no memory."""
     how = {key: kwargs.pop(key) for key in ('engines', 'progress') if key in kwargs}
-    grid = itertools.product(resolutions, batch_sizes, dtypes)
-    return list(
-        benchmark(specs, [Setting(*setting, **kwargs) for setting in grid], rounds=rounds, memory=memory, **how)
-    )
+    settings = [Setting(*values, **kwargs) for values in itertools.product(resolutions, batch_sizes, dtypes)]
+    return list(benchmark(specs, settings, rounds=rounds, memory=memory, **how))
 
 
 def test_times_equal_those_of_a_stopwatch():
