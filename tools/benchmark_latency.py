@@ -1,43 +1,34 @@
 """Compare the speed of mmevm's models with others on this machine.
 
 By default it times backbones at 512×512, like the latencies in the paper's Table B: mmevm's m4 and the peers that timm
-has. That takes a few minutes on two CPU cores; a smaller --batch-size, fewer --rounds or --models, or --no-memory make
-it shorter.
-
-Weights are random, and nothing is downloaded. A model that fails, or an engine that is not installed, is reported in
-its row. Compare times within one run only, as the speed of most machines drifts.
+has. That takes a few minutes on two CPU cores. Weights are random, and nothing is downloaded. A model that fails, or an
+engine that is not installed, is reported in its row. Compare times within one run only, as most machines' speed drifts.
 """
 
 import argparse
-import contextlib
 import sys
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from mmevm.analysis.latency import (
-    DEFAULT_MODELS,
-    DTYPES,
-    ENGINES,
-    PARTS,
-    ModelSpec,
-    Result,
-    Setting,
-    benchmark,
-    break_down,
-    build,
-    environment,
-    plots,
-    table,
-    write_json,
-)
-from mmevm.analysis.latency.benchmark import cuda_settings
+import mmevm
+from mmevm.analysis import latency
+from mmevm.analysis.latency import ModelSpec, Result, plots
+from mmevm.analysis.latency.benchmark import cudnn_settings, default_batch_size
 from mmevm.analysis.latency.results import summarize_error
 from mmevm.analysis.latency.timing import enlarge_kernel_cache
 from mmevm.cli import run
 from mmevm.errors import ConfigError
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text} is less than 1')
+    return int(text)
 
 
 def parse_args() -> tuple[argparse.Namespace, list[ModelSpec]]:
@@ -46,58 +37,44 @@ def parse_args() -> tuple[argparse.Namespace, list[ModelSpec]]:
     what.add_argument(
         '--models',
         nargs='+',
-        default=list(DEFAULT_MODELS),
+        default=list(latency.DEFAULT_MODELS),
         metavar='NAME',
         help="m1 to m4 for mmevm's backbones, any timm model, or a config as a path or a name such as mmdet::…; the "
-        f'suffix @trained excludes a model from deploy mode (default: {" ".join(DEFAULT_MODELS)})',
+        f'suffix @trained excludes a model from deploy mode (default: {" ".join(latency.DEFAULT_MODELS)})',
     )
     what.add_argument(
         '--part',
-        choices=PARTS,
+        choices=latency.PARTS,
         default='backbone',
         help="part of a config's model; a whole detector is timed without post-processing (default: backbone)",
     )
-    what.add_argument(
-        '--deploy',
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help='switch models to deploy mode (default: yes, except with --train)',
-    )
+    what.add_argument('--no-deploy', dest='deploy', action='store_false', help='do not switch models to deploy mode')
     what.add_argument(
         '--train',
         action='store_true',
         help='time forward and backward in training mode, with every BatchNorm in eval mode as in a detector',
     )
     how = parser.add_argument_group('settings')
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    how.add_argument('--device', choices=['cpu', 'cuda'], default=device, help='(default: cuda if there is a GPU)')
+    how.add_argument('--engine', nargs='+', choices=latency.ENGINES, default=['eager'], help='(default: eager)')
     how.add_argument(
-        '--device',
-        choices=['cpu', 'cuda'],
-        default='cuda' if torch.cuda.is_available() else 'cpu',
-        help='(default: cuda if there is a GPU)',
-    )
-    how.add_argument(
-        '--engine', nargs='+', choices=list(ENGINES), default=['eager'], help='inference engines (default: eager)'
-    )
-    how.add_argument(
-        '--resolution', nargs='+', type=int, default=[512], metavar='PIXELS', help='image sides (default: 512)'
+        '--resolution', nargs='+', type=positive, default=[512], metavar='PIXELS', help='image sides (default: 512)'
     )
     how.add_argument(
         '--batch-size',
         nargs='+',
-        type=int,
+        type=positive,
         metavar='IMAGES',
-        help='images per call, halved if they do not fit into memory (default: 16 on the CPU and 256 on CUDA, as in '
+        help='images per call, halved if they do not fit into a GPU (default: 16 on the CPU and 256 on CUDA, as in '
         'the paper; above 512×512 as many pixels)',
     )
-    how.add_argument('--dtype', nargs='+', choices=list(DTYPES), default=['float32'], help='(default: float32)')
+    how.add_argument('--dtype', nargs='+', choices=list(latency.DTYPES), default=['float32'], help='(default: float32)')
     how.add_argument(
-        '--channels-last',
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="memory format of PyTorch's weights and images (default: yes)",
+        '--no-channels-last', dest='channels_last', action='store_false', help='do not use channels_last in PyTorch'
     )
-    how.add_argument('--threads', type=int, help="CPU threads of every engine (default: PyTorch's number)")
-    how.add_argument('--rounds', type=int, help='calls to time (default: 7 on the CPU, 50 on CUDA)')
+    how.add_argument('--threads', type=positive, help="CPU threads of every engine (default: PyTorch's number)")
+    how.add_argument('--rounds', type=positive, help='calls to time (default: 7 on the CPU, 50 on CUDA)')
     how.add_argument('--no-memory', dest='memory', action='store_false', help='do not measure peak memory')
     out = parser.add_argument_group('output')
     out.add_argument(
@@ -114,17 +91,10 @@ def parse_args() -> tuple[argparse.Namespace, list[ModelSpec]]:
     )
     args = parser.parse_args()
 
-    for name in ('resolution', 'batch_size', 'threads', 'rounds'):
-        value = getattr(args, name)
-        if value is not None and min(value if isinstance(value, list) else [value]) < 1:
-            parser.error(f'--{name.replace("_", "-")} must be 1 or more, not {value}.')
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error(f'--device cuda: PyTorch {torch.__version__} finds no GPU. Use --device cpu.')
-    if args.train and args.deploy:
-        parser.error('--deploy: models in deploy mode cannot be trained. Remove --deploy or --train.')
     if args.train and args.breakdown:
         parser.error('--breakdown supports inference only. Remove --breakdown or --train.')
-    args.deploy = not args.train if args.deploy is None else args.deploy
     if args.reference is None:
         args.reference = 'efficientvim_m4' if 'efficientvim_m4' in args.models else args.models[0]
     elif args.reference not in args.models:
@@ -135,48 +105,23 @@ def parse_args() -> tuple[argparse.Namespace, list[ModelSpec]]:
         parser.error(f'--models: {error}')
 
 
-def measure(args: argparse.Namespace, specs: list[ModelSpec], write) -> list[Result]:
-    """Return all rows, and write those measured so far after each."""
-    results = []
-    with Console(stderr=True).status('') as status:
-        for result in benchmark(
-            specs,
-            args.resolution,
-            args.batch_size,
-            args.dtype,
-            args.engine,
-            args.device,
-            deploy=args.deploy,
-            channels_last=args.channels_last,
-            training=args.train,
-            threads=args.threads,
-            rounds=args.rounds,
-            memory=args.memory,
-            progress=status.update,
-        ):
-            results.append(result)
-            write(results)
-    return results
-
-
-def break_down_all(args: argparse.Namespace, specs: list[ModelSpec], results: list[Result]) -> dict[str, dict]:
-    """Print the breakdown of each model and return all."""
-    found = {}
-    dtype = args.dtype[0]
-    autocast = DTYPES[dtype][1]
+def break_down_all(specs: list[ModelSpec], setting: latency.Setting, results: list[Result]) -> dict[str, dict]:
+    """Print the breakdown of each model in a setting and return all."""
+    found: dict[str, dict] = {}
+    autocast = latency.DTYPES[setting.dtype][1]
     for spec in specs:
         batch_size = next(result.batch_size for result in results if result.model == spec.name)
-        setting = Setting(args.resolution[0], batch_size, dtype, args.device, args.deploy, args.channels_last)
-        print(f'\n{spec.name}, {args.resolution[0]}×{args.resolution[0]}, batch {batch_size}, {dtype}')
+        setting = replace(setting, batch_size=batch_size)
+        print(f'\n{spec.name}, {setting.resolution}×{setting.resolution}, batch {batch_size}, {setting.dtype}')
         try:
-            model, x = build(spec, setting)
-            with cuda_settings(), torch.autocast(args.device, autocast) if autocast else contextlib.nullcontext():
-                breakdown = break_down(model, x)
+            model, x = latency.build(spec, setting)
+            with cudnn_settings(), torch.autocast(setting.device, autocast, enabled=autocast is not None):
+                breakdown = latency.break_down(model, x)
         except Exception as error:  # report it and continue with the other models
             found[spec.name] = dict(error=summarize_error(error))
             print(f'No breakdown: {summarize_error(error)}')
         else:
-            found[spec.name] = breakdown.as_dict()
+            found[spec.name] = asdict(breakdown)
             print(breakdown.table())
     return found
 
@@ -184,14 +129,14 @@ def break_down_all(args: argparse.Namespace, specs: list[ModelSpec], results: li
 def plot(args: argparse.Namespace, results: list[Result], title: str) -> None:
     figures = dict(latency=partial(plots.draw_latency, reference=args.reference), box_ap=plots.draw_pareto)
     if len(set(args.resolution)) > 1:
-        figures['resolution'] = plots.draw_resolution
+        figures['resolution'] = partial(plots.draw_lines, along='resolution')
     if len(set(args.batch_size or ())) > 1:
-        figures['batch'] = plots.draw_batch
+        figures['batch'] = partial(plots.draw_lines, along='batch_size')
     args.plot.mkdir(parents=True, exist_ok=True)
     for name, draw in figures.items():
         file = args.plot / f'{name}.png'
         try:
-            draw(results, title).savefig(file, dpi=120)
+            draw(results, title=title).savefig(file, dpi=120)
         except ValueError as error:
             print(f'{file} not drawn: {error}')
 
@@ -202,21 +147,28 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    parts = dict(arguments=arguments, environment=environment(args.device))
-    machine = parts['environment']
+    machine = latency.environment(args.device)
+    parts = dict(arguments=arguments, environment=machine)
     device = machine['gpu'] or f'{machine["cpu"]} ({machine["cpu_capability"]})'
+    settings = [
+        latency.Setting(resolution, batch_size, dtype, args.device, args.deploy, args.channels_last, args.train)
+        for resolution, dtype in product(args.resolution, args.dtype)
+        for batch_size in args.batch_size or [default_batch_size(args.device, resolution)]
+    ]
     title = f'{device}, {machine["threads"]} threads, PyTorch {torch.__version__}'
 
-    def write(results: list[Result]) -> None:
-        if args.json:
-            write_json(args.json, results, **parts)
-
-    results = measure(args, specs, write)
-    print(f'{title}, mmevm {machine["versions"].get("mmevm")} ({machine["commit"] or "no checkout"})\n')
-    print(table(results, args.reference))
+    results = []
+    with Console(stderr=True).status('') as status:
+        for result in latency.benchmark(specs, settings, args.engine, args.rounds, args.memory, status.update):
+            results.append(result)
+            if args.json:
+                latency.write_json(args.json, results, **parts)
+    print(f'{title}, mmevm {mmevm.__version__} ({machine["commit"] or "no checkout"})\n')
+    print(latency.table(results, args.reference))
     if args.breakdown:
-        parts['breakdown'] = break_down_all(args, specs, results)
-        write(results)
+        parts['breakdown'] = break_down_all(specs, settings[0], results)
+        if args.json:
+            latency.write_json(args.json, results, **parts)
     if args.plot:
         plot(args, results, title)
     if not any(result.seconds for result in results):

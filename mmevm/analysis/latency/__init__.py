@@ -3,9 +3,9 @@
 ``benchmark`` describes how it is measured, ``plots`` draws the results.
 
 Example:
-    >>> from mmevm.analysis.latency import benchmark, table
-    >>> results = list(benchmark(['m4', 'efficientvim_m4'], [512], batch_sizes=[1], rounds=10))  # doctest: +SKIP
-    >>> print(table(results, reference='efficientvim_m4'))  # doctest: +SKIP
+    >>> from mmevm.analysis.latency import Setting, benchmark, table
+    >>> results = list(benchmark(['m1', 'efficientvim_m1'], [Setting(resolution=64, batch_size=1)], rounds=2))
+    >>> print(table(results, reference='efficientvim_m1'))  # doctest: +SKIP
 """
 
 from .benchmark import Setting, benchmark, build

@@ -1,4 +1,4 @@
-"""Time models in a grid of settings.
+"""Time models in several settings.
 
 How it is measured:
 
@@ -7,24 +7,21 @@ How it is measured:
   over the rounds.
 - Before that, each is called until the later half of its calls is at most 3 % faster than the earlier half, for half a
   second at least. After a minute, a note says that it was still getting faster.
-- On CUDA, a time includes the device's work.
+- On CUDA, a time includes the device's work. float32 excludes TF32. If a batch does not fit into the memory, it is
+  halved until it does, and the row says so.
 - Weights are random and images are normal noise, the same for all models and in each run.
-- Models are in deploy mode, as their library defines it. BatchNorms that remain are noted.
-- float32 excludes TF32.
-- If a batch does not fit into memory, it is halved until it does, and the row says so. On Linux the process is not
-  allowed to take more memory than is available, as it would be killed.
-- Peak memory on the CPU is measured in a separate process, for engines that do not compile there; on CUDA it is that of
+- Models are in deploy mode, as their library defines it.
+- Peak memory on the CPU is measured for eager mode, in a process of its own (Linux only); on CUDA it is that of
   PyTorch's allocator.
 """
 
-import contextlib
 import functools
 import gc
-import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +31,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmevm.analysis.complexity import measure_complexity
 
-from .engines import DTYPES, ENGINES, prepare
-from .memory import is_out_of_memory, limit_memory, peak_cpu_memory
+from .engines import DTYPES, prepare
+from .memory import peak_cpu_memory
 from .model_spec import ModelSpec
 from .results import Result, summarize_error
 from .timing import interleave, is_cuda, time_call, warm_up
 
-ONNX_ENGINES = ('onnxruntime', 'openvino')
-# On the CPU torch.compile's memory includes the compiler's; on CUDA only PyTorch's allocator reports its peak.
-ENGINES_WITH_MEMORY = dict(cpu=('eager', 'onnxruntime', 'openvino'), cuda=('eager', 'compile'))
+# cuDNN's autotuning, and no TF32. Matrix products do not use TF32 by default.
+cudnn_settings = partial(torch.backends.cudnn.flags, enabled=True, benchmark=True, allow_tf32=False)
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,6 @@ class Setting:
         channels_last: Whether weights and images are in channels_last for PyTorch's engines.
         training: Whether a call is forward and backward, in training mode except for the BatchNorms, which stay in eval
             mode as in a detector's backbone.
-        threads: CPU threads of every engine; None is ``torch.get_num_threads()``.
     """
 
     resolution: int
@@ -68,19 +63,14 @@ class Setting:
     deploy: bool = True
     channels_last: bool = True
     training: bool = False
-    threads: int | None = None
 
     def is_channels_last(self, engine: str) -> bool:
         """Return whether an engine's inputs are in channels_last."""
-        return self.channels_last and engine not in ONNX_ENGINES
+        return self.channels_last and engine not in ('onnxruntime', 'openvino')
 
 
 def build(spec: ModelSpec, setting: Setting, engine: str = 'eager') -> tuple[nn.Module, Tensor]:
-    """Build a model and its input for a setting.
-
-    Returns:
-        The model, and the images, (B, 3, H, W).
-    """
+    """Build a model and its images, (B, 3, H, W), for a setting."""
     model = spec.build()
     if setting.training:
         model.train()
@@ -97,83 +87,42 @@ def build(spec: ModelSpec, setting: Setting, engine: str = 'eager') -> tuple[nn.
 
 
 def make_call(spec: ModelSpec, setting: Setting, engine: str, onnx_file: Path | None = None) -> Callable[[], Any]:
-    """Build a model and return a function that computes its outputs for one batch.
-
-    Args:
-        spec: The model.
-        setting: How it is called.
-        engine: One of ``ENGINES``.
-        onnx_file: ONNX file for ONNX Runtime and OpenVINO, exported if it does not exist.
-    """
-    threads = setting.threads or torch.get_num_threads()
-    torch.set_num_threads(threads)
+    """Build a model and return a function that computes its outputs for one batch; arguments as in ``prepare``."""
     model, x = build(spec, setting, engine)
-    return partial(prepare(engine, model, x, setting.dtype, setting.training, threads, onnx_file), x)
+    return partial(prepare(engine, model, x, setting.dtype, setting.training, onnx_file), x)
 
 
 def benchmark(
     models: Sequence[str | ModelSpec],
-    resolutions: Sequence[int] = (512,),
-    batch_sizes: Sequence[int] | None = None,
-    dtypes: Sequence[str] = ('float32',),
+    settings: Sequence[Setting],
     engines: Sequence[str] = ('eager',),
-    device: str = 'cpu',
-    *,
-    deploy: bool = True,
-    channels_last: bool = True,
-    training: bool = False,
-    threads: int | None = None,
     rounds: int | None = None,
     memory: bool = True,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Result]:
-    """Time models, interleaved within each setting.
+    """Time models, interleaved within each setting, on as many CPU threads as PyTorch uses.
 
     Args:
         models: Names or model specs.
-        resolutions: Sides of the images in pixels.
-        batch_sizes: Images per call; None is :func:`default_batch_size`. Halved until they fit into memory.
-        dtypes: Of ``DTYPES``.
+        settings: How they are called.
         engines: Of ``ENGINES``.
-        device: 'cpu' or 'cuda'.
-        deploy: Whether to switch models to deploy mode; ignored in training.
-        channels_last: Whether weights and images are in channels_last for PyTorch's engines.
-        training: Whether a call is forward and backward.
-        threads: CPU threads of every engine; None is ``torch.get_num_threads()``.
         rounds: Number of calls to time; None is 50 on CUDA and 7 on the CPU.
         memory: Whether to measure peak memory.
         progress: Called with a description of each step.
 
     Yields:
-        A row for each resolution, dtype, batch size, model and engine, after its setting has been measured.
+        A row for each setting, model and engine, after its setting has been measured. Errors of a model or engine are
+        in its row.
 
     Raises:
-        ValueError: If an argument is not valid.
+        ValueError: If the name of a model is unknown.
         ConfigError: If a config cannot be read.
-
-    Example:
-        >>> from mmevm.analysis.latency import benchmark, table
-        >>> results = list(benchmark(['m1', 'shvit_s1'], [224], batch_sizes=[1], rounds=3))
-        >>> print(table(results, reference='shvit_s1'))  # doctest: +SKIP
     """
     specs = [model if isinstance(model, ModelSpec) else ModelSpec(model) for model in models]
-    rounds = (50 if is_cuda(device) else 7) if rounds is None else rounds
-    for name, numbers in dict(resolutions=resolutions, batch_sizes=batch_sizes or (), rounds=[rounds]).items():
-        if any(number < 1 for number in numbers):
-            raise ValueError(f'{name}={list(numbers)} must be 1 or more.')
-    for name, values, known in (('dtypes', dtypes, list(DTYPES)), ('engines', engines, list(ENGINES))):
-        if unknown := [value for value in values if value not in known]:
-            raise ValueError(f'{name}: {", ".join(unknown)} is not one of {", ".join(known)}.')
-    if is_cuda(device) and not torch.cuda.is_available():
-        raise ValueError(f'device={device!r}, but PyTorch {torch.__version__} finds no GPU. Use the CPU.')
-
-    rows = list(itertools.product(specs, engines))
-    cost = functools.cache(partial(_cost, device=device, deployed=deploy and not training))
-    with _pytorch_threads(threads), cuda_settings():
-        for resolution, dtype in itertools.product(resolutions, dtypes):
-            for batch_size in batch_sizes or [default_batch_size(device, resolution)]:
-                setting = Setting(resolution, batch_size, dtype, device, deploy, channels_last, training, threads)
-                yield from _measure(rows, setting, rounds, cost, memory, progress)
+    with cudnn_settings():
+        for setting in settings:
+            count = rounds or (50 if is_cuda(setting.device) else 7)
+            yield from _measure(list(product(specs, engines)), setting, count, memory, progress)
 
 
 def default_batch_size(device: str, resolution: int) -> int:
@@ -182,24 +131,17 @@ def default_batch_size(device: str, resolution: int) -> int:
 
 
 def _measure(
-    rows: Sequence[tuple[ModelSpec, str]],
-    setting: Setting,
-    rounds: int,
-    cost: Callable[[ModelSpec, int], tuple[int | None, int | None, tuple[str, ...]]],
-    memory: bool,
-    progress: Callable[[str], None],
+    rows: Sequence[tuple[ModelSpec, str]], setting: Setting, rounds: int, memory: bool, progress: Callable[[str], None]
 ) -> list[Result]:
     """Return the rows of one setting."""
     if any(engine == 'compile' for _, engine in rows):
-        torch._dynamo.reset()  # otherwise each call checks the guards of all earlier settings
+        torch._dynamo.reset()  # otherwise each compiled call checks the guards of all earlier settings
+    text = f'{setting.resolution}², batch {setting.batch_size}, {setting.dtype}'
     results: list[Result] = []
     calls = {}
-    text = f'{setting.resolution}², batch {setting.batch_size}, {setting.dtype}'
     with tempfile.TemporaryDirectory(prefix='mmevm-latency-') as folder:
-        folders = {spec: Path(folder, str(i)) for i, (spec, _) in enumerate(rows)}  # engines share ONNX files
         for i, (spec, engine) in enumerate(rows):
             progress(f'{text}: warm-up of {spec.name}, {engine}')
-            params, flops, notes = cost(spec, setting.resolution)
             result = Result(
                 model=spec.name,
                 engine=engine,
@@ -209,117 +151,70 @@ def _measure(
                 dtype=setting.dtype,
                 channels_last=setting.is_channels_last(engine),
                 training=setting.training,
-                params=params,
-                flops=flops,
-                notes=list(notes),
             )
             results.append(result)
-            folders[spec].mkdir(exist_ok=True)
-            if (call := _make_warm_call(result, spec, setting, folders[spec], memory)) is not None:
+            result.params, result.flops, note = _cost(spec, setting.resolution)
+            result.notes += [note] if note else []
+            onnx_file = Path(folder, f'{hash(spec)}.onnx')  # the same for all engines
+            if (call := _make_warm_call(result, spec, setting, onnx_file, memory)) is not None:
                 calls[i] = call
         seconds, errors = interleave(
             calls, rounds, setting.device, lambda done: progress(f'{text}: round {done} of {rounds}')
         )
-        calls.clear()
-        _free_memory(setting.device)
-        for i, ((spec, engine), result) in enumerate(zip(rows, results, strict=True)):
-            result.seconds = seconds.get(i, [])
-            if i in errors:
-                result.error = summarize_error(errors[i])
-            on_cpu = not is_cuda(setting.device)
-            if memory and on_cpu and result.seconds and engine in ENGINES_WITH_MEMORY['cpu']:
-                progress(f'{text}: memory of {spec.name}, {engine}')
-                used = replace(setting, batch_size=result.batch_size, threads=torch.get_num_threads())
-                make = partial(make_call, spec, used, engine, _onnx_file(folders[spec], result))
-                try:
-                    result.peak_memory = peak_cpu_memory(make, (engine,) if engine in ONNX_ENGINES else ())
-                except Exception as error:
-                    result.notes.append(f'peak memory not measured: {summarize_error(error)}')
+    calls.clear()
+    for i, ((spec, engine), result) in enumerate(zip(rows, results, strict=True)):
+        result.seconds = seconds.get(i, [])
+        if i in errors:
+            result.error = summarize_error(errors[i])
+        if memory and engine == 'eager' and result.seconds and not is_cuda(setting.device):
+            progress(f'{text}: memory of {spec.name}')
+            try:
+                result.peak_memory = peak_cpu_memory(partial(make_call, spec, setting, engine))
+            except Exception as error:
+                result.notes.append(f'peak memory not measured: {summarize_error(error)}')
     return results
 
 
 def _make_warm_call(
-    result: Result, spec: ModelSpec, setting: Setting, folder: Path, memory: bool
+    result: Result, spec: ModelSpec, setting: Setting, onnx_file: Path, memory: bool
 ) -> Callable[[], Any] | None:
-    """Return a warmed-up call with the largest batch that fits into memory; None, with an error in the row, if none."""
+    """Return a warmed-up call, with the largest batch that fits into a GPU's memory; None if it fails."""
     on_cuda = is_cuda(setting.device)
     call: Callable[[], Any] | None
     while True:
-        _free_memory(setting.device)
         setting = replace(setting, batch_size=result.batch_size)
         try:
-            with limit_memory():
-                before = torch.cuda.memory_allocated(setting.device) if on_cuda else 0
-                call = make_call(spec, setting, result.engine, _onnx_file(folder, result))
-                seconds, warm = warm_up(call, setting.device)
-                if on_cuda and memory and result.engine in ENGINES_WITH_MEMORY['cuda']:
-                    torch.cuda.reset_peak_memory_stats(setting.device)
-                    time_call(call, setting.device)
-                    result.peak_memory = torch.cuda.max_memory_allocated(setting.device) - before
+            before = torch.cuda.memory_allocated(setting.device) if on_cuda else 0
+            call = make_call(spec, setting, result.engine, onnx_file)
+            seconds, warm = warm_up(call, setting.device)
             if not warm:
                 result.notes.append(f'still getting faster after {len(seconds)} warm-up calls')
+            if on_cuda and memory and result.engine != 'cudagraph':  # whose replay does not use the allocator
+                torch.cuda.reset_peak_memory_stats(setting.device)
+                time_call(call, setting.device)
+                result.peak_memory = torch.cuda.max_memory_allocated(setting.device) - before
             return call
         except Exception as error:
-            if not is_out_of_memory(error) or setting.batch_size == 1:
+            if not isinstance(error, torch.cuda.OutOfMemoryError) or result.batch_size == 1:
                 result.error = summarize_error(error)
+                return None
         # outside the except clause, as the error's traceback keeps the call's tensors alive
         call = None
-        if result.error:
-            return None
-        result.asked_batch_size = result.asked_batch_size or setting.batch_size
+        gc.collect()
+        torch.cuda.empty_cache()
+        result.asked_batch_size = result.asked_batch_size or result.batch_size
         result.batch_size //= 2
 
 
-def _cost(
-    spec: ModelSpec, resolution: int, device: str, deployed: bool
-) -> tuple[int | None, int | None, tuple[str, ...]]:
-    """Return parameters, multiply-accumulates per image, and notes on them and on deploy mode."""
+@functools.cache
+def _cost(spec: ModelSpec, resolution: int) -> tuple[int | None, int | None, str]:
+    """Return parameters, multiply-accumulates per image, and a note on them or ''."""
     params = None
     try:
-        with limit_memory():
-            model = spec.build().to(device)
-            params = sum(parameter.numel() for parameter in model.parameters())
-            complexity = measure_complexity(model, (1, 3, resolution, resolution))
-            if deployed:
-                model = spec.deploy(model)
+        model = spec.build()
+        params = sum(parameter.numel() for parameter in model.parameters())
+        complexity = measure_complexity(model, (1, 3, resolution, resolution))
     except Exception as error:  # also errors of the model itself, which _make_warm_call reports
-        return params, None, (f'FLOPs not counted: {summarize_error(error)}',)
-    notes = []
-    if unknown := ', '.join(sorted(complexity.unknown)):
-        notes.append(f'FLOPs do not include {unknown}')
-    remaining = sum(isinstance(module, _BatchNorm) for module in model.modules())
-    if deployed and remaining:
-        notes.append(f'{remaining} BatchNorms remain in deploy mode')
-    return params, complexity.flops, tuple(notes)
-
-
-def _onnx_file(folder: Path, result: Result) -> Path:
-    return folder / f'{result.batch_size}.onnx'
-
-
-def _free_memory(device: str) -> None:
-    gc.collect()
-    if is_cuda(device):
-        torch.cuda.empty_cache()
-
-
-@contextlib.contextmanager
-def _pytorch_threads(threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def cuda_settings() -> Iterator[None]:
-    """Enable cuDNN's autotuning and disable TF32."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, False, False
-    try:
-        yield
-    finally:
-        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+        return params, None, f'FLOPs not counted: {summarize_error(error)}'
+    unknown = ', '.join(sorted(complexity.unknown))
+    return params, complexity.flops, f'FLOPs do not include {unknown}' if unknown else ''

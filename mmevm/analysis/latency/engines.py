@@ -1,6 +1,5 @@
 """Inference engines: turn a model into a function to time."""
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -31,10 +30,9 @@ def prepare(
     x: Tensor,
     dtype: str = 'float32',
     training: bool = False,
-    threads: int | None = None,
-    onnx_file: str | Path | None = None,
+    onnx_file: Path | None = None,
 ) -> Call:
-    """Prepare a model for an engine.
+    """Prepare a model for an engine. Every engine uses as many CPU threads as PyTorch.
 
     Args:
         engine: One of ``ENGINES``: 'eager'; 'compile' (torch.compile); 'cudagraph' (eager mode captured as a CUDA
@@ -43,46 +41,44 @@ def prepare(
         x: Input of the calls, (B, C, H, W). Only eager mode accepts other shapes later.
         dtype: One of ``DTYPES``.
         training: Whether a call runs forward and backward (of the sum of all outputs).
-        threads: Threads of ONNX Runtime and OpenVINO; None is their default. Set PyTorch's with
-            ``torch.set_num_threads``.
         onnx_file: ONNX file for ONNX Runtime and OpenVINO, exported if it does not exist.
 
     Returns:
         A function of ``x`` that computes all outputs. On CUDA it may return before the device has finished.
 
     Raises:
-        ValueError: If the engine or dtype is unknown.
-        EngineError: If the engine is not installed, or does not support these arguments.
+        EngineError: If the engine is unknown or not installed, or does not support these arguments.
     """
     if engine not in ENGINES:
-        raise ValueError(f'engine={engine!r} is not one of {", ".join(ENGINES)}.')
-    if dtype not in DTYPES:
-        raise ValueError(f'dtype={dtype!r} is not one of {", ".join(DTYPES)}.')
-    if engine in ('eager', 'compile', 'cudagraph'):
-        autocast = DTYPES[dtype][1]
-        precision = (
-            partial(torch.autocast, x.device.type, dtype=autocast) if autocast is not None else contextlib.nullcontext
-        )
-        return ENGINES[engine](model, x, precision, training)
-    if training:
+        raise EngineError(f'engine={engine!r} is not one of {", ".join(ENGINES)}.')
+    if training and engine not in ('eager', 'compile'):
         raise EngineError(f'{engine} supports inference only. Use eager or compile for training.')
-    if dtype != 'float32':
-        raise EngineError(f'{engine} supports float32 only, not {dtype}. Omit that dtype or that engine.')
+    if engine in _TORCH_ENGINES:
+        return _TORCH_ENGINES[engine](model, x, DTYPES[dtype][1], training)
+    if dtype != 'float32' or x.is_cuda:
+        raise EngineError(f'{engine} supports float32 on the CPU only, not {dtype} on {x.device}.')
+    if find_spec(engine) is None:
+        raise EngineError(f"{engine} is not installed. Run pip install 'mmevm[export]'.")
     if onnx_file is None:
         raise ValueError(f'onnx_file=None, but {engine} needs the path of an ONNX file.')
-    return ENGINES[engine](model, x, threads, Path(onnx_file))
+    if not onnx_file.exists():
+        from mmevm.deployment.export import export_onnx  # imports onnx
+
+        export_onnx(model, onnx_file, x, dynamic=False)
+    return _ONNX_ENGINES[engine](onnx_file)
 
 
-def _eager(model: nn.Module, x: Tensor, precision: Callable, training: bool) -> Call:
+def _eager(model: Callable, x: Tensor, autocast: torch.dtype | None, training: bool) -> Call:
+    precision = partial(torch.autocast, x.device.type, dtype=autocast, enabled=autocast is not None)
     return partial(_forward_and_backward if training else _forward, model, precision)
 
 
-def _forward(model: nn.Module, precision: Callable, x: Tensor) -> Any:
+def _forward(model: Callable, precision: Callable, x: Tensor) -> Any:
     with torch.no_grad(), precision():
         return model(x)
 
 
-def _forward_and_backward(model: nn.Module, precision: Callable, x: Tensor) -> None:
+def _forward_and_backward(model: Any, precision: Callable, x: Tensor) -> None:
     model.zero_grad(set_to_none=True)
     with torch.enable_grad():
         with precision():
@@ -91,30 +87,27 @@ def _forward_and_backward(model: nn.Module, precision: Callable, x: Tensor) -> N
         loss.backward()
 
 
-def _compile(model: nn.Module, x: Tensor, precision: Callable, training: bool) -> Call:
+def _compile(model: nn.Module, x: Tensor, autocast: torch.dtype | None, training: bool) -> Call:
     import torch._dynamo
     import torch._inductor.config
 
-    # without CUDA graphs, which the engine 'cudagraph' measures
-    mode = 'max-autotune-no-cudagraphs' if x.is_cuda else None
     # The models share classes, and after a few recompilations of one dynamo would silently fall back to eager mode.
     limit = 'recompile_limit' if hasattr(torch._dynamo.config, 'recompile_limit') else 'cache_size_limit'
     with (
         torch._dynamo.config.patch({limit: 1000}),
         torch._inductor.config.patch(freezing=not training),  # treat weights as constants
     ):
-        compiled = torch.compile(model, dynamic=False, mode=mode)
-        call = _eager(compiled, x, precision, training)  # type: ignore[arg-type]  # a module, as the model
+        # without CUDA graphs, which the engine 'cudagraph' measures
+        compiled = torch.compile(model, dynamic=False, mode='max-autotune-no-cudagraphs' if x.is_cuda else None)
+        call = _eager(compiled, x, autocast, training)
         call(x)
     return call
 
 
-def _cudagraph(model: nn.Module, x: Tensor, precision: Callable, training: bool) -> Call:
+def _cudagraph(model: nn.Module, x: Tensor, autocast: torch.dtype | None, training: bool) -> Call:
     if not x.is_cuda:
         raise EngineError('cudagraph needs a GPU. Use --device cuda, or the engine eager or compile.')
-    if training:
-        raise EngineError('cudagraph supports inference only. Use eager or compile for training.')
-    call = _eager(model, x, precision, training)
+    call = _eager(model, x, autocast, training)
     static_x = x.clone()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -134,67 +127,31 @@ def _cudagraph(model: nn.Module, x: Tensor, precision: Callable, training: bool)
     return replay
 
 
-def _onnxruntime(model: nn.Module, x: Tensor, threads: int | None, onnx_file: Path) -> Call:
-    _require('onnxruntime')
+def _onnxruntime(onnx_file: Path) -> Call:
     import onnxruntime
 
-    provider = 'CUDAExecutionProvider' if x.is_cuda else 'CPUExecutionProvider'
-    if provider not in onnxruntime.get_available_providers():
-        raise EngineError(f'onnxruntime has no {provider} here. Replace it: pip install onnxruntime-gpu.')
-    _export(model, x, onnx_file)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = torch.get_num_threads()
     # Otherwise its threads keep spinning after a call and slow down the next model.
     options.add_session_config_entry('session.force_spinning_stop', '1')
-    # no TF32, as for PyTorch
-    provider_options = {'use_tf32': '0'} if x.is_cuda else {}
-    session = onnxruntime.InferenceSession(onnx_file, options, providers=[(provider, provider_options)])
-    if provider not in session.get_providers():  # it falls back to the CPU with a warning
-        raise EngineError(f'onnxruntime could not start its {provider}. See its warning above.')
-    (name,) = (put.name for put in session.get_inputs())
-    if not x.is_cuda:
-        return lambda x: session.run(None, {name: x.numpy(force=True)})
-
-    def run_on_cuda(x: Tensor) -> Any:
-        x = x.contiguous()
-        binding = session.io_binding()
-        binding.bind_input(name, 'cuda', x.get_device(), 'float32', tuple(x.shape), x.data_ptr())
-        for put in session.get_outputs():
-            binding.bind_output(put.name, 'cuda', x.get_device())
-        torch.cuda.current_stream().synchronize()  # the session uses its own stream
-        session.run_with_iobinding(binding)
-        return binding.get_outputs()
-
-    return run_on_cuda
+    session = onnxruntime.InferenceSession(onnx_file, options, providers=['CPUExecutionProvider'])
+    name = session.get_inputs()[0].name
+    return lambda x: session.run(None, {name: x.numpy(force=True)})
 
 
-def _openvino(model: nn.Module, x: Tensor, threads: int | None, onnx_file: Path) -> Call:
-    if x.is_cuda:
-        raise EngineError('openvino runs on the CPU only. Use --device cpu, or omit this engine.')
-    _require('openvino')
+def _openvino(onnx_file: Path) -> Call:
     import openvino
 
-    _export(model, x, onnx_file)
     # By default OpenVINO computes in bfloat16 on CPUs that support it.
-    options: dict[str, Any] = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32'}
-    if threads:
-        options['INFERENCE_NUM_THREADS'] = threads
+    options = {
+        'PERFORMANCE_HINT': 'LATENCY',
+        'INFERENCE_PRECISION_HINT': 'f32',
+        'INFERENCE_NUM_THREADS': torch.get_num_threads(),
+    }
     request = openvino.compile_model(onnx_file, 'CPU', options).create_infer_request()
     return lambda x: request.infer([x.numpy(force=True)], share_inputs=True, share_outputs=True).to_tuple()
 
 
-ENGINES: dict[str, Callable[..., Call]] = dict(
-    eager=_eager, compile=_compile, cudagraph=_cudagraph, onnxruntime=_onnxruntime, openvino=_openvino
-)
-
-
-def _require(package: str) -> None:
-    if find_spec(package) is None:
-        raise EngineError(f"{package} is not installed. Run pip install 'mmevm[export]'.")
-
-
-def _export(model: nn.Module, x: Tensor, onnx_file: Path) -> None:
-    if not onnx_file.exists():
-        from mmevm.deployment.export import export_onnx
-
-        export_onnx(model.cpu(), onnx_file, x.cpu(), dynamic=False)
+_TORCH_ENGINES: dict[str, Callable[..., Call]] = dict(eager=_eager, compile=_compile, cudagraph=_cudagraph)
+_ONNX_ENGINES: dict[str, Callable[..., Call]] = dict(onnxruntime=_onnxruntime, openvino=_openvino)
+ENGINES = (*_TORCH_ENGINES, *_ONNX_ENGINES)

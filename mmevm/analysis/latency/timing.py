@@ -3,12 +3,10 @@
 import os
 import random
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-
-Key = TypeVar('Key', bound=Hashable)
 
 
 def enlarge_kernel_cache() -> None:
@@ -41,20 +39,13 @@ def time_call(call: Callable[[], Any], device: str | torch.device = 'cpu') -> fl
     return seconds
 
 
-def is_warm(seconds: Sequence[float], tolerance: float = 0.03) -> bool:
-    """Return whether calls have stopped becoming faster.
+def is_warm(seconds: Sequence[float]) -> bool:
+    """Return whether the fastest call of the later half is at most 3 % faster than the fastest of the earlier half.
 
-    Args:
-        seconds: Times of all calls so far, in order.
-        tolerance: How much the fastest call of the later half may undercut the fastest of the earlier half. Minima are
-            compared because other load on the machine only makes calls slower.
-
-    Example:
-        >>> is_warm([3.0, 1.0, 1.0]), is_warm([3.0, 1.0, 1.0, 1.0])
-        (False, True)
+    Minima are compared because other load on the machine only makes calls slower.
     """
     half = len(seconds) // 2
-    return half > 0 and len(seconds) > 2 and min(seconds[half:]) >= (1 - tolerance) * min(seconds[:half])
+    return len(seconds) > 2 and min(seconds[half:]) >= 0.97 * min(seconds[:half])
 
 
 def warm_up(
@@ -62,47 +53,33 @@ def warm_up(
 ) -> tuple[list[float], bool]:
     """Call repeatedly until the calls stop becoming faster.
 
-    Args:
-        call: Function to call.
-        device: Where it runs.
-        min_seconds: Minimum duration.
-        max_seconds: Duration after which to stop in any case.
-
     Returns:
-        The times of the calls in seconds, and whether they have become stable.
+        The times of the calls in seconds, and whether they became stable within ``max_seconds``.
     """
     seconds: list[float] = []
-    start = time.perf_counter()
-    while True:
+    start, elapsed = time.perf_counter(), 0.0
+    while elapsed < max_seconds and not (elapsed >= min_seconds and is_warm(seconds)):
         seconds.append(time_call(call, device))
         elapsed = time.perf_counter() - start
-        warm = elapsed >= min_seconds and is_warm(seconds)
-        if warm or elapsed >= max_seconds:
-            return seconds, warm
+    return seconds, is_warm(seconds)
 
 
 def interleave(
-    calls: Mapping[Key, Callable[[], Any]],
+    calls: Mapping[Any, Callable[[], Any]],
     rounds: int,
     device: str = 'cpu',
-    after_round: Callable[[int], None] | None = None,
-) -> tuple[dict[Key, list[float]], dict[Key, Exception]]:
-    """Time calls in rounds: one call each per round, in an order that is shuffled for each round.
+    after_round: Callable[[int], None] = lambda done: None,
+) -> tuple[dict[Any, list[float]], dict[Any, Exception]]:
+    """Time warmed-up calls in rounds: one call each per round, in an order that is shuffled for each round.
 
-    Drifts in the machine's speed then affect all calls alike.
-
-    Args:
-        calls: Functions to call, warmed up.
-        rounds: Number of rounds.
-        device: Where they run.
-        after_round: Called with the number of finished rounds.
+    Drifts in the machine's speed then affect all calls alike. ``after_round`` is called with the finished rounds.
 
     Returns:
         The seconds of each call by round, for those that never failed; and the errors of the others.
     """
     order, rng = list(calls), random.Random(0)
-    seconds: dict[Key, list[float]] = {key: [] for key in calls}
-    errors: dict[Key, Exception] = {}
+    seconds: dict[Any, list[float]] = {key: [] for key in calls}
+    errors: dict[Any, Exception] = {}
     for i in range(rounds):
         rng.shuffle(order)
         for key in order:
@@ -111,6 +88,5 @@ def interleave(
                     seconds[key].append(time_call(calls[key], device))
                 except Exception as error:
                     errors[key] = error.with_traceback(None)  # a traceback would keep the call's tensors alive
-        if after_round is not None:
-            after_round(i + 1)
+        after_round(i + 1)
     return {key: times for key, times in seconds.items() if key not in errors}, errors

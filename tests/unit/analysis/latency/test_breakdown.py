@@ -3,6 +3,7 @@
 import functools
 import json
 import time
+from dataclasses import asdict
 
 import pytest
 import timm
@@ -65,7 +66,7 @@ def test_times_are_those_of_known_parts():
     model = Function(run, first=sleep(0.06), unused=sleep(0.1), second=sleep(0.03)).eval()
     breakdown = break_down(model, torch.zeros(1), rounds=3)
     parts = parts_of(breakdown)
-    assert [(name, part.self_only) for name, part in parts.items()] == [('', True), ('first', False), ('second', False)]
+    assert list(parts) == ['', 'first', 'second']
     tolerance = 25  # ms, for other load on the machine
     for name, milliseconds in {'': 50, 'first': 120, 'second': 30}.items():
         assert milliseconds <= parts[name].groups[OUTSIDE] <= parts[name].milliseconds < milliseconds + tolerance
@@ -73,15 +74,13 @@ def test_times_are_those_of_known_parts():
         assert 200 <= total < 200 + 2 * tolerance
 
 
-def test_flops_and_compute_bound_follow_their_formulas():
+def test_flops_and_groups_are_those_of_known_parts():
     children = dict(conv=nn.Conv2d(4, 6, 3, padding=1, bias=False), linear=nn.Linear(6, 5))
     model = Function(lambda m, x: m.linear(m.conv(x).mean((2, 3))), **children).eval()
     breakdown = break_down(model, torch.rand(2, 4, 8, 10), rounds=1)
     parts = parts_of(breakdown)
     assert parts['conv'].flops == 2 * 8 * 10 * 6 * 4 * 9
     assert parts['linear'].flops == 2 * 6 * 5
-    for part in parts.values():
-        assert part.compute_bound == pytest.approx(1e3 * part.flops / breakdown.rate)
     assert {CONVOLUTIONS, OUTSIDE} <= set(parts['conv'].groups)
     assert MATRIX_PRODUCTS in parts['linear'].groups
     assert POOLING in parts[''].groups
@@ -119,52 +118,35 @@ def test_operators_without_a_group_are_named():
     assert name in breakdown.table()
 
 
-CHILDREN = ('dwconv1', 'norm', 'mixer', 'dwconv2', 'ffn')
-PARTS_OF_M1 = {
-    'patch_embed',
-    *(f'stages.{i}.blocks.{j}.{name}' for i in range(3) for j in range(2) for name in CHILDREN),
-    *(f'stages.{i}.downsample' for i in range(2)),
-}
-
-
 def test_parts_of_the_backbone_are_the_steps_of_its_blocks():
     breakdown = breakdown_of_m1()
     parts = parts_of(breakdown)
-    assert set(parts) > PARTS_OF_M1
-    assert {name for name, part in parts.items() if part.self_only} >= {'', 'stages.0', 'stages.0.blocks.1'}
+    blocks = {f'stages.*.blocks.*.{name}' for name in ('dwconv1', 'mixer', 'dwconv2', 'ffn')}
+    assert set(parts) >= {'', 'patch_embed', 'stages.*', 'stages.*.blocks.*', 'stages.*.downsample', *blocks}
     complexity = measure_complexity(EfficientViM('m1'), (2, 3, 64, 64))
     assert sum(part.flops for part in breakdown.parts) == complexity.flops
-    for name in PARTS_OF_M1:
-        assert parts[name].flops == complexity.by_module[name][1], name
-        assert parts[name].groups.get(SOFTMAX, 0) > 0 if name.endswith('mixer') else SOFTMAX not in parts[name].groups
-
-
-def test_grouped_parts_are_sums_over_blocks():
-    breakdown = breakdown_of_m1()
-    (mixers,) = [part for part in breakdown.grouped() if part.name == 'stages.*.blocks.*.mixer']
-    members = [part for part in breakdown.parts if part.name.endswith('.mixer')]
-    assert len(members) == 6
-    for value in ('milliseconds', 'flops', 'compute_bound'):
-        assert getattr(mixers, value) == pytest.approx(sum(getattr(part, value) for part in members))
-    assert sum(part.milliseconds for part in breakdown.grouped()) == pytest.approx(breakdown.milliseconds)
+    mixers = [flops for name, (_, flops) in complexity.by_module.items() if name.endswith('.mixer')]
+    assert len(mixers) == 6
+    assert parts['stages.*.blocks.*.mixer'].flops == sum(mixers)
+    assert parts['patch_embed'].flops == complexity.by_module['patch_embed'][1]
+    for name, part in parts.items():
+        assert (part.groups.get(SOFTMAX, 0) > 0) == name.endswith('.mixer')
 
 
 def test_table_lists_parts_and_operator_groups():
     breakdown = breakdown_of_m1()
     rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in breakdown.table().splitlines() if '|' in line]
     shown = {row[0]: row[1:] for row in rows}
-    for part in breakdown.grouped():
-        name = f'{part.name or "model"}{" (self)" if part.self_only else ""}'
-        assert shown[name][0] == f'{part.milliseconds:.3f}'
-        assert shown[name][2] == f'{part.flops / 1e6:.1f}'
+    for part in breakdown.parts:
+        share = f'{part.milliseconds / breakdown.milliseconds:.1%}'
+        assert shown[part.name or 'model'] == [f'{part.milliseconds:.3f}', share, f'{part.flops / 1e6:.1f}']
     assert shown['sum'][0] == f'{breakdown.milliseconds:.3f}'
-    assert shown[SOFTMAX][0] == shown[SOFTMAX][2]  # all softmax is in token mixers
+    assert shown[SOFTMAX][0] == f'{parts_of(breakdown)["stages.*.blocks.*.mixer"].groups[SOFTMAX]:.3f}'
     assert 'batch of 2' in breakdown.table()
-    assert f'{breakdown.rate / 1e9:.1f} GMAC/s' in breakdown.table()
 
 
 def test_breakdown_can_be_written_as_json():
-    written = json.loads(json.dumps(breakdown_of_m1().as_dict()))
+    written = json.loads(json.dumps(asdict(breakdown_of_m1())))
     assert written['input_shape'] == [2, 3, 64, 64]
     assert written['parts'][1]['name'] == 'patch_embed'
     assert written['parts'][1]['groups'] == breakdown_of_m1().parts[1].groups
@@ -175,9 +157,9 @@ def test_deployed_wrapped_and_timm_models_are_split_up_too():
     deployed.switch_to_deploy()
     model = Function(lambda m, x: m.head(m.backbone(x)[-1]), backbone=deployed, head=nn.Conv2d(320, 4, 1)).eval()
     names = set(parts_of(break_down(model, torch.rand(1, 3, 64, 64), rounds=1)))
-    assert {'backbone.patch_embed', 'backbone.stages.0.blocks.0.mixer', 'head'} < names
+    assert {'backbone.patch_embed', 'backbone.stages.*.blocks.*.mixer', 'head'} < names
     model = timm.create_model('poolformer_s12', features_only=True).eval()
-    names = {part.name for part in break_down(model, torch.rand(1, 3, 64, 64), rounds=1).grouped()}
+    names = {part.name for part in break_down(model, torch.rand(1, 3, 64, 64), rounds=1).parts}
     assert 'stages_*.blocks.*.token_mixer' in names
 
 
@@ -185,7 +167,7 @@ def hooks_of(model):
     return [hook for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks) for hook in hooks]
 
 
-@pytest.mark.parametrize('failing_call', [None, 1, 2, 4, 6])
+@pytest.mark.parametrize('failing_call', [None, 1, 2, 3, 4])
 def test_no_hook_remains(failing_call):
     calls = []
 

@@ -1,5 +1,6 @@
 """Data and texts of the plots; crossings and Pareto fronts against formulas."""
 
+import functools
 import random
 
 import matplotlib.image
@@ -8,14 +9,11 @@ import timm
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
-from mmevm.analysis.latency import plots
 from mmevm.analysis.latency.plots import (
     BOX_AP,
-    draw_batch,
     draw_latency,
+    draw_lines,
     draw_pareto,
-    draw_resolution,
-    find_crossings,
     pareto_front,
 )
 from mmevm.analysis.latency.results import Result
@@ -51,12 +49,18 @@ DRAWN = {
     'batch': [row(batch_size=size, milliseconds=10 / size) for size in (1, 2)],
     'pareto': [row('m4'), row('shvit_s4', 12)],
 }
+DRAW = {
+    'latency': draw_latency,
+    'resolution': functools.partial(draw_lines, along='resolution'),
+    'batch': functools.partial(draw_lines, along='batch_size'),
+    'pareto': draw_pareto,
+}
 
 
 @pytest.mark.parametrize('kind', DRAWN)
 def test_plots_can_be_saved(kind, tmp_path):
     file = tmp_path / f'{kind}.png'
-    getattr(plots, f'draw_{kind}')(DRAWN[kind], title='a processor').savefig(file, dpi=120)
+    DRAW[kind](DRAWN[kind], title='a processor').savefig(file, dpi=120)
     height, width, _ = matplotlib.image.imread(file).shape
     assert width >= 900
     assert height >= 200
@@ -64,7 +68,7 @@ def test_plots_can_be_saved(kind, tmp_path):
 
 @pytest.mark.parametrize('kind', DRAWN)
 def test_plots_name_the_settings_and_failed_rows(kind):
-    text = words(getattr(plots, f'draw_{kind}')([failed(), *DRAWN[kind]], 'a processor'))
+    text = words(DRAW[kind]([failed(), *DRAWN[kind]], title='a processor'))
     for expected in ('a processor', 'm4', 'eager', 'float32', 'pvt_v2_b0 at 512²', 'ValueError: no such thing'):
         assert expected in text
 
@@ -73,7 +77,7 @@ def test_plots_name_the_settings_and_failed_rows(kind):
 def test_plots_without_times_are_refused(kind):
     for results in ([], [failed()], [row(error='RuntimeError: failed later')]):
         with pytest.raises(ValueError, match='nothing to draw'):
-            getattr(plots, f'draw_{kind}')(results)
+            DRAW[kind](results)
 
 
 def test_bars_are_sorted_by_time_and_show_the_spread():
@@ -119,7 +123,7 @@ def test_resolution_plot_has_a_line_for_each_model_and_engine():
         for engine in ('eager', 'compile')
         for side in (1024, 256)
     ]
-    per_image, per_pixel = draw_resolution(results).axes
+    per_image, per_pixel = draw_lines(along='resolution', results=results).axes
     names = {'m4, eager', 'm4, compile', 'shvit_s4, eager', 'shvit_s4, compile'}
     assert set(lines(per_image)) == set(lines(per_pixel)) == names
     for name in names:
@@ -132,23 +136,14 @@ def test_resolution_plot_has_a_line_for_each_model_and_engine():
 
 def test_a_line_continues_where_the_batch_was_halved():
     results = [row(resolution=side, batch_size=size) for side, size in ((256, 16), (512, 8))]
-    assert set(lines(draw_resolution(results).axes[0])) == {'m4'}
+    assert set(lines(draw_lines(along='resolution', results=results).axes[0])) == {'m4'}
     results += [row(resolution=side, batch_size=1) for side in (256, 512)]
-    assert set(lines(draw_resolution(results).axes[0])) > {'m4, batch 1'}
-
-
-def test_crossings_are_marked_and_listed():
-    results = [row('m4', side**2 / 1e3, resolution=side) for side in (256, 512, 1024)]
-    results += [row('shvit_s4', side**3 / 7e5, resolution=side) for side in (256, 1024)]  # equal at 700
-    figure = draw_resolution(results)
-    (marker,) = [line for line in figure.axes[0].lines if line.get_label() == '_crossing']
-    assert marker.get_xydata()[0] == pytest.approx((700, 490))
-    assert 'm4 and shvit_s4 cross at 700²' in words(figure)
+    assert set(lines(draw_lines(along='resolution', results=results).axes[0])) > {'m4, batch 1'}
 
 
 def test_batch_plot_has_a_line_for_each_model():
     results = [row(model, 8 / size, batch_size=size) for model in ('m4', 'shvit_s4') for size in (4, 1, 2)]
-    (axes,) = draw_batch(results).axes
+    (axes,) = draw_lines(along='batch_size', results=results).axes
     expected = [pytest.approx((size, 8 / size)) for size in (1, 2, 4)]
     assert lines(axes) == {'m4': expected, 'shvit_s4': expected}
     assert axes.get_xscale() == 'log'
@@ -156,7 +151,7 @@ def test_batch_plot_has_a_line_for_each_model():
 
 @pytest.mark.parametrize('span', [1.8, 3, 9, 200])
 def test_logarithmic_axes_have_at_least_three_numbers(span):
-    figure = draw_batch([row('m4', 75, batch_size=1), row('m4', 75 * span, batch_size=16)])
+    figure = draw_lines(along='batch_size', results=[row('m4', 75, batch_size=1), row('m4', 75 * span, batch_size=16)])
     FigureCanvasAgg(figure).draw()
     axis = figure.axes[0].yaxis
     low, high = figure.axes[0].get_ylim()
@@ -167,22 +162,20 @@ def test_logarithmic_axes_have_at_least_three_numbers(span):
 
 def test_lines_need_two_points():
     with pytest.raises(ValueError, match='same resolution'):
-        draw_resolution([row(), row('shvit_s4')])
+        draw_lines(along='resolution', results=[row(), row('shvit_s4')])
     with pytest.raises(ValueError, match='same batch size'):
-        draw_batch([row(), row('shvit_s4')])
+        draw_lines(along='batch_size', results=[row(), row('shvit_s4')])
 
 
 def test_pareto_points_are_published_accuracy_and_measured_speed():
     figure = draw_pareto([row('m4', 25)])
     (point,) = [line for line in figure.axes[0].lines if line.get_label() == '_point']
     assert point.get_xydata()[0] == pytest.approx((1e3 / 25, 39.3))
-    figure = draw_pareto([row('resnet18', 25)], accuracies={'resnet18': 69.8}, label='top-1 (%)')
-    assert figure.axes[0].get_ylabel() == 'top-1 (%)'
 
 
 def test_models_without_a_published_accuracy_are_listed():
     results = [row('m4'), row('resnet18')]
-    assert 'Not drawn, as no accuracy is listed: resnet18.' in words(draw_pareto(results))
+    assert 'Not drawn, as no box AP is published: resnet18.' in words(draw_pareto(results))
     with pytest.raises(ValueError, match='resnet18'):
         draw_pareto(results[1:])
 
@@ -200,23 +193,6 @@ def test_pareto_line_connects_the_front_of_each_setting():
 def test_published_accuracies_are_of_known_models():
     assert set(BOX_AP) <= {*EfficientViM.arch_settings, *timm.list_models()}
     assert BOX_AP['m4'] == BOX_AP['efficientvim_m4']
-
-
-def test_crossings_of_power_laws():
-    # a·x^p = b·x^q at x = (b/a)^(1/(p−q)); power laws are straight lines on logarithmic axes
-    (a, p), (b, q) = (3.0, 2.0), (0.02, 3.5)
-    first = {x: a * x**p for x in (1, 7, 100)}
-    second = {x: b * x**q for x in (1, 2, 100)}
-    x = (b / a) ** (1 / (p - q))
-    assert find_crossings(first, second) == [pytest.approx((x, a * x**p))]
-    assert find_crossings(second, first) == [pytest.approx((x, a * x**p))]
-
-
-def test_crossings_need_common_positions_and_a_change_of_order():
-    line = {1: 10, 10: 10, 100: 10}
-    assert find_crossings(line, {1: 1, 100: 5}) == []
-    assert find_crossings(line, {20: 1, 200: 100}) == []
-    assert len(find_crossings(line, {1: 1, 10: 100, 100: 1})) == 2
 
 
 def test_pareto_front_equals_brute_force():

@@ -24,18 +24,17 @@ def cells(text):
     return tables
 
 
-def test_median_spread_and_throughput_follow_their_formulas():
+def test_median_and_spread_follow_their_formulas():
     seconds = [0.5, 0.1, 0.2, 0.4, 0.3]
     result = row(seconds=seconds)
     assert result.milliseconds == pytest.approx(1000 * 0.3 / 4)
-    assert result.images_per_second == pytest.approx(4 / 0.3)
     lower, upper = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.25, 0.75], dtype=torch.float64))
     assert result.spread == pytest.approx((upper - lower).item() / 2 / 0.3)
 
 
 def test_rows_without_times_have_no_statistics():
     for result in (row(), row(error='ValueError: no')):
-        assert (result.milliseconds, result.spread, result.images_per_second) == (None, None, None)
+        assert (result.milliseconds, result.spread) == (None, None)
     assert row(seconds=[1.0]).spread is None
     assert row(seconds=[1.0]).milliseconds == 250
 
@@ -61,11 +60,6 @@ def test_a_halved_batch_is_compared_per_image_with_the_requested_one():
         row('small', [0.4], batch_size=4, asked_batch_size=16),
     ]
     assert relative_times(rows, 'large') == pytest.approx([1, 1, (0.4 / 4) / (1.6 / 16)])
-
-
-def test_an_unmeasured_reference_is_refused():
-    with pytest.raises(ValueError, match=r"'m5'.*m4, shvit_s4"):
-        relative_times([row(), row('shvit_s4')], 'm5')
 
 
 def test_table_shows_all_values_in_their_units():
@@ -131,14 +125,6 @@ def test_published_results_can_be_read(name):
     assert 'm4' in table(rows, 'm4')
 
 
-@pytest.mark.parametrize('text', ['{', '{}', '[]', '{"results": [{"model": "m4"}]}', '{"results": [3]}'])
-def test_other_files_are_refused(tmp_path, text):
-    file = tmp_path / 'other.json'
-    file.write_text(text)
-    with pytest.raises(ValueError, match=r'other\.json'):
-        read_json(file)
-
-
 def test_environment_describes_the_machine_and_versions():
     found = environment()
     assert found['versions']['torch'] == torch.__version__
@@ -146,7 +132,7 @@ def test_environment_describes_the_machine_and_versions():
     assert found['threads'] == torch.get_num_threads()
     assert found['cpu']
     assert found['cpu_capability']
-    assert (found['device'], found['gpu']) == ('cpu', None)
+    assert found['gpu'] is None
 
 
 def git(folder, *arguments):
