@@ -111,7 +111,7 @@ test_dataloader = val_dataloader
     options = ['train_cfg.max_epochs=1', 'train_cfg.val_interval=1']
     printed = train(config, '--work-dir', 'here', '--data-root', 'own', cwd=tmp_path, options=options)
     assert 'tensors of EfficientViM from' in printed
-    assert 'knows 10 classes, FusionClsHead 7: its 8 tensors that belong to the classes' in printed
+    assert 'has 10 classes, but FusionClsHead has 7: its 8 tensors that depend on the classes' in printed
     steps, (evaluation,) = scalars(tmp_path / 'here')
     assert len(steps) == 4
     assert 'accuracy/top1' in evaluation

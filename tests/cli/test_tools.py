@@ -186,7 +186,7 @@ def test_train_from_a_timm_file(shapes, tmp_path):
         *('optim_wrapper.optimizer.lr=0', 'train_cfg.max_iters=1', 'train_cfg.val_interval=10'),
     ]
     printed = train(CONFIG, '--data-root', shapes, '--work-dir', 'work', cwd=tmp_path, options=options)
-    assert 'loaded from model.safetensors' in printed
+    assert 'from model.safetensors' in printed
     trained = torch.load(tmp_path / 'work/iter_1.pth', map_location='cpu', weights_only=False)['state_dict']
     compared = 0
     for name, tensor in state.items():

@@ -9,7 +9,7 @@ from mmevm.analysis import build_without_weights
 from mmevm.deployment.model_part import ModelPart, preprocessing
 from mmevm.errors import ConfigError
 
-CLASSIFIER = ROOT / 'configs' / 'classification' / 'evm_m1_in1k.py'
+CLASSIFIER = ROOT / 'configs' / 'classification' / 'efficientvim-m1_300e_in1k.py'
 RETINANET = ROOT / 'configs' / 'retinanet_evm_m1.py'
 
 

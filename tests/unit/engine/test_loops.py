@@ -1,7 +1,7 @@
-from pathlib import Path
+import os
 
 import pytest
-from command_line import run
+from command_line import ROOT, run
 from recorded_training import EPOCHS, LENGTH, PER_EPOCH, train
 
 # Sent by another process, as a cluster does.
@@ -71,6 +71,6 @@ def test_error_ends_the_workers_too(tmp_path, terminate, by_epoch):
         'run.model.train_step = fail\n'
         'run.train()\n'
     )
-    result = run('-c', code, cwd=Path(__file__).parents[3])
+    result = run('-c', code, cwd=tmp_path, PYTHONPATH=f'{ROOT}{os.pathsep}{ROOT}/tests/helpers')
     assert result.returncode == 1
     assert 'the fault of this test' in result.stderr
