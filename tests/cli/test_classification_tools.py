@@ -182,4 +182,4 @@ def test_different_folders_are_a_warning(digits, tmp_path):
         for name in names:
             (tmp_path / split / name).symlink_to(digits / split / name)
     output = succeed(ROOT / 'tools/train.py', CONFIG, '--data-root', tmp_path, '--check', cwd=tmp_path)
-    assert "number their classes differently: 0 is '0' in one and '1' in the other" in output
+    assert "number their classes differently: one has '0' where the other has '1'" in output
