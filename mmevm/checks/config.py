@@ -114,10 +114,10 @@ def _evaluators(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
         if find_spec('faster_coco_eval') is None and 'FasterCocoMetric' in map(type_name, metrics):
             yield f'{key}: FasterCocoMetric computes nothing. Run pip install faster-coco-eval, or use CocoMetric.'
         datasets = [dataset for _, dataset in iter_datasets(cfg, split) if dataset.get('ann_file')]
-        if len(metrics) == len(datasets) == 1 and 'ann_file' in metrics[0]:
-            path = metrics[0]['ann_file']
+        if len(metrics) == len(datasets) == 1 and type_name(metrics[0]).startswith(('Coco', 'LVIS')):
+            path = metrics[0].get('ann_file')  # without one, CocoMetric converts the dataset
             file = os.path.join(datasets[0].get('data_root') or '', datasets[0]['ann_file'])
-            if '://' not in path and os.path.abspath(path) != os.path.abspath(file):
+            if isinstance(path, str) and '://' not in path and os.path.abspath(path) != os.path.abspath(file):
                 yield f'{key}.ann_file={path!r}, but {split}_dataloader.dataset reads {file!r}. Use the same file.'
 
 
