@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class DatasetSummary:
     skipped: Counter = field(default_factory=Counter)  # objects in the annotation file that are not used, by reason
     warnings: list[str] = field(default_factory=list)
 
-    @property
+    @cached_property  # metainfo copies all names each time
     def classes(self) -> tuple[str, ...]:
         """Names of the classes."""
         classes = self.dataset.metainfo.get('classes') or ()
@@ -234,8 +235,9 @@ def _compare_with_coco(summary: DatasetSummary, coco: dict) -> tuple[int, Counte
     """Return the number of annotations in the file, and of those that cannot belong to the dataset, by reason."""
     names = [category.get('name') for category in coco.get('categories') or []]
     _compare_names(summary, names)
-    ordered = [name for name in names if name in summary.classes]
-    if ordered != [name for name in summary.classes if name in ordered]:
+    classes, in_file = set(summary.classes), set(names)
+    ordered = [name for name in names if name in classes]
+    if ordered != [name for name in summary.classes if name in in_file]:
         summary.warnings.append(
             f'{summary.key}.metainfo.classes has another order than the categories of the annotation file '
             f'({preview(ordered)}), by which MMDetection numbers them. Use its order.'
@@ -243,7 +245,8 @@ def _compare_with_coco(summary: DatasetSummary, coco: dict) -> tuple[int, Counte
     images = {image.get('id') for image in coco.get('images') or []}
     annotations = coco.get('annotations') or []
     listed = [ann for ann in annotations if ann.get('image_id') in images]
-    others = sum(ann.get('category_id') not in summary.dataset.cat_ids for ann in listed)
+    cat_ids = set(summary.dataset.cat_ids)
+    others = sum(ann.get('category_id') not in cat_ids for ann in listed)
     summary.total_images = len(images)
     unlisted = len(annotations) - len(listed)
     return len(annotations), Counter({'of images that are not listed': unlisted, 'of other classes': others})
@@ -262,7 +265,8 @@ def _compare_with_voc(summary: DatasetSummary, dataset: Any) -> tuple[int, Count
 
 
 def _compare_names(summary: DatasetSummary, names: list[Any]) -> None:
-    unknown = [name for name in summary.classes if name not in names]
+    found = set(names)
+    unknown = [name for name in summary.classes if name not in found]
     if unknown:
         summary.warnings.append(
             f'{summary.key}: no object is annotated as {preview(unknown)} ({len(unknown)} of {len(summary.classes)} '
