@@ -16,6 +16,7 @@ _LOADERS = {
     'safe://': 'mmevm.checkpoints.fetch:load_safe',
     'resume://': 'mmevm.engine.training_state:load_from_training',
 }
+SCHEMES = tuple(_LOADERS)
 
 
 def register() -> None:

@@ -218,7 +218,7 @@ class _LoadResult(NamedTuple):
         total: Number of tensors of the model.
         learned: Names of the parameters and normalization statistics that were written.
         missing: Names that torch reports as missing.
-        unexpected: Names that torch reports as unexpected, after the model's tensors renaming.
+        unexpected: Names that torch reports as unexpected, after the model has renamed its keys.
         wrong: Names of tensors whose shapes (in the model, in the file) differ.
     """
 

@@ -13,22 +13,14 @@ from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
+from mmevm.checkpoint_schemes import SCHEMES
 from mmevm.checkpoints import CheckpointError, strip_scheme
 
 from .training_state import check_training_checkpoint, read_training_meta
 
 _LOOPS = {EpochBasedTrainLoop: 'mmevm.ResumableEpochLoop', IterBasedTrainLoop: 'mmevm.ResumableIterLoop'}
-# Names of model zoos, which mmengine resolves, and schemes of mmevm.
-_SCHEMES = (
-    'torchvision://',
-    'modelzoo://',
-    'open-mmlab://',
-    'openmmlab://',
-    'mmcls://',
-    'safe://',
-    'resume://',
-    'timm://',
-)
+# mmengine resolves the names of model zoos, and mmevm its own schemes.
+_SCHEMES = ('torchvision://', 'modelzoo://', 'open-mmlab://', 'openmmlab://', 'mmcls://', *SCHEMES)
 
 
 def make_resumable(cfg: Config) -> None:

@@ -29,10 +29,10 @@ def build(kind, distilled=False, **kwargs):
 
 
 def pair(**kwargs):
-    taught, plain = build('mmevm.DistillationClassifier', **kwargs), build('ImageClassifier', **kwargs)
+    student, plain = build('mmevm.DistillationClassifier', **kwargs), build('ImageClassifier', **kwargs)
     assert type(plain) is ImageClassifier
-    plain.load_state_dict(taught.state_dict(), strict=True)
-    return taught, plain
+    plain.load_state_dict(student.state_dict(), strict=True)
+    return student, plain
 
 
 @pytest.fixture
@@ -56,25 +56,25 @@ class Teacher(nn.Module):
 @pytest.mark.parametrize('distilled', [False, True])
 @pytest.mark.parametrize('has_teacher', [False, True])
 def test_state_dict_equals_that_of_image_classifier(distilled, has_teacher):
-    taught, plain = pair(distilled=distilled)
+    student, plain = pair(distilled=distilled)
     if has_teacher:
         teacher = Teacher()
-        taught.teacher = lambda inputs: teacher(inputs)
-    assert list(taught.state_dict()) == list(plain.state_dict())
-    assert [name for name, _ in taught.named_parameters()] == [name for name, _ in plain.named_parameters()]
-    assert [name for name, _ in taught.named_modules()] == [name for name, _ in plain.named_modules()]
+        student.teacher = lambda inputs: teacher(inputs)
+    assert list(student.state_dict()) == list(plain.state_dict())
+    assert [name for name, _ in student.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert [name for name, _ in student.named_modules()] == [name for name, _ in plain.named_modules()]
 
 
 @pytest.mark.parametrize('distilled', [False, True])
 def test_without_teacher_equals_image_classifier(batch, distilled):
-    taught, plain = pair(distilled=distilled)
-    taught.train()
+    student, plain = pair(distilled=distilled)
+    student.train()
     plain.train()
-    torch.testing.assert_close(taught(*batch, mode='loss'), plain(*batch, mode='loss'))
-    taught.eval()
+    torch.testing.assert_close(student(*batch, mode='loss'), plain(*batch, mode='loss'))
+    student.eval()
     plain.eval()
-    torch.testing.assert_close(taught(batch[0]), plain(batch[0]))
-    for ours, theirs in zip(taught.predict(batch[0]), plain.predict(batch[0]), strict=True):
+    torch.testing.assert_close(student(batch[0]), plain(batch[0]))
+    for ours, theirs in zip(student.predict(batch[0]), plain.predict(batch[0]), strict=True):
         torch.testing.assert_close(ours.pred_score, theirs.pred_score)
 
 
