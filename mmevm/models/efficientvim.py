@@ -36,6 +36,8 @@ from .weight_init import init_from_checkpoints, pretrained_cfgs
 
 # Tokens (pixels of a map) per call of a stage in deploy mode on a CPU: see docs/dev/benchmarks.md.
 _MAX_TOKENS = 4 * 32**2
+# Of the maps of the stem's convolutions except the last, whose map is the input of the first stage.
+_STEM_STRIDES = (2, 4, 8)
 
 
 class Block(nn.Module):
@@ -181,7 +183,7 @@ class EfficientViM(BaseModule):
 
         image ─ patch_embed ─ stages[0] ┬ downsample ─ stages[1] ┬ downsample ─ stages[2] ┐
         (4 convs of stride 2)           │                        │                        │
-                              stride 16 ▼              stride 32 ▼              stride 64 ▼
+        stride 2, 4, 8 ▼      stride 16 ▼              stride 32 ▼              stride 64 ▼
 
     Any height and width work, without padding: a map of stride s has ceil(H/s) × ceil(W/s) pixels.
 
@@ -189,7 +191,11 @@ class EfficientViM(BaseModule):
         arch: 'm1', 'm2', 'm3' or 'm4' (paper, Table 2), or a dict with ``embed_dims``, ``depths`` and ``state_dims``:
             channels, blocks and hidden states of each stage, finest first.
         in_channels: Channels of the image.
-        out_indices: Stages whose maps are returned, ascending. Stages after the last of them are not built.
+        out_indices: Stages whose maps are returned, ascending; None is (0, 1, 2). Stages after the last of them are
+            not built.
+        out_strides: Strides of the maps that are returned, ascending, instead of ``out_indices``: 16, 32, 64 for the
+            stages, at least one of them, and 2, 4, 8 for the first three convolutions of the stem, after ReLU. Their
+            maps have ``embed_dims[0]·stride/16`` channels.
         out_hidden_states: Whether to return also the hidden states of each stage's last block, before the maps:
             ``mmevm.FusionClsHead`` fuses them.
         mlp_ratio: Hidden channels of the FFNs, relative to the stage's channels.
@@ -225,6 +231,9 @@ class EfficientViM(BaseModule):
         (1, 320, 4, 3)
         >>> model.out_channels, model.out_strides
         ((128, 192, 320), (16, 32, 64))
+        >>> model = EfficientViM('m1', out_strides=(4, 8, 16, 32))
+        >>> model.out_channels
+        (32, 64, 128, 192)
         >>> model = EfficientViM('m1', out_indices=(2,), out_hidden_states=True).eval()
         >>> [tuple(out.shape) for out in model(torch.rand(1, 3, 224, 160))]
         [(1, 128, 49), (1, 192, 25), (1, 320, 9), (1, 320, 4, 3)]
@@ -241,7 +250,7 @@ class EfficientViM(BaseModule):
         self,
         arch: str | dict = 'm4',
         in_channels: int = 3,
-        out_indices: Sequence[int] = (0, 1, 2),
+        out_indices: Sequence[int] | None = None,
         out_hidden_states: bool = False,
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
@@ -253,29 +262,40 @@ class EfficientViM(BaseModule):
         with_cp: bool = False,
         deploy: bool = False,
         init_cfg: dict | list[dict] | None = None,
+        out_strides: Sequence[int] | None = None,
     ) -> None:
         super().__init__(init_cfg)
         settings = self._parse_arch(arch)
         embed_dims, depths, state_dims = (settings[key] for key in ('embed_dims', 'depths', 'state_dims'))
-        self._check_arguments(out_indices, mlp_ratio, drop_path_rate, frozen_stages, in_channels, len(depths))
+        self._check_arguments(mlp_ratio, drop_path_rate, in_channels)
+        strides = [16 * 2**i for i in range(len(depths))]
+        self.out_strides = self._parse_outputs(out_indices, out_strides, strides)
+        self.out_indices = tuple(i for i, stride in enumerate(strides) if stride in self.out_strides)
+        last = self.out_indices[-1]
+        if not -1 <= frozen_stages <= last + 1:
+            outputs = f'out_indices={self.out_indices}' if out_strides is None else f'out_strides={self.out_strides}'
+            raise ValueError(
+                f'frozen_stages={frozen_stages}: expected −1 (nothing), 0 (the stem) to {last + 1} (all stages that '
+                f'{outputs} builds).'
+            )
         block_cfgs = dict(
             norm_cfg=norm_cfg or dict(type='BN'),
             mixer_cfg=mixer_cfg or dict(type='mmevm.HSMSSD'),
             mixer_norm_cfg=mixer_norm_cfg or dict(type='mmevm.LayerNorm2d'),
         )
         norm_cfg = block_cfgs['norm_cfg']
-        last = out_indices[-1]
 
-        self.out_indices = tuple(out_indices)
         self.out_hidden_states = out_hidden_states
-        self.out_channels = tuple(embed_dims[i] for i in self.out_indices)
+        channels = {stride: embed_dims[0] * stride // 16 for stride in _STEM_STRIDES}
+        channels.update(zip(strides, embed_dims, strict=True))
+        self.out_channels = tuple(channels[stride] for stride in self.out_strides)
         if out_hidden_states:
             self.out_channels = (*embed_dims[: last + 1], *self.out_channels)
-        self.out_strides = tuple(16 * 2**i for i in self.out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
 
-        self.patch_embed: Stem | DeployStem = Stem(in_channels, embed_dims[0], norm_cfg)
+        stem_indices = [i for i, stride in enumerate(_STEM_STRIDES) if stride in self.out_strides]
+        self.patch_embed: Stem | DeployStem = Stem(in_channels, embed_dims[0], norm_cfg, stem_indices)
         drop_paths = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
         self.stages = nn.ModuleList(
             Stage(
@@ -301,7 +321,7 @@ class EfficientViM(BaseModule):
 
         Returns:
             With ``out_hidden_states``, first the hidden states (B, C, N) of each stage. Then a map (B, C, ceil(H/s),
-            ceil(W/s)) for each of ``out_indices``. C is of ``out_channels``, s of ``out_strides``.
+            ceil(W/s)) for each of ``out_strides``. C is of ``out_channels``, s of ``out_strides``.
 
         Raises:
             ValueError: If ``x`` is not such a batch, or ``out_hidden_states`` is set and the mixer has none.
@@ -310,6 +330,8 @@ class EfficientViM(BaseModule):
             self._check_images(x)
         x = self._call(self.patch_embed, x, stride=16)
         hidden_states, maps = [], []
+        if self.out_strides[0] in _STEM_STRIDES:
+            *maps, x = x
         for i, stage in enumerate(cast_modules(self.stages, Stage)):
             x, h = self._call(stage, x)
             if self.out_hidden_states:
@@ -439,28 +461,42 @@ class EfficientViM(BaseModule):
         return arch
 
     @staticmethod
-    def _check_arguments(
-        out_indices: Sequence[int],
-        mlp_ratio: float,
-        drop_path_rate: float,
-        frozen_stages: int,
-        in_channels: int,
-        num_stages: int,
-    ) -> None:
-        if isinstance(out_indices, int):
-            raise ValueError(f'out_indices={out_indices}: give a tuple or list, such as ({out_indices},).')
-        indices, allowed = list(out_indices), list(range(num_stages))
-        if not indices or indices != sorted(set(indices)) or not set(indices) <= set(allowed):
-            raise ValueError(f'out_indices={out_indices}: give one or more of {allowed}, each once, ascending.')
-        num_built = indices[-1] + 1
-        if not -1 <= frozen_stages <= num_built:
+    def _parse_outputs(
+        out_indices: Sequence[int] | None, out_strides: Sequence[int] | None, stage_strides: list[int]
+    ) -> tuple[int, ...]:
+        """Return the strides of the maps that one of the two arguments selects."""
+        if out_indices is not None and out_strides is not None:
             raise ValueError(
-                f'frozen_stages={frozen_stages}: expected −1 (nothing), 0 (the stem) to {num_built} (all stages that '
-                f'out_indices={out_indices} builds).'
+                f'out_strides={out_strides}: out_indices={out_indices} selects maps, too. Give only one of the two. If '
+                'a base config gives the other one, set that to None.'
             )
+        if out_strides is None:
+            indices = _parse_selection(
+                'out_indices', (0, 1, 2) if out_indices is None else out_indices, range(len(stage_strides))
+            )
+            return tuple(stage_strides[i] for i in indices)
+        strides = _parse_selection('out_strides', out_strides, (*_STEM_STRIDES, *stage_strides))
+        if strides[-1] not in stage_strides:
+            raise ValueError(
+                f'out_strides={out_strides}: give at least one of {stage_strides}, the strides of the stages.'
+            )
+        return strides
+
+    @staticmethod
+    def _check_arguments(mlp_ratio: float, drop_path_rate: float, in_channels: int) -> None:
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate={drop_path_rate}: expected a probability, at least 0 and below 1.')
         if mlp_ratio <= 0:
             raise ValueError(f'mlp_ratio={mlp_ratio}: expected a number greater than 0.')
         if in_channels < 1:
             raise ValueError(f'in_channels={in_channels}: expected at least 1.')
+
+
+def _parse_selection(name: str, selected: Sequence[int], allowed: Sequence[int]) -> tuple[int, ...]:
+    """Check an argument that selects one or more of the allowed numbers, ascending."""
+    if isinstance(selected, int):
+        raise ValueError(f'{name}={selected}: give a tuple or list, such as ({selected},).')
+    numbers = list(selected)
+    if not numbers or numbers != sorted(set(numbers)) or not set(numbers) <= set(allowed):
+        raise ValueError(f'{name}={selected}: give one or more of {list(allowed)}, each once, ascending.')
+    return tuple(numbers)

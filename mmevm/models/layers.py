@@ -7,7 +7,7 @@ into the convolutions (:mod:`mmevm.models.fuse`). Change the two together. Its c
 maps are (B, C, H, W) in channels_last, where LayerNorm and products over tokens need no copy.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -112,10 +112,12 @@ class Stem(nn.Module):
         in_channels: Channels of the image.
         embed_dims: Channels of the tokens, a multiple of 8.
         norm_cfg: mmcv's config of the norms.
+        out_indices: Convolutions among the first three whose maps are returned as well, ascending.
     """
 
-    def __init__(self, in_channels: int, embed_dims: int, norm_cfg: dict) -> None:
+    def __init__(self, in_channels: int, embed_dims: int, norm_cfg: dict, out_indices: Sequence[int] = ()) -> None:
         super().__init__()
+        self.out_indices = tuple(out_indices)
         widths = [in_channels, embed_dims // 8, embed_dims // 4, embed_dims // 2, embed_dims]
         self.conv = nn.Sequential(
             *(
@@ -124,9 +126,24 @@ class Stem(nn.Module):
             )
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, embed_dims, ceil(H/16), ceil(W/16))."""
-        return self.conv(x)
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Make tokens.
+
+        Args:
+            x: Images, (B, in_channels, H, W).
+
+        Returns:
+            The tokens, (B, embed_dims, ceil(H/16), ceil(W/16)). With ``out_indices``, a tuple: the maps of these
+            convolutions after ReLU, (B, embed_dims·s/16, ceil(H/s), ceil(W/s)) with s = 2, 4 or 8, then the tokens.
+        """
+        if not self.out_indices:
+            return self.conv(x)
+        maps = []
+        for i, conv in enumerate(self.conv):
+            x = conv(x)
+            if i in self.out_indices:
+                maps.append(x)
+        return (*maps, x)
 
 
 class DeployStem(nn.Module):
@@ -138,20 +155,25 @@ class DeployStem(nn.Module):
 
     def __init__(self, stem: nn.Module) -> None:
         super().__init__()
-        layers = list(cast_modules(check_type(stem, Stem).conv, ConvNorm))
+        stem = check_type(stem, Stem)
+        layers = list(cast_modules(stem.conv, ConvNorm))
+        self.out_indices = stem.out_indices
         self.num_relus = len(layers) - 1
         self.conv = nn.Sequential(
             *(make_conv(*fold_conv_norm(x, relu=i < self.num_relus), like=x.conv) for i, x in enumerate(layers))
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, embed_dims, ceil(H/16), ceil(W/16)), in channels_last."""
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Return what ``Stem`` returns, in channels_last."""
         x = x.contiguous(memory_format=torch.channels_last)
+        maps = []
         for i, conv in enumerate(self.conv):
             x = conv(x)
             if i < self.num_relus:
                 x = F.relu_(x)
-        return x
+            if i in self.out_indices:
+                maps.append(x)
+        return (*maps, x) if maps else x
 
 
 @MODELS.register_module()

@@ -102,6 +102,22 @@ class TestOutput:
         grads = features_and_gradients(part, x)[1]
         assert set(grads) == {name for name, p in part.named_parameters() if p.requires_grad}
 
+    @pytest.mark.parametrize('out_strides', [(4, 8, 16, 32), [8, 64], (2, 16), (32,)])
+    def test_out_strides(self, out_strides):
+        reference = randomize(timm.create_model('efficientvim_m1')).eval()
+        model = EfficientViM('m1', out_strides=out_strides).eval()
+        assert not model.load_state_dict(reference.state_dict(), strict=False).missing_keys
+        stem = []
+        for conv in reference.patch_embed.conv[:3]:
+            conv.register_forward_hook(lambda module, args, out: stem.append(out))
+        x = torch.randn(2, 3, 97, 131)
+        outs, stages = model(x), reference.forward_intermediates(x, intermediates_only=True)
+        maps = dict(zip((2, 4, 8, 16, 32, 64), [*stem, *stages], strict=True))
+        torch.testing.assert_close(list(outs), [maps[stride] for stride in out_strides], rtol=1e-4, atol=1e-5)
+        assert model.out_strides == tuple(out_strides)
+        assert model.out_channels == tuple(out.shape[1] for out in outs)
+        assert len(model.stages) == {16: 1, 32: 2, 64: 3}[max(out_strides)]
+
     def test_in_channels_mlp_ratio_and_mixer_arguments(self):
         model = EfficientViM(TINY, in_channels=1, mlp_ratio=2.0, mixer_cfg=dict(type='mmevm.HSMSSD', ssd_expand=0.5))
         block = model.stages[0].blocks[0]
