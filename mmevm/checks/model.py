@@ -133,7 +133,8 @@ class FeatureTracer:
             expected = [int(stride[0] if isinstance(stride, (list, tuple)) else stride) for stride in strides]
             real = [self._stride(shape) for shape in part.inputs]
             # Strides follow from rounded sizes, so very small maps and small deviations say nothing.
-            if min(part.inputs[0][2:]) >= 4 and not 2 / 3 < real[0] / expected[0] < 3 / 2:
+            compared = [pair for shape, *pair in zip(part.inputs, real, expected, strict=True) if min(shape[2:]) >= 4]
+            if any(not 2 / 3 < stride / anchors < 3 / 2 for stride, anchors in compared):
                 yield (
                     f'{part.key} has anchors or points for strides {expected}, but {self._source(part)} has '
                     f"strides {real}. Use a neck with these strides, such as type='mmevm.UpsampleFPN' with "
@@ -183,8 +184,11 @@ class FeatureTracer:
         # Some necks start with the coarsest map.
         if not given or not wanted or (sorted(wanted) == sorted(given) if is_list else wanted in given):
             return None
-        if is_list and type_name(part.cfg) == 'FPN' and source == 'model.backbone':
-            fix = _upsample_fpn(part, given)
+        finest = self._stride(part.inputs[0])
+        # The FPN of a ResNet takes maps from stride 4 on, and drops the first `start_level` of them.
+        if is_list and type_name(part.cfg) == 'FPN' and source == 'model.backbone' and finest > 4:
+            finer = max(0, round(math.log2(finest / 4)) - part.cfg.get('start_level', 0))
+            fix = _upsample_fpn(part, given, num_upsamples=finer)
         elif is_list or len(given) == 1:
             fix = f'Set {name}={given if is_list else given[0]}.'
         else:
@@ -192,10 +196,10 @@ class FeatureTracer:
         return f'{name}={wanted} does not match the output channels {given} of {source}. {fix}'
 
 
-def _upsample_fpn(part: Part, channels: list[int]) -> str:
-    """Return the neck that replaces the FPN of a ResNet, whose feature maps start at stride 4 instead of 16."""
+def _upsample_fpn(part: Part, channels: list[int], num_upsamples: int) -> str:
+    """Return the neck that replaces the FPN of a ResNet."""
     kept = {key: part.cfg[key] for key in ('out_channels', 'num_outs', 'add_extra_convs') if key in part.cfg}
-    neck = dict(in_channels=channels, num_upsamples=max(0, 2 - part.cfg.get('start_level', 0)), **kept)
+    neck = dict(in_channels=channels, num_upsamples=num_upsamples, **kept)
     arguments = ', '.join(f'{key}={value!r}' for key, value in neck.items())
     return f"Replace the neck: {part.key}=dict(_delete_=True, type='mmevm.UpsampleFPN', {arguments})."
 

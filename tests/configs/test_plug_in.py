@@ -20,6 +20,10 @@ def backbone(*out_indices):
     return dict(_delete_=True, type='mmevm.EfficientViM', arch='m1', out_indices=out_indices)
 
 
+def stem_and_stages(*out_strides):
+    return dict(_delete_=True, type='mmevm.EfficientViM', arch='m1', out_strides=out_strides)
+
+
 def neck(in_channels=CHANNELS, out_channels=256, num_outs=5, **kwargs):
     return dict(
         _delete_=True,
@@ -33,6 +37,12 @@ def neck(in_channels=CHANNELS, out_channels=256, num_outs=5, **kwargs):
 
 FROM_4 = dict(backbone=backbone(0, 1, 2), neck=neck(num_upsamples=2))
 FROM_8 = dict(backbone=backbone(0, 1, 2), neck=neck(num_upsamples=1, add_extra_convs='on_output'))
+STEM_FROM_4 = dict(backbone=stem_and_stages(4, 8, 16, 32), neck=dict(in_channels=[32, 64, 128, 192]))
+STEM_FROM_8 = dict(
+    backbone=stem_and_stages(8, 16, 32, 64),
+    neck=neck([64, *CHANNELS], num_upsamples=0, add_extra_convs='on_input'),
+)
+STEM_RTMDET = dict(backbone=stem_and_stages(8, 16, 32), neck=dict(in_channels=[64, 128, 192]))
 RTMDET = dict(backbone=backbone(0, 1), neck=neck(CHANNELS[:2], 96, num_outs=3, num_upsamples=1))
 DETR = dict(backbone=backbone(0, 1, 2), neck=neck(num_outs=4, num_upsamples=1))
 DETR_WITH_ITS_NECK = dict(backbone=backbone(0, 1, 2), neck=dict(in_channels=CHANNELS))
@@ -43,6 +53,9 @@ DETECTORS = {
     'mask-rcnn-ours': (f'{CONFIGS}/maskrcnn_evm_m1.py', OURS, [4, 8, 16, 32, 64]),
     'cascade-mask-rcnn': ('mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py', FROM_4, [4, 8, 16, 32, 64]),
     'retinanet': ('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py', FROM_8, [8, 16, 32, 64, 128]),
+    'faster-rcnn-stem': ('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', STEM_FROM_4, [4, 8, 16, 32, 64]),
+    'retinanet-stem': ('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py', STEM_FROM_8, [8, 16, 32, 64, 128]),
+    'rtmdet-stem': ('mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py', STEM_RTMDET, [8, 16, 32]),
     'retinanet-ours': (f'{CONFIGS}/retinanet_evm_m1.py', OURS, [8, 16, 32, 64, 128]),
     'atss': ('mmdet::atss/atss_r50_fpn_1x_coco.py', FROM_8, [8, 16, 32, 64, 128]),
     'fcos': ('mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py', FROM_8, [8, 16, 32, 64, 128]),

@@ -163,6 +163,15 @@ def test_modules_sum_to_the_whole_network():
     assert complexity.by_module['patch_embed.conv.0.conv'] == (3 * 16 * 9, 3 * 16 * 9 * 32 * 48)
 
 
+def test_maps_of_the_stem_cost_nothing():
+    arch = dict(embed_dims=(16, 24), depths=(1, 1), state_dims=(4, 4))
+    counts = [
+        measure_complexity(EfficientViM(arch, **outputs), (1, 3, 64, 64)).by_module
+        for outputs in (dict(out_indices=(0, 1)), dict(out_strides=(2, 4, 8, 16, 32)))
+    ]
+    assert counts[0] == counts[1]
+
+
 def test_flops_are_proportional_to_the_batch_size():
     one, three = (measure_complexity(EfficientViM('m1'), (batch, 3, 64, 64)) for batch in (1, 3))
     assert three.flops == 3 * one.flops

@@ -69,9 +69,10 @@ def test_backbone_with_fewer_stages_or_custom_arch(tmp_path):
     state = timm_state('efficientvim_m1')
     path = tmp_path / 'x.pth'
     torch.save(state, path)
-    backbone = EfficientViM('m1', out_indices=(0, 1))
-    load_pretrained(backbone, str(path))
-    assert_same(backbone.state_dict(), {k: state[k] for k in backbone.state_dict()})
+    for outputs in (dict(out_indices=(0, 1)), dict(out_strides=(8, 16, 32))):
+        backbone = EfficientViM('m1', **outputs)
+        load_pretrained(backbone, str(path))
+        assert_same(backbone.state_dict(), {k: state[k] for k in backbone.state_dict()})
 
     own = EfficientViM(dict(embed_dims=(16, 24), depths=(1, 1), state_dims=(4, 4)), out_indices=(0, 1))
     expected = random_weights(own.state_dict())

@@ -17,6 +17,8 @@ MISTAKES = [
     ('model.backbone.ach', 'm4', "model.backbone.ach: EfficientViM has no argument 'ach' (did you mean 'arch'?); it accepts"),
     ('model.backbone.arch', 'm5', "model.backbone.arch='m5' is unknown: choose from ['m1', 'm2', "),
     ('model.backbone.out_indices', (0, 3), 'model.backbone.out_indices=(0, 3): give one or more of [0'),
+    ('model.backbone.out_strides', (8, 24), 'model.backbone.out_strides=(8, 24): give one or more of [2, 4, 8, 16, 32, 64], each once, ascending.'),
+    ('model.backbone.out_strides', (8, 16, 32), f'{NECK}=[128, 192, 320] does not match the output channels [64, 128, 192] of model.backbone. Set {NECK}=[64, 128, 192].'),
     ('model.backbone.type', 'mmevm.EfficentViM', "model.backbone.type='mmevm.EfficentViM' is not registered. Did you mean 'mmevm.EfficientViM'?"),
     ('model.backbone.type', 'EfficientViM', "model.backbone.type='EfficientViM' is not registered. Did you mean 'mmevm.EfficientViM'?"),
     ('model.backbone.mixer_cfg', dict(type='mmevm.HSMSSD', expand=2), "model.backbone.mixer_cfg.expand: HSMSSD has no argument 'expand' (did you mean 'ssd_expand'?)"),

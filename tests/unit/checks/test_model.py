@@ -58,6 +58,40 @@ def test_strides_of_anchors():
     )
 
 
+def test_strides_of_anchors_of_a_coarser_level():
+    """As with a plain FPN on maps that leave out a stride."""
+    maps = [(2, 8, 24, 24), (2, 8, 12, 12), (2, 8, 6, 6), (2, 8, 3, 3)]
+    assert list(trace(backbone=Layer(*maps), bbox_head=Layer(strides=[4, 8, 16, 64])).warnings()) == []  # too small
+    (message,) = trace(backbone=Layer(*maps), bbox_head=Layer(strides=[4, 8, 32, 64])).warnings()
+    assert 'strides [4, 8, 32, 64], but model.backbone has strides [4, 8, 16, 32]' in message
+
+
+@pytest.mark.parametrize(
+    ('stride', 'start_level', 'fix'),
+    [
+        (16, 0, "model.neck=dict(_delete_=True, type='mmevm.UpsampleFPN', in_channels=[8], num_upsamples=2)"),
+        (16, 1, "model.neck=dict(_delete_=True, type='mmevm.UpsampleFPN', in_channels=[8], num_upsamples=1)"),
+        (8, 0, "model.neck=dict(_delete_=True, type='mmevm.UpsampleFPN', in_channels=[8], num_upsamples=1)"),
+        (8, 1, "model.neck=dict(_delete_=True, type='mmevm.UpsampleFPN', in_channels=[8], num_upsamples=0)"),
+        (4, 0, 'Set model.neck.in_channels=[8].'),
+        (4, 1, 'Set model.neck.in_channels=[8].'),
+    ],
+)
+def test_neck_for_the_strides_of_the_backbone(stride, start_level, fix):
+    """The levels of the suggested neck have the strides of a ResNet's FPN."""
+
+    class Neck(nn.Module):
+        def forward(self, maps):
+            raise RuntimeError('expected 9 channels')
+
+    model = nn.ModuleDict(dict(backbone=Layer((2, 8, 96 // stride, 96 // stride)), neck=Neck()))
+    cfg = dict(backbone=dict(type='x'), neck=dict(type='FPN', in_channels=[9], start_level=start_level))
+    tracer = FeatureTracer(model, cfg)
+    with pytest.raises(RuntimeError), tracer:
+        model.neck(model.backbone(torch.zeros(2, 3, 96, 96)))
+    assert tracer.explain().endswith(fix if fix.startswith('Set') else f'Replace the neck: {fix}.')
+
+
 def test_points_for_one_of_several_maps():
     """As in the mask head of CondInst."""
     tracer = trace(backbone=Layer(*MAPS), mask_head=Layer(strides=[8]))

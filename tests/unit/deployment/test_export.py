@@ -206,7 +206,7 @@ def test_missing_package_raises(tmp_path, monkeypatch, package):
 def deployed_backbone(tmp_path_factory):
     """A trained backbone, and the file exported from its deploy mode."""
     torch.manual_seed(0)
-    model = randomize(EfficientViM(ARCH, out_hidden_states=True)).eval()
+    model = randomize(EfficientViM(ARCH, out_strides=(4, 8, 16, 32, 64), out_hidden_states=True)).eval()
     deployed = copy.deepcopy(model)
     deployed.switch_to_deploy()
     file = tmp_path_factory.mktemp('onnx') / 'backbone.onnx'

@@ -8,6 +8,7 @@ from torch import nn
 from mmevm.analysis import build_without_weights
 from mmevm.deployment.model_part import ModelPart, preprocessing
 from mmevm.errors import ConfigError
+from mmevm.models import EfficientViM
 
 CLASSIFIER = ROOT / 'configs' / 'classification' / 'efficientvim-m1_300e_in1k.py'
 RETINANET = ROOT / 'configs' / 'retinanet_evm_m1.py'
@@ -24,6 +25,8 @@ def test_default_part_and_output_names():
     classifier = build_without_weights(Config.fromfile(CLASSIFIER)).eval()
     assert ModelPart(classifier).part == 'model'
     assert ModelPart(classifier).output_names() == ['logits']
+    stem = nn.ModuleDict(dict(backbone=EfficientViM('m1', out_strides=(4, 8, 16)).eval()))
+    assert ModelPart(stem, 'backbone').output_names() == ['stride4', 'stride8', 'stride16']
     states = [f'hidden_states_{i}' for i in range(3)]
     assert ModelPart(classifier, 'backbone').output_names() == [*states, 'stride64']
 

@@ -52,6 +52,7 @@ def test_deploy_mode_with_any_image_size(size):
     'arguments',
     [
         dict(out_indices=(1,)),
+        dict(out_strides=(2, 4, 8, 16)),
         dict(mixer_cfg=dict(type='mmevm.HSMSSD', ssd_expand=0.5)),
         dict(mixer_cfg=dict(type='mmevm.MultiHeadHSMSSD', head_dim=16), out_hidden_states=True),
         dict(mixer_cfg=dict(type='mmevm.NCSSD', head_dim=None), out_hidden_states=True),
@@ -80,7 +81,7 @@ def test_closed_and_open_gates(alpha):
 def test_batch_is_processed_in_chunks(monkeypatch):
     """The chunks have equal sizes where possible, as weights are packed for one size."""
     monkeypatch.setattr(efficientvim, '_MAX_TOKENS', 3 * 4 * 3)
-    model = deployed(tiny(out_hidden_states=True))
+    model = deployed(tiny(out_strides=(4, 8, 16, 32, 64), out_hidden_states=True))
     batches = {'patch_embed': [], 'stages.0': [], 'stages.0.downsample': [], 'stages.1': []}
     for name, seen in batches.items():
         model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(len(inputs[0])))

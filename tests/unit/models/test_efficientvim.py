@@ -117,6 +117,23 @@ class TestOutput:
         assert model.out_strides == tuple(out_strides)
         assert model.out_channels == tuple(out.shape[1] for out in outs)
         assert len(model.stages) == {16: 1, 32: 2, 64: 3}[max(out_strides)]
+        grads = features_and_gradients(model, x)[1]
+        assert set(grads) == {name for name, p in model.named_parameters() if p.requires_grad}
+
+    def test_gradients_of_the_maps_of_the_stem(self):
+        model = EfficientViM(TINY, out_strides=(2, 4, 8, 16, 32), with_cp=True).train()
+        for i, out in enumerate(model(torch.randn(2, 3, 64, 64))[:4]):
+            model.zero_grad()
+            out.square().mean().backward(retain_graph=True)
+            reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+            convs = {name.split('.')[2] for name in reached if name.startswith('patch_embed.conv.')}
+            assert convs == {str(conv) for conv in range(i + 1)}
+            assert any(name.startswith('stages.') for name in reached) == (i == 3)
+
+    def test_frozen_stem_returns_maps_without_gradients(self):
+        model = EfficientViM(TINY, out_strides=(4, 8, 16, 32), frozen_stages=0).train()
+        outs = model(torch.randn(2, 3, 64, 64))
+        assert [out.requires_grad for out in outs] == [False, False, True, True]
 
     def test_in_channels_mlp_ratio_and_mixer_arguments(self):
         model = EfficientViM(TINY, in_channels=1, mlp_ratio=2.0, mixer_cfg=dict(type='mmevm.HSMSSD', ssd_expand=0.5))
@@ -372,6 +389,13 @@ class TestArguments:
             (dict(out_indices=(1, 0)), 'ascending'),
             (dict(out_indices=()), 'one or more'),
             (dict(out_indices=2), r'tuple or list, such as \(2,\)'),
+            (dict(out_strides=(8, 24)), r'\[2, 4, 8, 16, 32, 64\]'),
+            (dict(out_strides=(16, 8)), 'ascending'),
+            (dict(out_strides=16), r'out_strides=16: give a tuple or list, such as \(16,\)'),
+            (dict(out_strides=(4, 8)), r'at least one of \[16, 32, 64\]'),
+            (dict(out_strides=(8, 64), arch=dict(embed_dims=(16,), depths=(1,), state_dims=(4,))), r'4, 8, 16\],'),
+            (dict(out_strides=(8, 16), out_indices=(0, 1)), r'out_strides=.* out_indices=\(0, 1\) .* to None'),
+            (dict(out_strides=(8, 16), frozen_stages=2), r'to 1 .*out_strides=\(8, 16\)'),
             (dict(arch=None), 'm1.*m2.*m3.*m4'),
             (dict(frozen_stages=4), 'frozen_stages=4'),
             (dict(frozen_stages=-2), 'frozen_stages=-2'),
