@@ -14,7 +14,7 @@ from .layers import LayerNorm2d
 class UpsampleFPN(FPN):
     """FPN with finer levels, upsampled from the finest map of the backbone.
 
-    The first map of EfficientViM has stride 16, but detectors expect strides from 4 or 8 on::
+    The first stage of EfficientViM has stride 16, but detectors expect strides from 4 or 8 on::
 
         backbone    pre_norms   lateral_convs
                                      ┌─ upsample_convs[1] ─ upsample_fpn_convs[1]   stride  4
@@ -31,7 +31,8 @@ class UpsampleFPN(FPN):
         in_channels: Channels of each map of the backbone, finest first.
         out_channels: Channels of each level of the pyramid.
         num_outs: Number of levels: ``num_upsamples`` finer ones, one for each map, and the remaining ones coarser.
-        num_upsamples: Number of levels finer than the backbone's first map; each halves the stride.
+        num_upsamples: Number of levels finer than the backbone's first map; each halves the stride. 0 if that map is
+            fine enough, as with ``EfficientViM(out_strides=(8, 16, 32, 64))``.
         add_extra_convs: Source of the coarser levels. False: max pooling of the last level. 'on_input' (or True),
             'on_lateral' and 'on_output': 3×3 convolutions of stride 2, the first of which takes the backbone's last map
             after its LayerNorm, the last lateral, or the last level.
