@@ -16,6 +16,10 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
+
+import model_index
+from mmengine.config import Config
 
 PACKAGES = [
     *('mmevm', 'mmengine.runner', 'timm', 'mmdet.models', 'mmdet.datasets', 'mmdet.evaluation', 'mmdet.engine'),
@@ -66,6 +70,8 @@ def _serve():
     os.dup2(2, 1)  # packages print during import
     for name in PACKAGES:
         importlib.import_module(name)
+    model_index.read_once()
+    Config.fromfile(Path(__file__).parents[2] / 'configs/demo/maskrcnn_evm_m1_shapes.py')
     for line in sys.stdin:
         request = json.loads(line)
         if 'start' in request:
