@@ -9,7 +9,6 @@ from typing import Any
 from urllib.parse import urlparse
 
 import huggingface_hub
-import timm
 import torch
 from mmengine.dist import barrier, get_rank
 from mmengine.fileio import get_local_path
@@ -139,6 +138,8 @@ def _repository(name: str) -> tuple[str, str | None]:
     if name.startswith(('hf-hub:', 'hf_hub:')):
         repository, _, revision = name[len('hf-hub:') :].partition('@')
         return repository, revision or None
+    import timm  # takes seconds, and other checkpoints do not need it
+
     if not (name.startswith('efficientvim') and timm.is_model_pretrained(name)):
         names = timm.list_models('efficientvim*', pretrained=True)
         raise CheckpointError(

@@ -1,63 +1,101 @@
-"""A wheel and an editable install, each with the command line that a user runs."""
+"""A wheel and an editable install, each in a fresh environment with the command line that a user runs."""
 
 import os
 import shutil
-import sysconfig
+import subprocess
+import sys
+import venv
+from pathlib import Path
 
 import pytest
-from command_line import ROOT, succeed
+import timm
+import torch
+from command_line import ENVIRONMENT, ROOT
+
+from mmevm.__main__ import COMMANDS
 
 pytestmark = pytest.mark.slow
 SHORT = [
-    *('train_cfg.max_iters=1', 'train_cfg.val_interval=1', 'train_dataloader.batch_size=2'),
+    *('train_cfg.max_iters=2', 'train_cfg.val_interval=2', 'train_dataloader.batch_size=2'),
     *('model.train_cfg.rcnn.sampler.num=32', 'model.test_cfg.rpn.max_per_img=10'),
 ]
 
 
 @pytest.fixture(scope='module', params=['wheel', 'editable'])
 def installed(request, tmp_path_factory):
-    """Install a copy of the repository. Return the copy, the site folder and a function that runs Python with it."""
+    """Install a copy of the repository. Return the folder of configs and tools, and a function that runs Python."""
     folder = tmp_path_factory.mktemp(request.param)
-    source, site = folder / 'source', folder / 'site'
+    source, environment = folder / 'source', folder / 'environment'
     ignore = shutil.ignore_patterns('.*', '__pycache__', 'work_dirs', 'build', '*.egg-info')
     shutil.copytree(ROOT, source, ignore=ignore)
-    editable = ['--editable'] if request.param == 'editable' else []
-    pip = ['-m', 'pip', 'install', '--no-deps', '--no-build-isolation', '--target', site, *editable, source]
-    succeed(*pip, cwd=folder)
-    if not editable:
-        shutil.rmtree(source)
+    venv.create(environment)
+    (site,) = environment.glob('lib/python*/site-packages')
+    # All installed packages, but none of their .pth files, of which one is that of mmevm in development.
+    packages = [path for path in sys.path if Path(path).name == 'site-packages']
+    (site / 'packages.pth').write_text('\n'.join(packages))
 
-    def python(*arguments, cwd):
-        # -S and PYTHONPATH: all installed packages, but no .pth file except those of the new site folder.
-        code = (
-            f'import runpy, site, sys; site.addsitedir({str(site)!r}); sys.argv = sys.argv[1:]; '
-            "runpy.run_path(sys.argv[0], run_name='__main__')"
+    def run(*command, cwd):
+        variables = {name: value for name, value in (os.environ | ENVIRONMENT).items() if name != 'PYTHONPATH'}
+        result = subprocess.run(
+            list(map(str, command)), cwd=cwd, env=variables, capture_output=True, text=True, timeout=300, check=False
         )
-        packages = {sysconfig.get_path(name) for name in ('purelib', 'platlib')}
-        path = os.pathsep.join([*([] if editable else [str(site)]), *packages])
-        return succeed('-S', '-c', code, *arguments, cwd=cwd, PYTHONPATH=path)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout + result.stderr
 
-    return source if editable else site / 'mmevm/.mim', python
+    python = environment / 'bin/python'
+    pip = [sys.executable, '-m', 'pip', '--python', python, 'install', '--no-deps', '--no-build-isolation']
+    editable = ['--editable'] if request.param == 'editable' else []
+    run(*pip, '--ignore-installed', *editable, source, cwd=folder)
+    if not editable:  # pip has built a wheel
+        shutil.rmtree(source)
+    return source if editable else site / 'mmevm/.mim', lambda *arguments, cwd: run(python, *arguments, cwd=cwd)
 
 
-def test_base_config_by_name(installed, shapes, tmp_path):
-    root, python = installed
-    (tmp_path / 'own.py').write_text("_base_ = 'mmevm::demo/maskrcnn_evm_m1_shapes.py'\n")
+@pytest.fixture(scope='module')
+def trained(installed, shapes, tmp_path_factory):
+    """The folder of a config that has one of mmevm as its base, and of its training."""
+    _, python = installed
+    folder = tmp_path_factory.mktemp('trained')
+    (folder / 'own.py').write_text("_base_ = 'mmevm::demo/maskrcnn_evm_m1_shapes.py'\n")
     data = [
         *(f'{split}_dataloader.dataset.data_root={shapes}' for split in ('train', 'val', 'test')),
         *(f'{split}_evaluator.ann_file={shapes}/annotations/instances_val.json' for split in ('val', 'test')),
     ]
-    output = python(
-        root / 'tools/train.py', 'own.py', '--work-dir', 'work', '--cfg-options', *SHORT, *data, cwd=tmp_path
-    )
+    options = ['--work-dir', 'work', '--cfg-options', *SHORT, *data]
+    output = python('-m', 'mmevm', 'train', 'own.py', *options, cwd=folder)
     assert 'coco/bbox_mAP' in output
-    assert "type='mmevm.EfficientViM'" in (tmp_path / 'work/own.py').read_text()
+    return folder, options
 
 
-def test_config_by_name(installed, tmp_path):
-    root, python = installed
-    output = python(root / 'tools/get_flops.py', 'mmevm::classification/efficientvim-m1_300e_in1k.py', cwd=tmp_path)
-    assert 'backbone.stages' in output
+def test_base_config_by_name(trained):
+    folder, _ = trained
+    assert "type='mmevm.EfficientViM'" in (folder / 'work/own.py').read_text()
+
+
+@pytest.mark.parametrize('installed', ['wheel'], indirect=True, scope='module')
+def test_commands_without_a_clone(installed, trained, shapes):
+    _, python = installed
+    folder, options = trained
+    called = {'train'}
+
+    def call(command, *arguments):
+        called.add(command)
+        return python('-m', 'mmevm', command, *arguments, cwd=folder)
+
+    assert 'coco/segm_mAP' in call('test', 'own.py', 'work/iter_2.pth', *options)
+    image = min((shapes / 'val').iterdir())
+    call('infer', 'own.py', 'work/iter_2.pth', image, '--out', 'found', '--device', 'cpu')
+    assert (folder / 'found/vis' / image.name).exists()
+    call('export', 'own.py', 'work/iter_2.pth', 'backbone.onnx', '--part', 'backbone')
+    assert (folder / 'backbone.onnx').exists()
+    torch.save(timm.create_model('efficientvim_m1').state_dict(), folder / 'timm.pth')
+    call('convert', 'timm.pth', 'converted.pth')
+    assert torch.load(folder / 'converted.pth')['state_dict']
+    quick = ['--resolution', 32, '--batch-size', 1, '--rounds', 2, '--no-memory', '--device', 'cpu']
+    assert 'ms/image' in call('benchmark', '--models', 'm1', *quick)
+    assert 'backbone.stages' in call('flops', 'mmevm::classification/efficientvim-m1_300e_in1k.py')
+    for command in set(COMMANDS) - called:
+        assert 'usage: ' in call(command, '--help')
 
 
 def test_model_hub_lists_installed_configs(installed, tmp_path):
@@ -87,7 +125,8 @@ def test_same_files_as_in_the_repository(installed):
 
 def test_folder_of_the_same_name_does_not_shadow_mmevm(installed, tmp_path):
     """As in the parent folder of a clone."""
-    _, python = installed
+    root, python = installed
     (tmp_path / 'mmevm').mkdir()
     (tmp_path / 'find.py').write_text('from importlib.util import find_spec; print(find_spec("mmevm").origin)')
-    assert python('find.py', cwd=tmp_path).strip().endswith('mmevm/__init__.py')
+    package = root.parent if root.name == '.mim' else root / 'mmevm'
+    assert python('find.py', cwd=tmp_path).strip() == str(package / '__init__.py')

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from command_line import ENVIRONMENT, ROOT, error_line, run, succeed
+from tool_server import Tool
 
 from mmevm.engine.training_state import check_training_checkpoint
 
@@ -24,17 +25,10 @@ class Training:
     """A running tools/train.py, whose output is read."""
 
     def __init__(self, config, *arguments, cwd):
-        command = [sys.executable, '-u', ROOT / 'tools/train.py', config, '--work-dir', 'here', *arguments]
         self.log = cwd / 'log.txt'
-        with self.log.open('w') as output:  # a shared file object would share its position
-            self.process = subprocess.Popen(
-                list(map(str, command)),
-                cwd=cwd,
-                env=os.environ | ENVIRONMENT,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        self.log.write_text('')
+        tool = [ROOT / 'tools/train.py', config, '--work-dir', 'here', *arguments]
+        self.process = Tool(*tool, cwd=cwd, env=os.environ | ENVIRONMENT, stdout=self.log, stderr=self.log)
 
     @property
     def printed(self):

@@ -6,6 +6,9 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tool_server import Tool
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = dict(
@@ -16,9 +19,21 @@ ENVIRONMENT = dict(
 
 
 def run(*arguments, cwd, **environment):
+    """Run Python. A tool of the repository runs in a process that has already imported its packages."""
+    first = arguments[0]
+    if isinstance(first, Path) and first.parent == ROOT / 'tools' and not environment:
+        return _run_tool(arguments, cwd)
     command = [sys.executable, *map(str, arguments)]
     environment = os.environ | ENVIRONMENT | environment
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def _run_tool(arguments, cwd):
+    with TemporaryDirectory() as folder:
+        stdout, stderr = Path(folder, 'stdout'), Path(folder, 'stderr')
+        tool = Tool(*arguments, cwd=cwd, env=os.environ | ENVIRONMENT, stdout=stdout, stderr=stderr)
+        tool.wait(300)
+        return subprocess.CompletedProcess(arguments, tool.returncode, stdout.read_text(), stderr.read_text())
 
 
 def succeed(*arguments, cwd, **environment):

@@ -153,6 +153,12 @@ def test_import_mmevm_is_light():
     assert run(f'import mmevm; {LOADED.format(names)}') == '[]'
 
 
+def test_tools_load_timm_and_detection_only_if_needed():
+    """They take seconds."""
+    names = ['timm', 'torchvision', 'mmdet', 'mmpretrain']
+    assert run(f'import mmevm.cli, mmevm.engine; {LOADED.format(names)}') == '[]'
+
+
 @pytest.mark.parametrize(('name', 'module'), PUBLIC)
 def test_public_names(name, module):
     assert getattr(mmevm, name).__module__ == module

@@ -21,7 +21,7 @@ NAME = 'efficientvim_m1.e450_in1k'
 def run_tool(*args: str | Path, **env: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', **env}
     command = [sys.executable, ROOT / 'tools' / 'convert_checkpoint.py', *args]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_tool_downloads_and_converts(server, tmp_path):

@@ -150,7 +150,7 @@ def test_one_process_per_node_downloads(server, tmp_path, exists):
         )
         for r in '01'
     ]
-    results = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
+    results = [process.communicate(timeout=300)[0].splitlines()[-1] for process in processes]
     expected = timm_state('efficientvim_m1', 1)
     total = sum(t.double().sum().item() for k, t in expected.items() if k.startswith(('patch', 'stages')))
     for result in results:
@@ -269,7 +269,7 @@ def test_timm_scheme_downloads_from_the_hub(server, tmp_path):
         save(timm_state('efficientvim_m1', seed), path)
     environment = dict(HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / 'hf'), HF_HUB_OFFLINE='0', PYTHONPATH=str(ROOT))
     command = [sys.executable, '-c', HUB, *names]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
     printed = dict(line.split(' ', 1) for line in done.stdout.splitlines() if line.startswith(tuple(names)))
     for name, seed in zip(names, [0, 1, 3], strict=False):
         assert float(printed[name]) == pytest.approx(timm_state('efficientvim_m1', seed)['weights'].sum().item())
