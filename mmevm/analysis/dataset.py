@@ -1,4 +1,4 @@
-"""Look at a detection dataset before training: its pictures, its objects, and their sizes beside those of the detector."""
+"""Look at a detection dataset before training: pictures, counts, and sizes beside the strides of the detector."""
 
 import warnings
 from collections import Counter
@@ -74,7 +74,7 @@ class DatasetBrowser:
 
     def tables(self) -> Group:
         """Return what there is to know without looking at pictures."""
-        return Group(*self._images(), self._classes(), self._sizes(), *self._priors())
+        return Group(*self._images(), *self._classes(), self._sizes(), *self._priors())
 
     def _images(self) -> Iterator[str]:
         for summary in self.summaries:
@@ -90,7 +90,7 @@ class DatasetBrowser:
         ]
         yield f'width × height (images, scale in the test pipeline): {preview(shown)}'
 
-    def _classes(self) -> Table:
+    def _classes(self) -> Iterator[RenderableType]:
         table = Table(title='Objects and their sizes: √(width × height) in pixels')
         table.add_column('class')
         for name in ('objects', 'images', 'size: 10 %', 'median', '90 %', 'resized median'):
@@ -100,13 +100,14 @@ class DatasetBrowser:
         for label, name in sorted(enumerate(classes), key=lambda item: -counts[item[0]]):
             own = self.labels == label
             if not own.any():
-                table.add_row(name, '0')
                 continue
             sizes = np.quantile(_size(self.boxes[own]), [0.1, 0.5, 0.9])
             scaled = np.median(_size(self.scaled[own]))
             images = len(np.unique(self.numbers[own]))
             table.add_row(name, f'{counts[label]}', f'{images}', *(f'{size:.0f}' for size in sizes), f'{scaled:.0f}')
-        return table
+        yield table
+        if missing := [name for label, name in enumerate(classes) if not counts[label]]:
+            yield f'classes without objects: {preview(missing, 20)}'
 
     def _sizes(self) -> Table:
         sizes = _size(self.scaled)

@@ -171,6 +171,15 @@ def _reason(error: Exception, dataset: dict) -> str:
             f'{os.path.abspath(error.filename)} does not exist (the current folder is {os.getcwd()}). Put or link the '
             'data there, pass --data-root DIR, or correct data_root, ann_file and data_prefix.'
         )
+    if (
+        isinstance(error, (IsADirectoryError, ValueError))  # of the JSON parser
+        and type_name(dataset).startswith('Coco')
+        and not path.endswith('.json')
+    ):
+        return (
+            f'{path} is not a JSON file in COCO format, as ann_file of {type_name(dataset)} must be. Convert labels in '
+            'YOLO format, or use XMLDataset for Pascal VOC format (docs/your_data.md).'
+        )
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_name == 'parse_data_info':  # of one of many XML files
             path = frame.f_locals.get('img_info', {}).get('xml_path', path)
