@@ -1,4 +1,4 @@
-"""tools/browse_dataset.py: counts and sizes as in the annotation files, and pictures that show both views of an image."""
+"""tools/browse_dataset.py: counts and sizes as in the files, and pictures of both views of an image."""
 
 import json
 
@@ -155,7 +155,7 @@ def test_pictures_of_validation_data(cfg, tmp_path):
 
 
 def test_unsuitable_configs(cfg):
-    with pytest.raises(ConfigError, match="default_scope='mmpretrain' .* Give the config of a detector"):
+    with pytest.raises(ConfigError, match=r"default_scope='mmpretrain' .* Give the config of a detector"):
         DatasetBrowser(Config.fromfile(ROOT / 'configs/demo/efficientvim-m1_digits.py'))
     cfg.val_dataloader.dataset.metainfo.classes = ('other',)
     with pytest.raises(ConfigError, match=r'^val_dataloader\.dataset: no image has an object'):
