@@ -12,14 +12,17 @@ import torch
 from mmcv.transforms import Compose
 from mmdet.structures.bbox import get_box_tensor
 from mmengine.config import Config
-from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
+from mmengine.registry import DATASETS, VISUALIZERS, init_default_scope
 from rich.console import Group, RenderableType
 from rich.progress import track
 from rich.table import Table
 
 from mmevm.checks.config import iter_datasets, preview, type_name
 from mmevm.checks.data import summarize_all
+from mmevm.checks.explain import explain_dataset_error
 from mmevm.errors import ConfigError
+
+from .build import build_without_weights
 
 _GAP = 8  # pixels between the two halves of a picture
 
@@ -44,7 +47,12 @@ class DatasetBrowser:
             )
         init_default_scope('mmdet')
         self.cfg, self.split = cfg, split
-        self.dataset = DATASETS.build(cfg[key].dataset)
+        try:
+            self.dataset = DATASETS.build(cfg[key].dataset)
+        except Exception as error:
+            if explanation := explain_dataset_error(cfg, [split]):
+                raise ConfigError(explanation) from error
+            raise
         self.summaries = summarize_all({f'{key}.dataset': self.dataset})
         # Each image as (dataset, what the annotations say about it).
         self.images = [(s.dataset, s.dataset.get_data_info(i)) for s in self.summaries for i in range(s.images)]
@@ -126,7 +134,7 @@ class DatasetBrowser:
     def _priors(self) -> Iterator[str]:
         """Describe the anchors or points of the detector beside the sizes of the objects."""
         sizes = _size(self.scaled)
-        model = MODELS.build(self.cfg.model)
+        model = build_without_weights(self.cfg)
         for name, module in model.named_modules():
             priors = getattr(module, 'prior_generator', None)
             if priors is None:
@@ -164,11 +172,15 @@ class DatasetBrowser:
         chosen = np.unique(np.linspace(0, len(self.images) - 1, count).astype(int))
         warnings.filterwarnings('ignore', '.* is out of bounds', UserWarning)  # objects at the border
         paths = []
+        by_path = {info['img_path']: (dataset, info) for dataset, info in self.images}
         for i in track(chosen.tolist(), f'Pictures in {out_dir}'):
-            dataset, info = self.images[i]
-            halves = [_draw(visualizer, _load(dataset, info))]
+            (dataset, info), halves = self.images[i], []
             if self.split == 'train':
-                halves.append(_draw(visualizer, self.dataset[i]))
+                # MMDetection takes a random other image if a crop leaves no object.
+                sample = self.dataset[i]
+                dataset, info = by_path.get(sample['data_samples'].get('img_path'), (dataset, info))
+                halves.append(_draw(visualizer, sample))
+            halves.insert(0, _draw(visualizer, _load(dataset, info)))
             path = out_dir / f'{i:06d}_{Path(info["img_path"]).stem}.jpg'
             cv2.imwrite(str(path), _beside(halves)[..., ::-1])
             paths.append(path)

@@ -13,6 +13,8 @@ from mmengine.config import Config
 from mmengine.optim import CosineAnnealingLR, LinearLR
 from mmengine.registry import DATASETS, init_default_scope
 
+from mmevm.checks import check_config
+
 EXAMPLES = ROOT / 'configs/examples'
 FORMATS = ['coco', 'voc', 'yolo']
 SIDE = 64
@@ -105,6 +107,17 @@ def test_values_at_the_top_reach_all_parts(tmp_path, name):
             assert cfg[f'{split}_evaluator'].ann_file == f'there/{loader.dataset.ann_file}'
 
 
+def test_configs_in_the_documentation(tmp_path):
+    """Complete ones load, and have no likely mistakes."""
+    text = ''.join((ROOT / path).read_text() for path in ('README.md', 'docs/your_data.md'))
+    blocks = re.findall(r'```python\n(_base_ = .*?)```', text, flags=re.DOTALL)
+    assert len(blocks) >= 3
+    for number, block in enumerate(blocks):
+        path = tmp_path / f'block{number}.py'
+        path.write_text(block)
+        assert check_config(Config.fromfile(path), ['train', 'val']) == []
+
+
 def test_examples_differ_only_in_their_data():
     """A change of one example belongs into all of them."""
     parts = {}
@@ -145,11 +158,16 @@ def test_schedule_follows_the_number_of_images(images):
 
 def test_voc_data_train_and_evaluate(monkeypatch, tmp_path):
     write_voc(tmp_path / 'data')
-    values = dict(classes=('cell', 'plate'), image_size=(SIDE, SIDE), batch_size=2, epochs=1)
+    values = dict(classes=('cell', 'plate'), image_size=(SIDE, SIDE), batch_size=2, epochs=20)
     config = copy_with(tmp_path, 'voc', data_root=f'{tmp_path}/data/', **values)
     objects = {name: sorted(objects) for name, objects in OBJECTS.items()}
     assert {name: sorted(found) for name, found in read_objects(Config.fromfile(config), 'test').items()} == objects
-    options = ['default_hooks.logger.interval=1', 'train_dataloader.num_workers=0', 'val_dataloader.num_workers=0']
+    options = [
+        'default_hooks.logger.interval=20',
+        'train_cfg.val_interval=20',
+        'train_dataloader.num_workers=0',
+        'val_dataloader.num_workers=0',
+    ]
     options += ['train_dataloader.persistent_workers=False', 'val_dataloader.persistent_workers=False']
     run_here(
         *(monkeypatch, ROOT / 'tools/train.py', config, '--work-dir', tmp_path / 'work', '--cfg-options', *options)
