@@ -2,6 +2,7 @@
 #
 #   make env                   environment to train, evaluate and run the demos
 #   make demo                  train Mask R-CNN on synthetic images, evaluate it and draw its detections
+#   make demo-photos           download photographs of blood cells, train RTMDet on them, evaluate it, draw its detections
 #   make demo-classification   train a classifier on handwritten digits and start a detector from its weights
 #
 # For contributors, with further packages in the same environment:
@@ -12,6 +13,7 @@
 #   make docs                  the documentation as a website
 #
 # Variables:
+#   DATA=DIR                    for demo-photos: your folder of BCCD; nothing is downloaded
 #   PYTHON=python3.12           Python that creates the environment
 #   DISTRIBUTION=onedl          distribution of the OpenMMLab packages: onedl or openmmlab
 #   VENV=.venv                  folder of the environment (default with openmmlab: .venv-openmmlab)
@@ -39,7 +41,7 @@ endif
 endif
 endif
 
-.PHONY: env env-dev demo demo-classification test test-all test-distributed lint docs audit mutants
+.PHONY: env env-dev demo demo-photos demo-classification test test-all test-distributed lint docs audit mutants
 
 env: $(INSTALLED)
 
@@ -57,6 +59,9 @@ $(INSTALLED)-dev: $(INSTALLED)
 
 demo: env
 	$(VENV)/bin/python tools/demo.py detection
+
+demo-photos: env
+	$(VENV)/bin/python tools/demo.py photos $(if $(DATA),--data '$(DATA)')
 
 demo-classification: env
 	$(VENV)/bin/python tools/demo.py classification

@@ -24,6 +24,7 @@ class BuildWithConfigs(build_py):
 
 
 DEMO = ['matplotlib', 'scikit-learn']
+DATA = ['supervision>=0.31']  # converts annotations in YOLO and other formats
 EXPORT = ['onnx', 'onnxscript', 'onnxruntime', 'openvino']
 
 setup(
@@ -66,10 +67,12 @@ setup(
             'mmpretrain>=1.2.0',
             'setuptools<81',  # mmengine 0.10 imports pkg_resources
         ],
+        'data': DATA,
         'demo': DEMO,
         'export': EXPORT,
         'docs': ['furo', 'myst-parser', 'sphinx', 'sphinx-copybutton'],
         'dev': [
+            *DATA,
             *DEMO,
             *EXPORT,
             'hypothesis',

@@ -8,6 +8,7 @@ COMMANDS = dict(
     train='train.py',
     test='test.py',
     infer='infer.py',
+    browse='browse_dataset.py',
     convert='convert_checkpoint.py',
     export='export_onnx.py',
     benchmark='benchmark_latency.py',

@@ -13,6 +13,7 @@ import torch
 from mmengine.dist import barrier, get_rank
 from mmengine.fileio import get_local_path
 
+from mmevm.download import download
 from mmevm.errors import CheckpointError
 
 from .convert import convert_checkpoint
@@ -60,14 +61,12 @@ def _download(url: str) -> Path:
     name = f'{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(urlparse(url).path).name}'
     path = Path(torch.hub.get_dir(), 'checkpoints', name)
     with _first_process_of_node_first():
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                torch.hub.download_url_to_file(url, str(path), progress=False)
-            except OSError as error:
-                raise CheckpointError(
-                    f'{url}: download failed ({error}). Download the file by other means and give its path.'
-                ) from error
+        try:
+            download(url, path)
+        except OSError as error:
+            raise CheckpointError(
+                f'{url}: download failed ({error}). Download the file by other means and give its path.'
+            ) from error
     return path
 
 

@@ -114,6 +114,16 @@ def _evaluators(cfg: Config, splits: Sequence[str]) -> Iterator[str]:
         if find_spec('faster_coco_eval') is None and 'FasterCocoMetric' in map(type_name, metrics):
             yield f'{key}: FasterCocoMetric computes nothing. Run pip install faster-coco-eval, or use CocoMetric.'
         datasets = [dataset for _, dataset in iter_datasets(cfg, split) if dataset.get('ann_file')]
+        steps = [step for dataset in datasets for step in dataset.get('pipeline') or ()]
+        packing = [step for step in steps if type_name(step) == 'PackDetInputs']
+        if packing and not any('instances' in step.get('meta_keys', ()) for step in packing):
+            for metric in metrics:
+                if type_name(metric) == 'CocoMetric' and not metric.get('ann_file'):
+                    yield (
+                        f"{key}: CocoMetric has no ann_file, so it needs the samples' own annotations. Add 'instances' "
+                        f'to meta_keys of PackDetInputs in the pipeline of {split}_dataloader.dataset, or set '
+                        f'{key}.ann_file.'
+                    )
         if len(metrics) == len(datasets) == 1 and type_name(metrics[0]).startswith(('Coco', 'LVIS')):
             path = metrics[0].get('ann_file')  # without one, CocoMetric converts the dataset
             file = os.path.join(datasets[0].get('data_root') or '', datasets[0]['ann_file'])

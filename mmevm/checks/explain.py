@@ -4,7 +4,7 @@ import inspect
 import os
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -70,7 +70,7 @@ def explain(error: Exception, cfg: Config) -> str | None:
         names = [part['type'] for key, part in parts if key == 'optim_wrapper.optimizer']
         return _unknown_type(parts, names[0], 'optimizer') if names and OPTIMIZERS.get(names[0]) is None else None
     if any(frame.f_code.co_name == 'build_dataloader' for frame in frames):
-        return _dataset_error(cfg)
+        return explain_dataset_error(cfg)
     if frames and frames[-1].f_code.co_filename.startswith(_PACKAGE) and isinstance(error, (TypeError, ValueError)):
         # Errors of mmevm start with 'argument=value'. Complete them to the dotted key.
         argument = message.partition('=')[0]
@@ -143,10 +143,10 @@ def _parameters(kind: type | None) -> set[str]:
     return names - {'self', 'args', 'kwargs', 'params'}  # an optimizer's params come from the model
 
 
-def _dataset_error(cfg: Config) -> str | None:
-    """Build the datasets one by one to find the one that cannot be built."""
+def explain_dataset_error(cfg: Config, splits: Sequence[str] = ('train', 'val', 'test')) -> str | None:
+    """Build datasets one by one. Return one line about the first that cannot be built or is empty, or None."""
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    for split in ('train', 'val', 'test'):
+    for split in splits:
         for key, dataset in iter_datasets(cfg, split):
             try:
                 built = DATASETS.build(dict(dataset, serialize_data=False, lazy_init=True))
@@ -170,6 +170,15 @@ def _reason(error: Exception, dataset: dict) -> str:
         return (
             f'{os.path.abspath(error.filename)} does not exist (the current folder is {os.getcwd()}). Put or link the '
             'data there, pass --data-root DIR, or correct data_root, ann_file and data_prefix.'
+        )
+    if (
+        isinstance(error, (IsADirectoryError, ValueError))  # of the JSON parser
+        and type_name(dataset).startswith('Coco')
+        and not path.endswith('.json')
+    ):
+        return (
+            f'{path} is not a JSON file in COCO format, as ann_file of {type_name(dataset)} must be. Convert labels in '
+            'YOLO format, or use XMLDataset for Pascal VOC format (docs/your_data.md).'
         )
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_name == 'parse_data_info':  # of one of many XML files

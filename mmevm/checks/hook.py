@@ -123,14 +123,34 @@ def _schedulers(runner: Runner) -> Iterator[tuple[str, Any, list[int]]]:
 
 
 def _schedule(runner: Runner) -> Iterator[str]:
+    ends = []  # of schedulers that reduce the learning rate, as parts of the training
     for key, scheduler, milestones in _schedulers(runner):
         unit, total = ('epochs', runner.max_epochs) if scheduler.by_epoch else ('iterations', runner.max_iters)
         name = f'{key} ({type(scheduler).__name__})'
         first = scheduler.begin + (milestones[0] if milestones else 0)
         if first >= total:
             yield f'{name} has no effect before {first} {unit}, but the training has {total}.'
-        elif type(scheduler).__name__.startswith(('LinearLR', 'ConstantLR')) and total < scheduler.end < _NO_END:
+        elif not _is_warmup(scheduler):
+            ends.append((milestones[-1] + scheduler.begin if milestones else scheduler.end) / total)
+        elif total < scheduler.end < _NO_END:
             yield f'{name} is a warm-up of {scheduler.end} {unit}, but the training has {total}. Reduce {key}.end.'
+        elif total / 2 < scheduler.end < _NO_END:
+            yield (
+                f'{name} is a warm-up of {scheduler.end} {unit}, more than half of the training, which has {total}. '
+                f'Reduce {key}.end, or train longer.'
+            )
+    if ends and max(ends) < 0.5:
+        yield (
+            f'param_scheduler: the learning rate stays the same after {max(ends):.0%} of the training. If you changed '
+            'its length in train_cfg, also scale the milestones or the end of param_scheduler.'
+        )
+
+
+def _is_warmup(scheduler: Any) -> bool:
+    start = getattr(scheduler, 'start_factor', getattr(scheduler, 'factor', 1))
+    return type(scheduler).__name__.startswith(('LinearLR', 'ConstantLR')) and start < getattr(
+        scheduler, 'end_factor', 1
+    )
 
 
 def _weights(cfg: Config) -> Iterator[str]:

@@ -51,6 +51,20 @@ def test_evaluator_reads_another_file(detector, shapes):
     assert warnings(detector, val_evaluator__ann_file=same) == []
 
 
+def test_coco_metric_without_ground_truth(detector):
+    """It would fail in the first evaluation, after epochs of training."""
+    assert warnings(detector, val_evaluator__ann_file=None) == [
+        "val_evaluator: CocoMetric has no ann_file, so it needs the samples' own annotations. Add 'instances' to "
+        'meta_keys of PackDetInputs in the pipeline of val_dataloader.dataset, or set val_evaluator.ann_file.'
+    ]
+
+
+def test_coco_metric_with_annotations_of_the_samples(voc):
+    voc.val_evaluator = dict(type='CocoMetric')
+    voc.val_dataloader.dataset.pipeline[-1].meta_keys += ('instances',)
+    assert warnings(voc) == []
+
+
 def test_normalization(detector):
     pretrained = dict(model__backbone__init_cfg=dict(type='Pretrained', checkpoint=EVM))
     assert warnings(detector, **pretrained) == []

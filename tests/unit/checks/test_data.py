@@ -93,6 +93,18 @@ def test_other_class_names(detector):
     assert 'no object is annotated as Shape (1 of 1 classes); the annotations have shape' in message
 
 
+@pytest.mark.parametrize('file', ['labels/a.txt', 'data.yaml', 'labels'])
+def test_labels_in_yolo_format(detector, tmp_path, file):
+    (tmp_path / 'labels').mkdir()
+    (tmp_path / 'labels/a.txt').write_text('0 0.5 0.5 0.1 0.1\n')
+    (tmp_path / 'data.yaml').write_text('names: [cat]\n')
+    detector.train_dataloader.dataset.ann_file = f'{tmp_path}/{file}'
+    assert reading_error(detector) == (
+        f'{DATASET} cannot be read: {tmp_path}/{file} is not a JSON file in COCO format, as ann_file of CocoDataset '
+        'must be. Convert labels in YOLO format, or use XMLDataset for Pascal VOC format (docs/your_data.md).'
+    )
+
+
 def test_one_other_class_name(check, detector):
     detector.train_dataloader.dataset.metainfo = dict(classes=('shape', 'Circle'))
     _, warnings = check(detector)

@@ -53,3 +53,23 @@ def test_training_shorter_than_the_schedule(check, detector):
         'param_scheduler.1 (CosineAnnealingLR) has no effect before 100 iterations',
         'param_scheduler.2 (MultiStepLR) has no effect before 2000 iterations',
     ]
+
+
+def test_training_much_longer_than_the_schedule(check, detector):
+    detector.train_cfg.max_iters = 5000
+    _, warnings = check(detector)
+    (warning,) = warnings
+    assert warning.startswith('param_scheduler: the learning rate stays the same after 20% of the training. If you ')
+
+
+def test_warmup_of_most_of_the_training(check, detector):
+    detector.train_cfg.max_iters = 150
+    detector.param_scheduler = [
+        *detector.param_scheduler[:1],
+        dict(type='LinearLR', start_factor=1, end_factor=0.1, by_epoch=False, end=150),  # a decay is no warm-up
+    ]
+    _, warnings = check(detector)
+    assert warnings == [
+        'param_scheduler.0 (LinearLR) is a warm-up of 100 iterations, more than half of the training, which has 150. '
+        'Reduce param_scheduler.0.end, or train longer.'
+    ]
