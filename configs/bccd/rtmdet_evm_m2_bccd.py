@@ -1,0 +1,4 @@
+# RTMDet-tiny's neck and head on EfficientViM-M2, with the recipe of rtmdet_evm_m1_bccd.py.
+_base_ = './rtmdet_evm_m1_bccd.py'
+
+model = dict(backbone=dict(arch='m2'), neck=dict(in_channels=[64, 128, 256]))

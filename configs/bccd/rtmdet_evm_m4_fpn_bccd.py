@@ -1,0 +1,7 @@
+# rtmdet_evm_m4_bccd.py with the same three maps of the backbone and a plain FPN, which has no path from fine to coarse.
+_base_ = './rtmdet_evm_m1_bccd.py'
+
+model = dict(
+    backbone=dict(arch='m4'),
+    neck=dict(_delete_=True, type='FPN', in_channels=[112, 224, 320], out_channels=96, num_outs=3),
+)
