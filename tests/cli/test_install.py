@@ -56,7 +56,11 @@ def trained(installed, shapes, tmp_path_factory):
     """The folder of a config that has one of mmevm as its base, and of its training."""
     _, python = installed
     folder = tmp_path_factory.mktemp('trained')
-    (folder / 'own.py').write_text("_base_ = 'mmevm::demo/maskrcnn_evm_m1_shapes.py'\n")
+    (folder / 'own.py').write_text("""
+_base_ = 'mmevm::demo/maskrcnn_evm_m1_shapes.py'
+arch = dict(_delete_=True, embed_dims=(16, 24, 32), depths=(1, 1, 1), state_dims=(4, 4, 4))
+model = dict(backbone=dict(arch=arch), neck=dict(in_channels=[16, 24, 32]))
+""")
     data = [
         *(f'{split}_dataloader.dataset.data_root={shapes}' for split in ('train', 'val', 'test')),
         *(f'{split}_evaluator.ann_file={shapes}/annotations/instances_val.json' for split in ('val', 'test')),
