@@ -42,7 +42,8 @@ def _nms_shape(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 
 _LIBRARY.impl('nms', _nms, 'CompositeExplicitAutograd')
-_LIBRARY.impl('nms', _nms_shape, 'Meta')
+_register_fake = getattr(torch.library, 'register_fake', None) or torch.library.impl_abstract  # before PyTorch 2.4
+_register_fake('mmevm::nms')(_nms_shape)
 
 
 def translation_table() -> dict[Any, Any]:
