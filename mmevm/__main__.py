@@ -1,6 +1,5 @@
 """``python -m mmevm COMMAND …``: run the tools without a clone."""
 
-import runpy
 import sys
 from pathlib import Path
 
@@ -38,7 +37,9 @@ def main() -> None:
     else:
         command, *rest = arguments
         sys.argv = [f'python -m mmevm {command}', *rest]
-        runpy.run_path(str(tools_dir() / COMMANDS[command]), run_name='__main__')
+        # Not runpy.run_path, which replaces sys.argv[0], so that usage messages would name the tool.
+        path = tools_dir() / COMMANDS[command]
+        exec(compile(path.read_bytes(), path, 'exec'), {'__name__': '__main__', '__file__': str(path)})
 
 
 if __name__ == '__main__':

@@ -2,12 +2,15 @@
 
 The input of the file, `image`, is a batch of preprocessed images: (B, C, H, W) in float32, channels in the order of
 `channel_order`, minus `image_mean`, divided by `image_std`; the metadata of the file contains these values. The file is
-compared with PyTorch in ONNX Runtime before it is written, at three sizes unless --shape gives one.
+compared with PyTorch in ONNX Runtime before it is written, on noise of three sizes unless --shape gives one, and with
+--verify-images on real images. The metadata also contains class names, colors, thresholds, and how images are resized
+and padded.
 """
 
 import argparse
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import DictAction
@@ -18,9 +21,12 @@ from mmevm.analysis import build_without_weights
 from mmevm.checkpoints import load_pretrained, load_strict
 from mmevm.cli import read_config, run
 from mmevm.deployment import deploy
-from mmevm.deployment.export import OPSET, export_onnx
-from mmevm.deployment.model_part import EXAMPLE_SIZE, PARTS, ModelPart, preprocessing
+from mmevm.deployment.export import OPSET, TOLERANCE, export_onnx
+from mmevm.deployment.metadata import describe_preprocessing
+from mmevm.deployment.model_part import EXAMPLE_SIZE, PARTS, ModelPart
 from mmevm.errors import ConfigError
+from mmevm.inference import build_inferencer, check_images, find_inputs
+from mmevm.inference.model import describe_classes
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,7 +43,7 @@ def parse_args() -> argparse.Namespace:
         '--part',
         choices=PARTS,
         help='backbone: its maps; neck: the pyramid of a detector; model: the logits of a classifier, or the raw '
-        'outputs of the heads of a one-stage detector; detections: boxes, scores and labels after post-processing '
+        'outputs of the heads of a one-stage detector; detections: boxes, scores, labels and masks '
         '(default: model for a classifier, neck for a detector)',
     )
     parser.add_argument(
@@ -53,6 +59,13 @@ def parse_args() -> argparse.Namespace:
         default=True,
         help='whether to switch the model to deploy mode first',
     )
+    parser.add_argument(
+        '--verify-images',
+        nargs='+',
+        default=[],
+        metavar='IMAGE',
+        help='images, folders or glob patterns on which the file must give the results of tools/infer.py',
+    )
     parser.add_argument('--opset', type=int, default=OPSET, help=f"version of ONNX's operators (default: {OPSET})")
     parser.add_argument(
         '--cfg-options',
@@ -64,6 +77,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_intermixed_args()  # options may stand between the three
     if args.out.suffix != '.onnx':
         parser.error(f'out={args.out}: expected a name that ends in .onnx, as the last argument.')
+    if args.verify_images and not args.checkpoint:
+        parser.error('--verify-images needs a checkpoint: random weights find nothing.')
     if args.shape and (len(args.shape) > 2 or min(args.shape) < 1):
         parser.error(f'--shape {args.shape}: expected a height and a width, or one side, in pixels.')
     if args.opset < OPSET:
@@ -71,11 +86,13 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def load(part: ModelPart, checkpoint: str) -> None:
-    if part.part == 'backbone':
+def load(part: ModelPart, checkpoint: str | None) -> Any:
+    """Load a checkpoint, and return its content if it is one of the whole model."""
+    if checkpoint and part.part != 'backbone':
+        return load_strict(part.model, checkpoint)
+    if checkpoint:
         load_pretrained(part.model.backbone, checkpoint)
-    else:
-        load_strict(part.model, checkpoint)
+    return {}
 
 
 def deploy_copy(model: nn.Module) -> nn.Module:
@@ -96,8 +113,7 @@ def main() -> None:
     cfg.merge_from_dict(args.cfg_options or {})
     torch.manual_seed(0)
     trained = ModelPart(build_without_weights(cfg), args.part)
-    if args.checkpoint:
-        load(trained, args.checkpoint)
+    content = load(trained, args.checkpoint)
     trained.eval()
     channels = cfg.model.get('backbone', {}).get('in_channels', 3)
     names = trained.output_names(channels)
@@ -109,8 +125,24 @@ def main() -> None:
         'weights': name_of(args.checkpoint) if args.checkpoint else 'random',
         'deployed': str(args.deploy).lower(),
         'strides': ' '.join(dict.fromkeys(name.partition('stride')[2] for name in names if 'stride' in name)),
-        **preprocessing(cfg),
+        **describe_preprocessing(cfg),
+        **trained.describe_results(),
     }
+    if 'task' in metadata:
+        metadata |= describe_classes(content, cfg, trained.model, args.checkpoint or args.config)
+    if args.verify_images and 'task' not in metadata:
+        raise ConfigError(f'--verify-images: part={trained.part} has no results to compare: leave it out.')
+    images = find_inputs(args.verify_images).images
+    found = []
+
+    def check(file: Path) -> float:
+        if not images:
+            return 0.0
+        reference = build_inferencer(cfg, args.checkpoint, 'cpu')
+        count, largest = check_images(str(file), reference, images, TOLERANCE)
+        found.append(f'{len(images)} images with {count} results')
+        return largest
+
     part = ModelPart(deploy_copy(trained.model), trained.part) if args.deploy else trained
     constants = part.disable_score_threshold()
     trained.disable_score_threshold()
@@ -122,9 +154,10 @@ def main() -> None:
         output_names=names,
         metadata=metadata,
         opset=args.opset,
-        reference=trained,
+        reference=trained.reference(),
         compare=part.compare,
         constants=constants,
+        check=check,
     )
 
     for name, value in metadata.items():
@@ -132,6 +165,8 @@ def main() -> None:
     sizes = '×'.join(map(str, shape)) if args.shape else f'batch×{channels}×height×width, any but channels'
     print(f'input: image, {sizes}')
     print(f'outputs: {", ".join(names)}')
+    compared = ' and '.join(['noise', *found])
+    print(f'compared with PyTorch on {compared}')
     print(f'largest difference from PyTorch, relative to the largest value of an output: {difference:.1e}')
     if not args.checkpoint:
         print('WARNING: no checkpoint was given, so the weights are random: use the file to measure speed only.')

@@ -1,4 +1,4 @@
-"""Run a trained detector or classifier on images, folders, videos, a camera or URLs.
+"""Run a trained detector or classifier, also one exported to ONNX, on images, folders, videos, a camera or URLs.
 
 Pictures go to OUT_DIR/vis and predictions to OUT_DIR/preds, one JSON file for each image or frame, with the keys of
 MMDetection's DetInferencer (of a classifier: of MMPretrain's ImageClassificationInferencer).
@@ -10,13 +10,21 @@ from mmengine.config import DictAction
 
 from mmevm.cli import read_config, run
 from mmevm.errors import UserError
-from mmevm.inference import Predictor, build_inferencer, find_inputs
+from mmevm.inference import Predictor, build_inferencer, build_onnx_inferencer, find_inputs
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file, a URL or, of a classifier, a timm:// name')
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        usage='%(prog)s [options] CONFIG CHECKPOINT INPUT [INPUT …]\n'
+        '       %(prog)s [options] MODEL.onnx INPUT [INPUT …]',
+    )
+    parser.add_argument(
+        'config',
+        metavar='CONFIG CHECKPOINT | MODEL.onnx',
+        help='config file, and checkpoint file, a URL or, of a classifier, a timm:// name; or a file exported with '
+        '--part detections, of a classifier with --part model',
+    )
     parser.add_argument(
         'inputs',
         nargs='+',
@@ -39,6 +47,13 @@ def parse_args() -> argparse.Namespace:
         '--cfg-options', nargs='+', action=DictAction, help='override entries of the config, as in tools/train.py'
     )
     args = parser.parse_intermixed_args()  # options may stand between inputs
+    args.checkpoint = None
+    if not args.config.endswith('.onnx'):
+        args.checkpoint, *args.inputs = args.inputs
+    elif args.deploy or args.cfg_options:
+        parser.error('--deploy and --cfg-options: give them to tools/export_onnx.py, which writes the file.')
+    if not args.inputs:
+        parser.error('INPUT is missing: give CONFIG CHECKPOINT INPUT, or MODEL.onnx INPUT.')
     if args.batch_size < 1:
         parser.error(f'--batch-size {args.batch_size}: expected a number from 1 on.')
     if not 0 <= args.score_thr <= 1:
@@ -49,10 +64,14 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     inputs = find_inputs(args.inputs)
-    cfg = read_config(args.config)
-    cfg.merge_from_dict(args.cfg_options or {})
+    if args.checkpoint is None:
+        inferencer = build_onnx_inferencer(args.config, args.device)
+    else:
+        cfg = read_config(args.config)
+        cfg.merge_from_dict(args.cfg_options or {})
+        inferencer = build_inferencer(cfg, args.checkpoint, args.device, args.deploy)
     predictor = Predictor(
-        build_inferencer(cfg, args.checkpoint, args.device, args.deploy),
+        inferencer,
         args.out_dir,
         score_thr=args.score_thr,
         batch_size=args.batch_size,

@@ -7,18 +7,25 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from mmengine.config import Config
 from torch import Tensor, nn
 
 from mmevm.errors import ConfigError
 from mmevm.tensors import DETECTORS, flatten_tensors
 
 if find_spec('mmdet') is not None:  # classification alone does not need MMDetection
-    from mmdet.models.detectors import SingleStageDetector
+    from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
 
     ONE_STAGE: tuple[type, ...] = (SingleStageDetector,)
+    TWO_STAGE: tuple[type, ...] = (TwoStageDetector,)
 else:
-    ONE_STAGE = ()
+    ONE_STAGE = TWO_STAGE = ()
+
+if find_spec('mmpretrain') is not None:
+    from mmpretrain.models.heads import ClsHead
+
+    CLASS_HEADS: tuple[type, ...] = (ClsHead,)  # one class for each image: the softmax of the logits
+else:
+    CLASS_HEADS = ()
 
 PARTS = ('backbone', 'neck', 'model', 'detections')
 EXAMPLE_SIZE = (256, 384)  # a multiple of every usual stride, so that the size of a map gives its stride
@@ -30,12 +37,14 @@ class ModelPart(nn.Module):
     Args:
         model: A model of mmevm, MMDetection or MMPretrain.
         part: 'backbone'; 'neck', the pyramid of a detector; 'model', the logits of a classifier or the raw outputs of
-            the heads of a one-stage detector; or 'detections', the boxes of a one-stage detector after post-processing.
-            None is 'neck' for a detector that has one, else 'backbone'; and 'model' for a classifier.
+            the heads of a one-stage detector; or 'detections', the boxes and masks of a detector after
+            post-processing. None is 'neck' for a detector that has one, else 'backbone'; and 'model' for a classifier.
 
     Attributes:
         part: The part, never None.
         compare: The argument ``compare`` of ``export_onnx`` for this part.
+        mask_threshold: With masks, the lowest value of a pixel that belongs to an object; else None.
+        mask_stride: Stride of masks of the whole image; None for masks within the box of each object.
 
     Raises:
         ConfigError: If the model does not have this part, or the part depends on more than the images.
@@ -52,27 +61,80 @@ class ModelPart(nn.Module):
             raise ConfigError(f'--part {self.part} is for detectors: choose backbone or model for a {kind}.')
         if not has.get(self.part, True):
             raise ConfigError(f'--part {self.part}: the {kind} of this config has no {self.part}.')
-        if self.part in ('model', 'detections') and detector and not isinstance(model, ONE_STAGE):
+        if self.part == 'model' and detector and not isinstance(model, ONE_STAGE):
             raise ConfigError(
-                f'--part {self.part} is for one-stage detectors, not for a {kind}, whose heads depend on the proposals '
-                'found in an image: choose neck.'
+                f'--part model is for one-stage detectors, not for a {kind}, whose heads depend on the proposals found '
+                'in an image: choose detections or neck.'
             )
-        self.post_processing, self.compare = None, None
-        if self.part == 'detections':
-            from .post_processing import PostProcessing, compare_detections  # needs MMDetection
-
-            self.post_processing = PostProcessing(model.bbox_head).train(model.training)
-            self.compare = compare_detections
         self.model: Any = model  # MMDetection and MMPretrain have no type annotations
+        self.has_rois = isinstance(model, TWO_STAGE)
+        self.post_processing: Any = None
+        self.compare: Any = None
+        self.mask_threshold: float | None = None
+        self.mask_stride: int | None = None
+        if self.part == 'detections':
+            self._add_post_processing()
         self.training = model.training
+
+    def _add_post_processing(self) -> None:
+        from .post_processing import InstancePostProcessing, PostProcessing
+        from .predictions import CompareDetections
+        from .roi_post_processing import RoIPostProcessing
+
+        model = self.model
+        is_one_stage = isinstance(model, ONE_STAGE)
+        if self.has_rois:
+            self.post_processing = RoIPostProcessing(model)
+            if self.post_processing.with_masks:
+                self.mask_threshold = float(model.roi_head.test_cfg.mask_thr_binary)
+        elif not is_one_stage:
+            raise ConfigError(
+                f'--part detections is for one-stage and two-stage detectors, not for a {type(model).__name__}: choose '
+                'neck.'
+            )
+        elif issubclass(type(model.bbox_head), InstancePostProcessing.owner):
+            self.post_processing = InstancePostProcessing(model.bbox_head)
+            self.mask_stride = model.bbox_head.prior_generator.strides[0][0]
+            # The file contains logits.
+            self.mask_threshold = torch.tensor(model.bbox_head.test_cfg.mask_thr_binary).logit().item()
+        else:
+            self.post_processing = PostProcessing(model.bbox_head)
+        self.post_processing.train(model.training)
+        self.zeros_are_padding = _zeros_are_padding(model)
+        self.compare = CompareDetections(self.mask_threshold, self.mask_stride)
 
     def forward(self, image: Tensor) -> Any:
         """Map images (B, C, H, W) to the outputs of the part."""
         if self.post_processing is not None:
-            return self.post_processing(self.model(image), image.shape[2:])
+            outputs = self.model.extract_feat(image) if self.has_rois else self.model(image)
+            return self.post_processing(outputs, image_sizes(image, self.zeros_are_padding))
         if self.part == 'backbone':
             return self.model.backbone(image)
         return self.model.extract_feat(image) if self.part == 'neck' else self.model(image)
+
+    def reference(self) -> nn.Module:
+        """Return what a file must agree with: this part or, for detections, the detector's own ``predict``."""
+        if self.post_processing is None:
+            return self
+        from .predictions import Predictions
+
+        return Predictions(self.model, self.post_processing.max_per_img)
+
+    def describe_results(self) -> dict[str, str]:
+        """Return what the outputs of an exported file mean, as its metadata; empty for maps and raw outputs of heads.
+
+        Returns:
+            ``task``: 'detection', 'instance segmentation' or 'classification'. Of detections also ``score_threshold``,
+            ``mask_threshold`` and ``mask_stride``, in JSON.
+        """
+        if self.post_processing is None:
+            is_classifier = self.part == 'model' and isinstance(getattr(self.model, 'head', None), CLASS_HEADS)
+            return {'task': 'classification'} if is_classifier else {}
+        task = 'detection' if self.mask_threshold is None else 'instance segmentation'
+        result = {'task': task, 'score_threshold': f'{self.post_processing.score_thr.item():.6g}'}
+        if self.mask_threshold is not None:
+            result |= {'mask_threshold': str(self.mask_threshold), 'mask_stride': json.dumps(self.mask_stride)}
+        return result
 
     def disable_score_threshold(self) -> dict[str, float]:
         """Keep detections of any score, as few pass the threshold in the noise on which a file is verified.
@@ -85,6 +147,8 @@ class ModelPart(nn.Module):
         threshold = self.post_processing.score_thr
         constants = {'post_processing.score_thr': threshold.item()}
         threshold.fill_(2.0**-100)  # not 0, which the exporter would merge with other zeros of the file
+        head = self.model.roi_head if self.has_rois else self.model.bbox_head
+        head.test_cfg.score_thr = threshold.item()  # of ``reference``
         return constants
 
     def output_names(self, channels: int = 3) -> list[str]:
@@ -94,7 +158,7 @@ class ModelPart(nn.Module):
             channels: Channels of an image.
         """
         if self.part == 'detections':
-            return ['dets', 'labels']
+            return ['dets', 'labels'] + ['masks'] * (self.mask_threshold is not None)
         if self.part == 'model' and not isinstance(self.model, DETECTORS):
             return ['logits']
         parameter = next(self.parameters())
@@ -109,23 +173,28 @@ class ModelPart(nn.Module):
         return [f'{name}_{names[:i].count(name)}' if counts[name] > 1 else name for i, name in enumerate(names)]
 
 
-def preprocessing(cfg: Config) -> dict[str, str]:
-    """Return what a config's data preprocessor does to images, as metadata of a file that takes its outputs.
+def image_sizes(image: Tensor, zeros_are_padding: bool) -> Tensor:
+    """Return height and width of each image of a batch (B, C, H, W): (B, 2).
 
-    Returns:
-        ``image_mean`` and ``image_std``, for pixels from 0 to 255 in the order of ``channel_order`` (RGB or BGR), and
-        ``pad_size_divisor``, of which height and width are made multiples.
+    Args:
+        image: Images, padded at the bottom and on the right.
+        zeros_are_padding: Whether rows and columns of zeros at the bottom and on the right are padding.
     """
-    settings = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
-    channels = cfg.model.get('backbone', {}).get('in_channels', 3)
-    mean, std = settings.get('mean') or [0.0] * channels, settings.get('std') or [1.0] * channels
-    rgb = settings.get('bgr_to_rgb') or settings.get('to_rgb')  # images are read as BGR
-    return {
-        'image_mean': json.dumps(list(mean)),
-        'image_std': json.dumps(list(std)),
-        'channel_order': 'RGB' if rgb else 'BGR',
-        'pad_size_divisor': str(settings.get('pad_size_divisor') or 1),
-    }
+    batch, _, height, width = image.shape
+    if not zeros_are_padding:
+        sides = [torch.scalar_tensor(side, dtype=image.dtype, device=image.device) for side in (height, width)]
+        return torch.stack(sides).expand(batch, 2)
+    content = (image != 0).any(1)
+    numbers = [torch.arange(1, side + 1, dtype=image.dtype, device=image.device) for side in (height, width)]
+    return torch.stack([(content.any(dim) * n).amax(1) for dim, n in zip((2, 1), numbers, strict=True)], 1)
+
+
+def _zeros_are_padding(model: Any) -> bool:
+    """Return whether no normalized pixel is zero in all channels, as only padding is then."""
+    preprocessor = getattr(model, 'data_preprocessor', None)
+    mean = getattr(preprocessor, 'mean', None)
+    # Pixels are integers, so that pixel − mean is 0 in all channels only if all of mean are integers.
+    return mean is not None and bool((mean % 1).any()) and getattr(preprocessor, 'pad_value', 0) == 0
 
 
 def _describe(x: Tensor) -> str:

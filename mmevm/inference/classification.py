@@ -1,8 +1,8 @@
 """Classes of images: MMPretrain's inferencer with safe, strict loading and the class names of the checkpoint."""
 
+from collections.abc import Sequence
 from typing import Any
 
-import mmcv
 import numpy as np
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -13,6 +13,7 @@ from mmpretrain.visualization import UniversalVisualizer
 
 from mmevm.checkpoints import load_strict
 
+from .inputs import read_image
 from .model import dataset_meta, switch_to_deploy
 from .predictor import Prediction
 
@@ -33,12 +34,7 @@ class ClassificationInferencer(ImageClassificationInferencer):
             switch_to_deploy(self.model)
         self.visualizer = UniversalVisualizer()
 
-    def read(self, source: str) -> np.ndarray:
-        """Read an image from a path or URL: (H, W, 3) uint8 in BGR."""
-        image = mmcv.imread(source)
-        if image is None:
-            raise OSError('it is no image, or damaged')
-        return image
+    read = staticmethod(read_image)
 
     def infer(self, images: list[np.ndarray], draw: bool = True, score_thr: float = 0.3) -> list[Prediction]:
         """Classify one batch.
@@ -52,14 +48,19 @@ class ClassificationInferencer(ImageClassificationInferencer):
         samples = self.forward(data)
         results = self.postprocess(samples, None)
         return [
-            (result | dict(pred_scores=result['pred_scores'].tolist()), self._draw(image, sample) if draw else None)
+            (
+                result | dict(pred_scores=result['pred_scores'].tolist()),
+                draw_class(self.visualizer, image, sample, self.classes) if draw else None,
+            )
             for image, sample, result in zip(images, samples, results, strict=True)
         ]
 
-    def _draw(self, image: np.ndarray, sample: Any) -> np.ndarray:
-        # The text is not legible in smaller pictures.
-        resize = 224 if min(image.shape[:2]) < 224 else None
-        picture = self.visualizer.visualize_cls(
-            image[..., ::-1], sample, classes=self.classes, draw_gt=False, resize=resize
-        )
-        return np.ascontiguousarray(picture[..., ::-1])
+
+def draw_class(
+    visualizer: UniversalVisualizer, image: np.ndarray, sample: Any, classes: Sequence[str] | None
+) -> np.ndarray:
+    """Write the best class and its score into a copy of an image, (H, W, 3) in BGR."""
+    # The text is not legible in smaller pictures.
+    resize = 224 if min(image.shape[:2]) < 224 else None
+    picture = visualizer.visualize_cls(image[..., ::-1], sample, classes=classes, draw_gt=False, resize=resize)
+    return np.ascontiguousarray(picture[..., ::-1])

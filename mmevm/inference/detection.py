@@ -12,7 +12,7 @@ from torch import nn
 
 from mmevm.checkpoints import load_strict
 
-from .model import class_counts, dataset_meta, switch_to_deploy
+from .model import class_counts, dataset_meta, is_palette, switch_to_deploy
 from .predictor import Prediction
 
 
@@ -43,9 +43,8 @@ class DetectionInferencer(DetInferencer):
         meta = dataset_meta(load_strict(model, self.checkpoint), cfg, model, self.checkpoint)
         needed = len(meta['classes'] or ()) or max(class_counts(model), default=0)
         palette = meta.get('palette')
-        is_usable = isinstance(palette, (list, tuple)) and len(palette) >= needed > 0
         model.dataset_meta = meta | dict(  # type: ignore[assignment]
-            palette=palette if is_usable else 'random'
+            palette=palette if is_palette(palette, needed) else 'random'
         )
 
     def _init_collate(self, cfg: Any) -> Any:

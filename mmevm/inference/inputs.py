@@ -96,6 +96,18 @@ def _expand(name: str) -> list[str]:
     return files
 
 
+def read_image(source: str) -> np.ndarray:
+    """Read an image from a path or URL: (H, W, 3) uint8 in BGR.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    image = mmcv.imread(source)
+    if image is None:
+        raise OSError('it is no image, or damaged')
+    return image
+
+
 @dataclass
 class Video:
     """An open video.

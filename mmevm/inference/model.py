@@ -1,9 +1,11 @@
 """Class names and deploy mode of a trained model, whatever its task."""
 
 import copy
+import json
 from logging import WARNING
 from typing import Any
 
+import numpy as np
 from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
@@ -46,6 +48,28 @@ def dataset_meta(content: Any, cfg: Config, model: nn.Module, checkpoint: str) -
         WARNING,
     )
     return meta | dict(classes=None)
+
+
+def describe_classes(content: Any, cfg: Config, model: nn.Module, checkpoint: str) -> dict[str, str]:
+    """Return names and colors of the classes of a model, as metadata of an exported file.
+
+    Returns:
+        ``classes`` and ``palette``, a list of RGB colors, in JSON; nothing if there are no class names.
+    """
+    meta = dataset_meta(content, cfg, model, checkpoint) if cfg.get('test_dataloader') else {}
+    classes = meta.get('classes')
+    if not classes:
+        return {}
+    palette: Any = meta.get('palette')
+    if not is_palette(palette, len(classes)):
+        # as MMDetection's for palette='random'
+        palette = np.random.RandomState(42).randint(0, 256, (len(classes), 3)).tolist()
+    return {'classes': json.dumps(list(classes)), 'palette': json.dumps(list(palette)[: len(classes)])}
+
+
+def is_palette(palette: Any, count: int) -> bool:
+    """Return whether a palette has a color for each of the classes."""
+    return isinstance(palette, (list, tuple)) and len(palette) >= count > 0
 
 
 def _is_names(classes: Any) -> bool:

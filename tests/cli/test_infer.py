@@ -116,6 +116,20 @@ def test_options_out_of_range(options, monkeypatch, capsys):
     assert f'{options[0]} {options[1]}' in capsys.readouterr().err.replace('.0:', ':')
 
 
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['config.py', 'checkpoint.pth'], 'INPUT is missing'),
+        (['model.onnx', 'a.jpg', '--deploy'], '--deploy and --cfg-options: give them to tools/export_onnx.py'),
+        (['model.onnx'], 'the following arguments are required'),
+    ],
+)
+def test_wrong_arguments(arguments, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_here(monkeypatch, TOOL, *arguments)
+    assert message in capsys.readouterr().err
+
+
 def test_missing_input_is_found_before_the_model_is_built(monkeypatch):
     with pytest.raises(SystemExit, match=r'ConfigError: INPUT none\.jpg: there is no such file'):
         run_here(monkeypatch, TOOL, 'config.py', 'checkpoint.pth', 'none.jpg')
@@ -150,7 +164,9 @@ def test_arguments_are_passed_on(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         command.main()
     assert stopped.value.code == 2
-    assert 'error: --shape' in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert 'error: --shape' in printed
+    assert 'usage: python -m mmevm flops' in printed
 
 
 @pytest.mark.slow

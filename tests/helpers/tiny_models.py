@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from command_line import ROOT
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 from randomize import randomize
 
@@ -27,6 +27,7 @@ CLASSIFIER = """
 _base_ = '{root}/configs/demo/efficientvim-m1_digits.py'
 test_dataloader = dict(dataset=dict(metainfo=dict(classes={classes})))
 """
+ARCH = dict(embed_dims=(16, 32, 48), depths=(1, 1, 1), state_dims=(9, 4, 4))
 DIGITS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
 
 
@@ -51,3 +52,53 @@ def _write(folder: Path, name: str, text: str, meta: dict) -> tuple[Path, Path]:
     model = randomize(MODELS.build(cfg.model))
     torch.save(dict(state_dict=model.state_dict(), meta=meta), checkpoint)
     return config, checkpoint
+
+
+def write_small(folder: Path, config: str, score_thr: float) -> tuple[Path, Path]:
+    """Write a small detector of three classes with the heads and the pipeline of one in ``configs/``, for 96 pixels."""
+    cfg = Config.fromfile(ROOT / 'configs' / config)
+    init_default_scope(cfg.default_scope)
+    shrink(cfg.model)
+    cfg.model.test_cfg.get('rcnn', cfg.model.test_cfg).score_thr = score_thr
+    metainfo = dict(classes=('disc', 'box', 'star'), palette=[(220, 20, 60), (20, 60, 220), (60, 220, 20)])
+    cfg.test_dataloader.dataset.metainfo = metainfo
+    for step in cfg.test_dataloader.dataset.pipeline:
+        step.update({key: (96, 96) for key in ('scale', 'size') if key in step})
+    torch.manual_seed(0)
+    model = randomize(MODELS.build(cfg.model))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and 'head' in name:  # clear scores, and boxes that move
+            torch.nn.init.normal_(parameter, 0, 0.05)
+    cfg.dump(folder / 'small.py')
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=metainfo)), folder / 'small.pth')
+    return folder / 'small.py', folder / 'small.pth'
+
+
+def shrink(model: ConfigDict) -> ConfigDict:
+    """Make the config of a detector of MMDetection or mmevm a small one of three classes, in place.
+
+    One with RoI heads gets the backbone and neck of ``configs/maskrcnn_evm_m1.py``.
+    """
+    with_rois = 'roi_head' in model
+    if with_rois:
+        model.backbone = ConfigDict(type='mmevm.EfficientViM')
+        model.neck = ConfigDict(type='mmevm.UpsampleFPN', in_channels=[16, 32, 48], num_outs=5, num_upsamples=2)
+    model.backbone.update(arch=ConfigDict(ARCH), init_cfg=None)
+    model.neck.update(in_channels=[16, 32, 48][: len(model.neck.in_channels)], out_channels=24)
+    if not with_rois:
+        model.bbox_head.update(in_channels=24, feat_channels=24, stacked_convs=1, num_classes=3)
+        model.test_cfg.update(nms_pre=200, max_per_img=20)
+        return model
+    model.rpn_head.update(in_channels=24, feat_channels=24)
+    heads = model.roi_head
+    for name, changes in dict(
+        bbox_roi_extractor=dict(out_channels=24),
+        bbox_head=dict(in_channels=24, fc_out_channels=32, num_classes=3),
+        mask_roi_extractor=dict(out_channels=24),
+        mask_head=dict(in_channels=24, conv_out_channels=24, num_convs=1, num_classes=3),
+    ).items():
+        for stage in heads.get(name, []) if isinstance(heads.get(name), list) else filter(None, [heads.get(name)]):
+            stage.update(changes)
+    model.test_cfg.rpn.update(nms_pre=100, max_per_img=50)
+    model.test_cfg.rcnn.update(max_per_img=10)
+    return model

@@ -17,7 +17,7 @@ from versions import EXPORTS_ONNX
 from mmevm import __version__
 from mmevm.analysis import build_without_weights
 from mmevm.deployment.export import export_onnx, verify_onnx
-from mmevm.deployment.post_processing import compare_detections
+from mmevm.deployment.predictions import compare_detections
 from mmevm.errors import ExportError
 from mmevm.models import EfficientViM
 

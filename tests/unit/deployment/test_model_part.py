@@ -1,12 +1,13 @@
-"""The exportable parts of a model, the names of their outputs, and the preprocessing they expect."""
+"""The exportable parts of a model, and the names and the meaning of their outputs."""
 
 import pytest
+import torch
 from command_line import ROOT
 from mmengine.config import Config
 from torch import nn
 
 from mmevm.analysis import build_without_weights
-from mmevm.deployment.model_part import ModelPart, preprocessing
+from mmevm.deployment.model_part import ModelPart, image_sizes
 from mmevm.errors import ConfigError
 from mmevm.models import EfficientViM
 
@@ -41,16 +42,48 @@ def test_missing_part_raises():
         ModelPart(classifier, 'detections')
     with pytest.raises(ConfigError, match=r'choose from backbone, neck, model, detections'):
         ModelPart(classifier, 'head')
-    mask_rcnn = build_without_weights(Config.fromfile(ROOT / 'configs/maskrcnn_evm_m1.py'))
-    for part in ('model', 'detections'):
-        with pytest.raises(ConfigError, match=rf'part {part} .* not for a MaskRCNN.*choose neck'):
-            ModelPart(mask_rcnn, part)
 
 
-def test_preprocessing_of_both_libraries():
-    imagenet = dict(image_mean='[123.675, 116.28, 103.53]', image_std='[58.395, 57.12, 57.375]', channel_order='RGB')
-    assert preprocessing(Config.fromfile(RETINANET)) == dict(imagenet, pad_size_divisor='32')
-    assert preprocessing(Config.fromfile(CLASSIFIER)) == dict(imagenet, pad_size_divisor='1')
-    plain = Config(dict(model=dict(backbone=dict(in_channels=1))))
-    nothing = dict(image_mean='[0.0]', image_std='[1.0]', channel_order='BGR', pad_size_divisor='1')
-    assert preprocessing(plain) == nothing
+def test_parts_of_two_stage_detectors():
+    mask_rcnn = build_without_weights(Config.fromfile(ROOT / 'configs/maskrcnn_evm_m1.py')).eval()
+    with pytest.raises(ConfigError, match=r'part model .* not for a MaskRCNN.*choose detections or neck'):
+        ModelPart(mask_rcnn, 'model')
+    part = ModelPart(mask_rcnn, 'detections')
+    assert part.output_names() == ['dets', 'labels', 'masks']
+    assert part.describe_results() == dict(
+        task='instance segmentation', score_threshold='0.05', mask_threshold='0.5', mask_stride='null'
+    )
+
+
+def test_meaning_of_the_outputs():
+    rtmdet_ins = ModelPart(
+        build_without_weights(Config.fromfile(ROOT / 'configs/rtmdet/rtmdet-ins_evm_m1.py')), 'detections'
+    )
+    results = rtmdet_ins.describe_results()
+    assert (results['task'], results['mask_threshold'], results['mask_stride']) == ('instance segmentation', '0.0', '8')
+    retinanet = build_without_weights(Config.fromfile(RETINANET))
+    assert ModelPart(retinanet, 'detections').describe_results() == dict(task='detection', score_threshold='0.05')
+    assert ModelPart(retinanet, 'model').describe_results() == {}
+    classifier = build_without_weights(Config.fromfile(CLASSIFIER))
+    assert ModelPart(classifier).describe_results() == dict(task='classification')
+    assert ModelPart(classifier, 'backbone').describe_results() == {}
+
+
+def test_size_of_each_image_without_its_padding():
+    x = torch.randn(3, 3, 6, 8)
+    x[0, :, 4:] = x[0, :, :, 5:] = 0
+    x[1, :, 2] = x[1, :, :, 3] = 0  # within the image
+    x[2] = 0
+    x[2, 1, 3, 6] = 1
+    assert image_sizes(x, True).tolist() == [[4, 5], [6, 8], [4, 7]]
+    assert image_sizes(x, False).tolist() == [[6, 8]] * 3
+
+
+@pytest.mark.parametrize(
+    ('mean', 'are_padding'), [([123.675, 116, 103], True), ([128, 127, 126], False), (None, False)]
+)
+def test_zeros_are_padding_if_no_pixel_becomes_zero(mean, are_padding):
+    cfg = Config.fromfile(RETINANET)
+    std = mean and [58.0, 57.0, 57.0]
+    cfg.model.data_preprocessor.update(mean=mean, std=std, bgr_to_rgb=False)
+    assert ModelPart(build_without_weights(cfg), 'detections').zeros_are_padding == are_padding

@@ -1,12 +1,21 @@
-"""Exportable post-processing returns the boxes of MMDetection's own, image by image."""
+"""Exportable post-processing of dense heads returns the results of MMDetection's own, image by image."""
 
 import pytest
 import torch
-from mmdet.models.dense_heads import ATSSHead, FCOSHead, GFLHead, RetinaHead, RTMDetSepBNHead
+from mmdet.models.dense_heads import (
+    ATSSHead,
+    FCOSHead,
+    GFLHead,
+    RetinaHead,
+    RPNHead,
+    RTMDetInsSepBNHead,
+    RTMDetSepBNHead,
+)
 from mmengine.config import ConfigDict
 from mmengine.registry import init_default_scope
 
-from mmevm.deployment.post_processing import PostProcessing, compare_detections
+from mmevm.deployment.masks import resize_masks
+from mmevm.deployment.post_processing import InstancePostProcessing, PostProcessing, ProposalPostProcessing
 from mmevm.errors import ConfigError
 
 SIZE = (72, 104)
@@ -56,9 +65,18 @@ def outputs_of(head, batch_size=2):
 
 
 def assert_equals_mmdetection(head, outputs):
-    dets, labels = PostProcessing(head)(outputs, SIZE)
+    dets, labels = PostProcessing(head)(outputs, sizes_of(outputs))
     expected = head.predict_by_feat(*outputs, batch_img_metas=[dict(img_shape=SIZE)] * len(dets))
-    assert dets.shape == (len(expected), head.test_cfg.max_per_img, 5)
+    assert_equal(dets, labels, expected, head.test_cfg.max_per_img)
+    return [len(image.scores) for image in expected]
+
+
+def sizes_of(outputs):
+    return torch.tensor([SIZE] * len(outputs[0][0]))
+
+
+def assert_equal(dets, labels, expected, count):
+    assert dets.shape == (len(expected), count, 5)
     for rows, kinds, image in zip(dets, labels, expected, strict=True):
         count = len(image.scores)
         torch.testing.assert_close(rows[:count, :4], image.bboxes)
@@ -66,7 +84,6 @@ def assert_equals_mmdetection(head, outputs):
         assert kinds[:count].tolist() == image.labels.tolist()
         assert not rows[count:, 4].any()
         assert set(kinds[count:].tolist()) <= {-1}
-    return [len(image.scores) for image in expected]
 
 
 @pytest.mark.parametrize(('kind', 'arguments'), HEADS.values(), ids=HEADS)
@@ -95,7 +112,9 @@ def test_without_nms_pre_all_boxes_are_candidates():
     limited, unlimited = (build(*HEADS['RetinaNet'], nms_pre=nms_pre) for nms_pre in (100_000, -1))
     outputs = outputs_of(limited)
     for one, other in zip(
-        PostProcessing(limited)(outputs, SIZE), PostProcessing(unlimited)(outputs, SIZE), strict=True
+        PostProcessing(limited)(outputs, sizes_of(outputs)),
+        PostProcessing(unlimited)(outputs, sizes_of(outputs)),
+        strict=True,
     ):
         assert one.equal(other)
 
@@ -106,9 +125,49 @@ def test_boxes_are_clipped_as_by_the_box_coder():
     across = build(RetinaHead, dict(HEADS['RetinaNet'][1], bbox_coder=coder))
     outputs = outputs_of(inside)
     assert_equals_mmdetection(across, outputs)
-    dets, _ = PostProcessing(across)(outputs, SIZE)
+    dets, _ = PostProcessing(across)(outputs, sizes_of(outputs))
     assert dets.min() < -1
-    assert PostProcessing(inside)(outputs, SIZE)[0].min() == 0
+    assert PostProcessing(inside)(outputs, sizes_of(outputs))[0].min() == 0
+
+
+def test_boxes_are_clipped_to_the_size_of_each_image():
+    head = build(*HEADS['RetinaNet'])
+    outputs = outputs_of(head)
+    shapes = [SIZE, (50, 60)]
+    dets, labels = PostProcessing(head)(outputs, torch.tensor(shapes))
+    metas = [dict(img_shape=shape) for shape in shapes]
+    assert_equal(dets, labels, head.predict_by_feat(*outputs, batch_img_metas=metas), 40)
+    assert dets[1, :, 2].max() == 60
+    assert dets[0, :, 2].max() == 104
+
+
+def test_proposals_of_an_rpn_head():
+    """Boxes of one level do not suppress those of another."""
+    head = build(RPNHead, dict(in_channels=8, feat_channels=8, anchor_generator=ANCHORS), min_bbox_size=0)
+    outputs = outputs_of(head)
+    dets, levels = ProposalPostProcessing(head)(outputs, sizes_of(outputs))
+    expected = head.predict_by_feat(*outputs, batch_img_metas=[dict(img_shape=SIZE)] * 2)
+    for rows, image in zip(dets, expected, strict=True):
+        torch.testing.assert_close(rows, torch.cat([image.bboxes, image.scores.unsqueeze(1)], 1))
+    assert set(levels.flatten().tolist()) == {0, 1, 2}
+
+
+def test_masks_of_rtmdet_ins():
+    head = build(RTMDetInsSepBNHead, dict(SMALL, **POINTS), mask_thr_binary=0.4)
+    with torch.no_grad():
+        for parameter in head.rtm_kernel.parameters():
+            parameter *= 5  # masks that are neither empty nor full
+    outputs = outputs_of(head)
+    dets, labels, masks = InstancePostProcessing(head)(outputs, sizes_of(outputs))
+    meta = dict(img_shape=SIZE, ori_shape=(36, 52), scale_factor=(2.0, 2.0))
+    expected = head.predict_by_feat(*outputs, batch_img_metas=[meta] * 2, rescale=True)
+    dets[..., :4] /= 2
+    assert_equal(dets, labels, expected, 40)
+    threshold = torch.tensor(0.4).logit().item()
+    for logits, kinds, image in zip(masks, labels, expected, strict=True):
+        resized = resize_masks(logits[kinds >= 0].detach().numpy(), 8, (2.0, 2.0), (36, 52), threshold)
+        assert 0.05 < image.masks.float().mean() < 0.95
+        assert (torch.from_numpy(resized) != image.masks).float().mean() < 1e-4
 
 
 def test_no_detections():
@@ -120,7 +179,8 @@ def test_images_of_a_batch_are_independent():
     head = build(*HEADS['RetinaNet'])
     outputs = outputs_of(head, batch_size=3)
     last = [[level[2:] for level in levels] for levels in outputs]
-    for all_of_them, alone in zip(PostProcessing(head)(outputs, SIZE), PostProcessing(head)(last, SIZE), strict=True):
+    together, apart = (PostProcessing(head)(x, sizes_of(x)) for x in (outputs, last))
+    for all_of_them, alone in zip(together, apart, strict=True):
         torch.testing.assert_close(all_of_them[2:], alone)
 
 
@@ -136,46 +196,3 @@ def test_unsupported_heads_raise():
     for head in (without, *(build(*HEADS['RetinaNet'], max_per_img=number) for number in (None, -1))):
         with pytest.raises(ConfigError, match=r'test_cfg\.max_per_img=(None|-1): expected the number of rows'):
             PostProcessing(head)
-
-
-def detections(count=40):
-    generator = torch.Generator().manual_seed(0)
-    corners = torch.rand(2, count, 2, generator=generator) * 100
-    dets = torch.cat([corners, corners + 20, torch.rand(2, count, 1, generator=generator)], -1)
-    return dets, torch.randint(3, (2, count), generator=generator)
-
-
-def test_compare_detections():
-    dets, labels = detections()
-    assert compare_detections((dets, labels), (dets, labels)) == [0, 0]
-    order = torch.randperm(40)
-    assert compare_detections((dets[:, order], labels[:, order]), (dets, labels)) == [0, 0]
-    largest = dets[..., :4].max().item()
-    moved = dets + torch.tensor([0, 0, 0.02 * largest, 0, 0])
-    assert compare_detections((moved, labels), (dets, labels)) == [pytest.approx(0.02, rel=1e-4)] * 2
-    assert compare_detections((dets * torch.tensor([1, 1, 1, 1, 0.9]), labels), (dets, labels))[0] == pytest.approx(
-        0.1, rel=0.1
-    )
-
-
-@pytest.mark.parametrize('lost', [2, 8])
-def test_compare_detections_accepts_a_few_without_counterpart(lost):
-    dets, labels = detections()
-    fewer = labels.clone()
-    fewer[0, :lost] = -1
-    others = labels.clone()
-    others[0, :lost] = 3
-    for changed in (fewer, others):
-        for one, other in ((changed, labels), (labels, changed)):
-            difference, again = compare_detections((dets, one), (dets, other))
-            assert difference == again
-            assert difference == 0 if lost == 2 else difference > 0.02
-
-
-def test_compare_detections_with_empty_or_nan_detections():
-    dets, labels = detections()
-    nothing = torch.full_like(labels, -1)
-    assert compare_detections((dets, nothing), (dets, nothing)) == [0, 0]
-    assert compare_detections((dets, labels), (dets, nothing)) == [float('inf')] * 2
-    assert compare_detections((dets, nothing), (dets, labels)) == [float('inf')] * 2
-    assert compare_detections((dets * float('nan'), labels), (dets, labels)) == [float('inf')] * 2
