@@ -11,7 +11,9 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from mmevm.errors import ConfigError
-from mmevm.tensors import DETECTORS, flatten_tensors
+from mmevm.tensors import DETECTORS, flatten_tensors, is_segmentor
+
+from .segmentation import compare_class_maps, segment
 
 if find_spec('mmdet') is not None:  # classification alone does not need MMDetection
     from mmdet.models.detectors import SingleStageDetector
@@ -20,7 +22,7 @@ if find_spec('mmdet') is not None:  # classification alone does not need MMDetec
 else:
     ONE_STAGE = ()
 
-PARTS = ('backbone', 'neck', 'model', 'detections')
+PARTS = ('backbone', 'neck', 'model', 'detections', 'class_map')
 EXAMPLE_SIZE = (256, 384)  # a multiple of every usual stride, so that the size of a map gives its stride
 
 
@@ -31,7 +33,8 @@ class ModelPart(nn.Module):
         model: A model of mmevm, MMDetection or MMPretrain.
         part: 'backbone'; 'neck', the pyramid of a detector; 'model', the logits of a classifier or the raw outputs of
             the heads of a one-stage detector; or 'detections', the boxes of a one-stage detector after post-processing.
-            None is 'neck' for a detector that has one, else 'backbone'; and 'model' for a classifier.
+            None is 'neck' for a detector that has one, else 'backbone'; and 'model' for a classifier or segmentor. Of a
+            segmentor, 'model' is the logits at the size of the image, and 'class_map' the class of each pixel.
 
     Attributes:
         part: The part, never None.
@@ -48,7 +51,10 @@ class ModelPart(nn.Module):
         self.part = part or ('model' if not detector else 'neck' if has['neck'] else 'backbone')
         if self.part not in PARTS:
             raise ConfigError(f'--part {part}: choose from {", ".join(PARTS)}.')
-        if self.part in ('neck', 'detections') and not detector:
+        segmentor = is_segmentor(model)
+        if self.part == 'class_map' and not segmentor:
+            raise ConfigError(f'--part class_map is for segmentors: choose another part for a {kind}.')
+        if self.part in ('neck', 'detections') and not (detector or (segmentor and self.part == 'neck')):
             raise ConfigError(f'--part {self.part} is for detectors: choose backbone or model for a {kind}.')
         if not has.get(self.part, True):
             raise ConfigError(f'--part {self.part}: the {kind} of this config has no {self.part}.')
@@ -65,6 +71,8 @@ class ModelPart(nn.Module):
             self.compare = compare_detections
         self.model: Any = model  # MMDetection and MMPretrain have no type annotations
         self.training = model.training
+        if self.part == 'class_map':
+            self.compare = compare_class_maps
 
     def forward(self, image: Tensor) -> Any:
         """Map images (B, C, H, W) to the outputs of the part."""
@@ -72,6 +80,8 @@ class ModelPart(nn.Module):
             return self.post_processing(self.model(image), image.shape[2:])
         if self.part == 'backbone':
             return self.model.backbone(image)
+        if self.part in ('model', 'class_map') and is_segmentor(self.model):
+            return segment(self.model, image, class_map=self.part == 'class_map')
         return self.model.extract_feat(image) if self.part == 'neck' else self.model(image)
 
     def disable_score_threshold(self) -> dict[str, float]:
@@ -95,6 +105,8 @@ class ModelPart(nn.Module):
         """
         if self.part == 'detections':
             return ['dets', 'labels']
+        if self.part == 'class_map':
+            return ['class_map']
         if self.part == 'model' and not isinstance(self.model, DETECTORS):
             return ['logits']
         parameter = next(self.parameters())
