@@ -54,7 +54,7 @@ $(INSTALLED): setup.py requirements/torch.txt requirements/constraints.txt
 env-dev: $(INSTALLED)-dev
 
 $(INSTALLED)-dev: $(INSTALLED)
-	$(PIP_INSTALL) -e '.[$(DISTRIBUTION),dev]'
+	$(PIP_INSTALL) -e '.[$(DISTRIBUTION),seg-$(DISTRIBUTION),dev]'
 	touch $@
 
 demo: env

@@ -30,7 +30,7 @@ EXPORT = ['onnx', 'onnxscript', 'onnxruntime', 'openvino']
 setup(
     name='mmevm',
     version=version['__version__'],
-    description='EfficientViM (CVPR 2025) as a multi-scale backbone for MMDetection and MMPretrain',
+    description='EfficientViM (CVPR 2025) as a multi-scale backbone for MMDetection, MMPretrain and MMSegmentation',
     long_description=(here / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
@@ -68,6 +68,9 @@ setup(
             'setuptools<81',  # mmengine 0.10 imports pkg_resources
         ],
         'data': DATA,
+        # MMSegmentation, in addition to one of the two
+        'seg-onedl': ['onedl-mmsegmentation>=1.4.2'],
+        'seg-openmmlab': ['mmsegmentation>=1.2.2', 'ftfy', 'regex'],  # it imports both, but declares neither
         'demo': DEMO,
         'export': EXPORT,
         'docs': ['furo', 'myst-parser', 'sphinx', 'sphinx-copybutton'],

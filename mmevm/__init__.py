@@ -1,4 +1,4 @@
-"""EfficientViM as a backbone for MMDetection and MMPretrain.
+"""EfficientViM as a backbone for MMDetection, MMPretrain and MMSegmentation.
 
 Configs need no import of this package: they name ``mmevm.EfficientViM``, and mmengine imports ``mmevm.registry``. In
 Python, the names below are imported on first use. ``import mmevm`` imports neither PyTorch nor the OpenMMLab packages;

@@ -22,6 +22,7 @@ from mmengine.runner import Runner
 from .checks import CheckHook, check_config, explain_errors
 from .checks.config import iter_dicts, preview
 from .config_path import PREFIX, find_config
+from .distributions import check_segmentation
 from .errors import ConfigError, UserError
 
 
@@ -82,18 +83,21 @@ def read_config(path: str) -> Config:
     """Read a config from a file or from a package, such as ``mmevm::maskrcnn_evm_m4.py``.
 
     Raises:
-        ConfigError: If it cannot be read.
+        ConfigError: If it cannot be read, or needs MMSegmentation and that is not installed.
     """
     if path.startswith(PREFIX):
         path = str(find_config(path))
     try:
-        return get_config(path) if '::' in path else Config.fromfile(path)
+        cfg = get_config(path) if '::' in path else Config.fromfile(path)
     except (AssertionError, ImportError, OSError, TypeError, ValueError) as error:
         where = '' if '::' in path else f' ({os.path.abspath(path)}; the current folder is {os.getcwd()})'
         raise ConfigError(
             f'{path} cannot be read: {error}{where}. Give the path of a config file, or the name of a config in an '
             'installed package, such as mmdet::retinanet/retinanet_r50_fpn_1x_coco.py.'
         ) from error
+    if cfg.get('default_scope') == 'mmseg':
+        check_segmentation()
+    return cfg
 
 
 def load_config(args: argparse.Namespace) -> Config:

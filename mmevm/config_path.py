@@ -2,12 +2,14 @@
 
 ``_base_ = 'mmevm::NAME'`` works in every config that mmengine reads, as ``_base_ = 'mmdet::NAME'`` does, and
 ``mmevm::NAME`` is a config for mmevm's own tools. NAME is a path below ``configs/``. mmengine itself resolves only the
-packages of its own list.
+packages of its own list. ``mmseg::NAME``, which is in that list, is made to work with onedl-mmsegmentation too.
 """
 
+import sys
 from pathlib import Path
 from types import ModuleType
 
+from .distributions import installed_version
 from .errors import ConfigError
 from .import_hooks import after_import
 
@@ -49,6 +51,9 @@ def _extend(module: ModuleType) -> None:
     config = getattr(module, 'Config', None)  # missing while the module is being imported
     if config is None or config._get_cfg_path.__module__ == __name__:
         return
+    if installed_version('onedl-mmsegmentation'):
+        # onedl-mmengine knows only the name of OpenMMLab's own package, and cannot resolve mmseg::
+        sys.modules['mmengine.config.utils'].MODULE2PACKAGE['mmseg'] = 'onedl-mmsegmentation'
     original = config._get_cfg_path
 
     def get_cfg_path(cfg_path: str, filename: str) -> tuple[str, str | None]:

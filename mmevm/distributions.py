@@ -6,9 +6,11 @@ There are two with the same import names: OpenMMLab's own packages and the maint
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
+from .errors import ConfigError
+
 DISTRIBUTIONS = {
-    'onedl': ('onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmpretrain'),
-    'openmmlab': ('mmengine', 'mmengine-lite', 'mmcv', 'mmcv-lite', 'mmdet', 'mmpretrain'),
+    'onedl': ('onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmpretrain', 'onedl-mmsegmentation'),
+    'openmmlab': ('mmengine', 'mmengine-lite', 'mmcv', 'mmcv-lite', 'mmdet', 'mmpretrain', 'mmsegmentation'),
 }
 _INSTALL = "in mmevm's folder, pip install -e '.[onedl]' or pip install -e '.[openmmlab]'"
 
@@ -30,6 +32,23 @@ def check_distributions() -> None:
     missing = [name for name in ('mmengine', 'mmcv') if find_spec(name) is None]
     if missing:
         raise RuntimeError(f'mmevm needs mmengine and mmcv; not installed: {", ".join(missing)}. Run {_INSTALL}.')
+
+
+def check_segmentation() -> None:
+    """Check that MMSegmentation is installed, which only segmentation needs.
+
+    Raises:
+        ConfigError: If it, or a package that it imports, is missing.
+    """
+    # mmsegmentation 1.2.2 does not declare ftfy and regex
+    missing = [name for name in ('mmseg', 'ftfy', 'regex') if find_spec(name) is None]
+    if missing:
+        key = 'onedl' if any(map(installed_version, DISTRIBUTIONS['onedl'])) else 'openmmlab'
+        packages = {'onedl': 'onedl-mmsegmentation', 'openmmlab': 'mmsegmentation ftfy regex'}[key]
+        raise ConfigError(
+            f"default_scope='mmseg' needs MMSegmentation; not installed: {', '.join(missing)}. Run pip install "
+            f"{packages}, or in mmevm's folder, pip install -e '.[{key},seg-{key}]'."
+        )
 
 
 def installed_version(package: str) -> str | None:

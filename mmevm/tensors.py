@@ -29,12 +29,17 @@ def flatten_tensors(value: Any) -> Iterator[Tensor]:
             yield from flatten_tensors(item)
 
 
+def is_segmentor(model: nn.Module) -> bool:
+    """Return whether a model is one of MMSegmentation, which is not imported to find out."""
+    return any((base.__name__, base.__module__[:6]) == ('BaseSegmentor', 'mmseg.') for base in type(model).__mro__)
+
+
 class TensorFunction(nn.Module):
     """Call a model with one tensor and return all tensors of its output.
 
     Args:
-        model: A backbone or a model of mmevm, MMDetection, MMPretrain or timm. It also passes a detector the data
-            samples that its forward needs.
+        model: A backbone or a model of mmevm, MMDetection, MMPretrain, MMSegmentation or timm. It also passes a
+            detector the data samples that its forward needs.
     """
 
     def __init__(self, model: nn.Module) -> None:

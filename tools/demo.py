@@ -2,8 +2,9 @@
 
 ``detection`` trains Mask R-CNN on synthetic shapes (about eight minutes on two CPU cores). ``photos`` downloads BCCD,
 photographs of blood cells, and trains RTMDet on it (about ten minutes). ``classification`` trains a classifier on
-handwritten digits (about six minutes) and starts a Mask R-CNN from its weights. The demo prints the command of each
-step; the same commands work with other configs.
+handwritten digits (about six minutes) and starts a Mask R-CNN from its weights. ``segmentation`` trains a segmentor on
+synthetic shapes of three classes (about ten minutes). The demo prints the command of each step; the same commands work
+with other configs.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 SHAPES = 'configs/demo/maskrcnn_evm_m1_shapes.py'
 PHOTOS = 'configs/bccd/rtmdet_evm_m1_bccd.py'
 DIGITS = 'configs/demo/efficientvim-m1_digits.py'
+LABELS = 'configs/demo/upfpn_evm_m1_shapes.py'
 
 
 def run(*command: str) -> None:
@@ -71,8 +73,21 @@ def classify(data: Path, work_dir: Path, options: list[str]) -> None:
     print(f'Checkpoint: {checkpoint}')
 
 
+def segment(data: Path, work_dir: Path, options: list[str]) -> None:
+    run('tools/make_shapes.py', str(data), '--label-maps')
+    checkpoint = train_and_test(LABELS, data, work_dir, options)
+    print(f'\nGround truth (left) and predictions (right): {work_dir}/pictures/')
+    print(f'Losses and mIoU: {work_dir}/training.png')
+    print(f'Checkpoint: {checkpoint}')
+
+
 # Function and name of the folder of the data, by task.
-TASKS = dict(detection=(detect_shapes, 'shapes'), photos=(detect_photos, 'bccd'), classification=(classify, 'digits'))
+TASKS = dict(
+    detection=(detect_shapes, 'shapes'),
+    photos=(detect_photos, 'bccd'),
+    classification=(classify, 'digits'),
+    segmentation=(segment, 'shapes'),
+)
 
 
 def main() -> None:

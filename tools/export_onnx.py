@@ -1,4 +1,4 @@
-"""Export a backbone, a classifier, a detector or a part of it to ONNX, for any batch size and image size.
+"""Export a backbone, a classifier, a detector, a segmentor or a part of it to ONNX, for any batch size and image size.
 
 The input of the file, `image`, is a batch of preprocessed images: (B, C, H, W) in float32, channels in the order of
 `channel_order`, minus `image_mean`, divided by `image_std`; the metadata of the file contains these values. The file is
@@ -43,8 +43,9 @@ def parse_args() -> argparse.Namespace:
         '--part',
         choices=PARTS,
         help='backbone: its maps; neck: the pyramid of a detector; model: the logits of a classifier, or the raw '
-        'outputs of the heads of a one-stage detector; detections: boxes, scores, labels and masks '
-        '(default: model for a classifier, neck for a detector)',
+        'outputs of the heads of a one-stage detector; detections: boxes, scores, labels and masks; of a segmentor, '
+        'model: the logits at the size of the image, class_map: the class of each pixel '
+        '(default: model for a classifier or segmentor, neck for a detector)',
     )
     parser.add_argument(
         '--shape',

@@ -1,4 +1,4 @@
-"""Count the parameters and FLOPs of a config's model, a classifier or a detector of mmevm, MMDetection or MMPretrain.
+"""Count the parameters and FLOPs of a config's model: a classifier, a detector or a segmentor.
 
 FLOPs are multiply-accumulates as fvcore counts them and papers report them: those of convolutions, linear layers and
 matrix products, a few per element of norms, interpolation and average pooling, and none for other elementwise

@@ -1,7 +1,8 @@
-"""Run a trained detector or classifier, also one exported to ONNX, on images, folders, videos, a camera or URLs.
+"""Run a trained model, also one exported to ONNX, on images, folders, videos, a camera or URLs.
 
 Pictures go to OUT_DIR/vis and predictions to OUT_DIR/preds, one JSON file for each image or frame, with the keys of
-MMDetection's DetInferencer (of a classifier: of MMPretrain's ImageClassificationInferencer).
+MMDetection's DetInferencer (of a classifier: of MMPretrain's ImageClassificationInferencer). Of a segmentor, the JSON
+file lists the classes of the image and names a PNG file that holds the class of each pixel.
 """
 
 import argparse

@@ -2,7 +2,8 @@
 
 Disks, boxes and triangles of one class, 'shape', occlude each other and may be cut by the image border. Masks contain
 the visible pixels only. In the first image of each split, a cluster of disks is annotated as a crowd. The last image of
-each split has no objects. The same arguments give the same files.
+each split has no objects. With --label-maps, PNG files for semantic segmentation hold the kind of shape of each pixel.
+The same arguments give the same files.
 """
 
 import argparse
@@ -50,19 +51,23 @@ def make_shape(rng: np.random.Generator, size: int, kind: str, radius: float, ce
 
 
 def make_image(rng: np.random.Generator, size: int, crowd: bool, empty: bool) -> tuple[np.ndarray, list[dict]]:
-    """Return an image, (size, size, 3) uint8, and its objects: dicts with ``mask`` (visible pixels) and ``iscrowd``."""
+    """Return an image, (size, size, 3) uint8, and its objects.
+
+    Objects are dicts with ``mask`` (visible pixels), ``kind`` (one of KINDS) and ``iscrowd``.
+    """
     image = make_texture(rng, size, rng.choice(TEXTURES))
     shapes = []
     if crowd:
         center = rng.uniform(0.3, 0.7, 2) * size
         disks = [make_shape(rng, size, 'disk', size / 32, center + rng.normal(0, size / 12, 2)) for _ in range(12)]
-        add_shape(rng, image, shapes, dict(iscrowd=1, mask=np.any(disks, axis=0)))
+        add_shape(rng, image, shapes, dict(iscrowd=1, kind='disk', mask=np.any(disks, axis=0)))
     for _ in range(0 if empty else rng.integers(2, 5)):
         radius = np.exp(rng.uniform(np.log(size / 9), np.log(size / 3.6)))
-        mask = make_shape(rng, size, rng.choice(KINDS), radius, rng.uniform(0.1, 0.9, 2) * size)
+        kind = rng.choice(KINDS)
+        mask = make_shape(rng, size, kind, radius, rng.uniform(0.1, 0.9, 2) * size)
         # Skip a shape that would hide too much of another one.
         if all((shape['mask'] & mask).sum() < 0.4 * shape['mask'].sum() for shape in shapes):
-            add_shape(rng, image, shapes, dict(iscrowd=0, mask=mask))
+            add_shape(rng, image, shapes, dict(iscrowd=0, kind=kind, mask=mask))
     return image, shapes
 
 
@@ -74,11 +79,19 @@ def add_shape(rng: np.random.Generator, image: np.ndarray, shapes: list[dict], s
     shapes.append(shape)
 
 
-def make_split(root: Path, split: str, num_images: int, size: int, seed: int) -> None:
-    """Write ``root/split/*.png`` and ``root/annotations/instances_split.json``."""
+def write_image(path: Path, image: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not cv2.imwrite(str(path), image):
+        raise OSError(f'Cannot write {path}. Check that the disk is not full.')
+
+
+def make_split(root: Path, split: str, num_images: int, size: int, seed: int, label_maps: bool = False) -> None:
+    """Write ``root/split/*.png`` and ``root/annotations/instances_split.json``.
+
+    With ``label_maps``, also write ``root/labels/split/*.png``: 0 for the background, then the index in KINDS plus 1.
+    """
     rng = np.random.default_rng(seed)
-    (root / split).mkdir(parents=True, exist_ok=True)
-    (root / 'annotations').mkdir(exist_ok=True)
+    (root / 'annotations').mkdir(parents=True, exist_ok=True)
     coco = dict(
         info=dict(description=f'Synthetic shapes, made by {Path(__file__).name} from seed {seed}'),
         images=[],
@@ -88,8 +101,12 @@ def make_split(root: Path, split: str, num_images: int, size: int, seed: int) ->
     for i in range(num_images):
         image, objects = make_image(rng, size, crowd=i == 0, empty=i == num_images - 1)
         name = f'{i:06d}.png'
-        if not cv2.imwrite(str(root / split / name), image):
-            raise OSError(f'Cannot write {root / split / name}. Check that the disk is not full.')
+        write_image(root / split / name, image)
+        if label_maps:
+            labels = np.zeros((size, size), np.uint8)
+            for obj in objects:
+                labels[obj['mask']] = KINDS.index(obj['kind']) + 1
+            write_image(root / 'labels' / split / name, labels)
         coco['images'].append(dict(id=i + 1, file_name=name, width=size, height=size))
         for obj in objects:
             rle = mask_utils.encode(np.asfortranarray(obj['mask'], np.uint8))
@@ -114,9 +131,10 @@ def main() -> None:
     parser.add_argument('--num-val', type=int, default=80, help='number of validation images')
     parser.add_argument('--size', type=int, default=192, help='height and width of the images in pixels')
     parser.add_argument('--seed', type=int, default=0, help='random seed')
+    parser.add_argument('--label-maps', action='store_true', help='also write label maps for semantic segmentation')
     args = parser.parse_args()
-    make_split(args.root, 'train', args.num_train, args.size, 2 * args.seed)
-    make_split(args.root, 'val', args.num_val, args.size, 2 * args.seed + 1)
+    make_split(args.root, 'train', args.num_train, args.size, 2 * args.seed, args.label_maps)
+    make_split(args.root, 'val', args.num_val, args.size, 2 * args.seed + 1, args.label_maps)
     print(f'{args.root}: {args.num_train} training images and {args.num_val} validation images')
 
 

@@ -14,6 +14,7 @@ METRICS = {
     'coco/segm_mAP': 1,
     'accuracy/top1': 100,
     'accuracy/top5': 100,
+    'mIoU': 100,
 }
 
 

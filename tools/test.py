@@ -1,11 +1,12 @@
-"""Evaluate a detector or a classifier: metrics, pictures of its predictions, or files with them."""
+"""Evaluate a detector, a classifier or a segmentor: metrics, pictures of its predictions, or files with them."""
 
 import argparse
 from pathlib import Path
 
+from mmengine.config import Config
 from mmengine.runner import Runner
 
-from mmevm.checks.config import type_name
+from mmevm.checks.config import iter_datasets, type_name
 from mmevm.cli import add_common_arguments, load_config, run, start
 from mmevm.errors import ConfigError
 
@@ -18,12 +19,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--show-dir',
         type=Path,
-        help='write pictures with predictions here (of detections: on the right, with the ground truth on the left)',
+        help='write pictures with predictions (right) here, beside the ground truth (left) unless of classes',
     )
     parser.add_argument(
         '--format-only',
         metavar='PREFIX',
-        help="evaluate nothing, but write PREFIX.bbox.json (and PREFIX.segm.json) in the format of COCO's server",
+        help="evaluate nothing, but write PREFIX.bbox.json (and PREFIX.segm.json) in the format of COCO's server; of a "
+        'segmentor, one PNG file with labels for each image to the folder PREFIX',
     )
     add_common_arguments(parser)
     args = parser.parse_args()
@@ -32,27 +34,46 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def draw(cfg: Config, folder: str) -> None:
+    """Write a picture of each test image to a folder."""
+    hook, scope = cfg.default_hooks.visualization, cfg.get('default_scope')
+    if scope == 'mmdet':
+        hook.update(draw=True, test_out_dir=folder)
+    elif scope == 'mmseg':
+        hook.update(draw=True, interval=1)
+        cfg.visualizer.vis_backends = [dict(type='LocalVisBackend', img_save_dir=folder)]
+    else:
+        hook.update(enable=True, interval=1, out_dir=folder)
+
+
+def remove_label_loading(cfg: Config) -> None:
+    """Remove the loading of label maps, which the images of a test server do not have."""
+    for _, dataset in iter_datasets(cfg, 'test'):
+        dataset.pipeline = [step for step in dataset.pipeline if type_name(step) != 'LoadAnnotations']
+
+
 def main() -> None:
     args = parse_args()
     cfg = load_config(args)
-    detection = cfg.get('default_scope') == 'mmdet'
+    scope = cfg.get('default_scope')
     evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
     if args.format_only:
-        formatting = [evaluator for evaluator in evaluators if type_name(evaluator) == 'CocoMetric']
+        keys = dict(CocoMetric='outfile_prefix', IoUMetric='output_dir', CityscapesMetric='output_dir')
+        formatting = [evaluator for evaluator in evaluators if type_name(evaluator) in keys]
         if not formatting:
             raise ConfigError(
-                '--format-only is for detectors: there is no CocoMetric in test_evaluator of this config.'
+                '--format-only is for detectors and segmentors: test_evaluator of this config has no metric out of '
+                f'{", ".join(keys)}.'
             )
         for evaluator in formatting:
-            evaluator.update(format_only=True, outfile_prefix=args.format_only)
+            evaluator.update({'format_only': True, keys[type_name(evaluator)]: args.format_only})
+        if scope == 'mmseg':
+            remove_label_loading(cfg)
     if args.out:
-        dump = dict(type='DumpDetResults' if detection else 'DumpResults', out_file_path=args.out)
+        dump = dict(type='DumpDetResults' if scope == 'mmdet' else 'DumpResults', out_file_path=args.out)
         cfg.test_evaluator = [*evaluators, dump]
     if args.show_dir:
-        folder = str(args.show_dir.absolute())
-        cfg.default_hooks.visualization.update(
-            dict(draw=True, test_out_dir=folder) if detection else dict(enable=True, interval=1, out_dir=folder)
-        )
+        draw(cfg, str(args.show_dir.absolute()))
     cfg.load_from, cfg.resume = f'safe://{args.checkpoint}', False
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='mmevm.CheckpointCheckHook', strict=True)]
     start(cfg, ['test'], Runner.test, args.check)

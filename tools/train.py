@@ -1,4 +1,4 @@
-"""Train a detector or a classifier from an MMEngine config."""
+"""Train a detector, a classifier or a segmentor from an MMEngine config."""
 
 import argparse
 

@@ -33,6 +33,9 @@ def build_without_weights(cfg: Config) -> nn.Module:
 
 def default_input_size(cfg: Config) -> tuple[tuple[int, int], str]:
     """Return height and width in pixels of a config's test images, and where they come from, for messages."""
+    crop = (cfg.get('model', {}).get('data_preprocessor') or {}).get('size')
+    if cfg.get('default_scope') == 'mmseg' and crop:  # the pipeline resizes to any aspect ratio
+        return (crop[0], crop[1]), 'the crops of the training'
     sizes = [size for size in map(_output_size, _test_pipeline(cfg)) if size]
     if sizes:
         return sizes[-1]

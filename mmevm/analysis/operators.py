@@ -21,7 +21,7 @@ _PATTERNS = {
     POOLING: r'\w*pool\dd\w*|a?max|a?min|sum|mean|cumsum|std|var|(std|var)_mean|norm|linalg_vector_norm|'
     r'arg(max|min|sort)|sort|topk',
     INTERPOLATION: r'upsample_\w+|grid_sampler\w*',
-    ELEMENTWISE: r'silu|hardswish|hardsigmoid|relu6|prelu|glu|lerp|(native_)?dropout',
+    ELEMENTWISE: r'silu|hardswish|hardsigmoid|relu6|prelu|glu|lerp|(native_|feature_)?dropout',
 }
 
 

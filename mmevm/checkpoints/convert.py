@@ -57,8 +57,9 @@ class ConversionReport:
 def convert_checkpoint(checkpoint: Any, weights: str | None = None) -> tuple[dict[str, Any], ConversionReport]:
     """Convert the weights of an EfficientViM to the names and shapes of mmevm.
 
-    Classifiers of the authors and of timm, detectors of the authors (MMDetection 2) and converted checkpoints, which do
-    not change, are recognized. Every tensor of the network must be there with its shape, and no other tensor.
+    Classifiers of the authors and of timm, detectors and segmentors of the authors (MMDetection 2, MMSegmentation 0)
+    and converted checkpoints, which do not change, are recognized. Every tensor of the network must be there with its
+    shape, and no other tensor.
 
     Args:
         checkpoint: The content of a file, as ``read_checkpoint`` returns it.
@@ -85,10 +86,20 @@ def convert_checkpoint(checkpoint: Any, weights: str | None = None) -> tuple[dic
             f"The tensors are named {preview(state)}, but an EfficientViM has 'patch_embed.…' and 'stages.…', with or "
             "without the prefix 'backbone.'. Use a checkpoint of an EfficientViM."
         )
+    segmentor = any(name.startswith('decode_head.') for name in state)
+    if segmentor and find_spec('mmseg') is None:
+        raise CheckpointError(
+            'This is a segmentor, whose head is checked against MMSegmentation. Install MMSegmentation.'
+        )
     if find_spec('mmdet') is None and any(name.startswith(('neck.', *_DETECTOR_HEADS)) for name in state):
         raise CheckpointError('This is a detector, whose heads are checked against MMDetection. Install MMDetection.')
     arch, expected = _expected_backbone(state)
-    for shapes in (_expected_head(state, arch), _expected_neck(state, arch), _expected_detector_heads(state)):
+    for shapes in (
+        _expected_head(state, arch),
+        _expected_neck(state, arch),
+        _expected_detector_heads(state),
+        _expected_decode_head(state),
+    ):
         expected.update(shapes)
     problems = find_mismatches(expected, state)
     unknown = [name for name in state if name not in expected]
@@ -172,7 +183,8 @@ def flatten_norm(name: str, tensor: Tensor) -> Tensor:
 
 def _source(old_state: StateDict, reshaped: bool) -> str:
     if any(name.startswith('backbone.') for name in old_state):
-        return "a detector of the authors'" if reshaped else "a checkpoint of mmevm's"
+        model = 'segmentor' if any(name.startswith('decode_head.') for name in old_state) else 'detector'
+        return f"a {model} of the authors'" if reshaped else "a checkpoint of mmevm's"
     network = 'classifier' if 'weights' in old_state else 'backbone'
     return f"a {network} of the authors'" if reshaped else f"a {network} in timm's layout"
 
@@ -253,6 +265,13 @@ def _expected_neck(state: StateDict, arch: str) -> Shapes:
         return max(indices, default=-1) + 1
 
     channels = _channels(arch)
+    if any(name.startswith('decode_head.') for name in state) and not any(
+        name.startswith('neck.pre_norms.') for name in state
+    ):  # the authors' segmentors have a stock FPN; coarser levels are max-pooled
+        width = _size(state, 'neck.lateral_convs.0.conv.bias', default=256)
+        return _build_shapes(
+            'neck.', type='mmdet.FPN', in_channels=channels, out_channels=width, num_outs=len(channels)
+        )
     finer, levels = count('upsample_convs'), max(count('fpn_convs'), len(channels))
     coarser = state.get(f'neck.fpn_convs.{len(channels)}.conv.weight')
     on_input = coarser is not None and coarser.shape[1:2] == (channels[-1],)
@@ -291,6 +310,28 @@ def _expected_detector_heads(state: StateDict) -> Shapes:
         for name, shape in _build_shapes('', **model, _scope_='mmdet').items()
         if name.startswith(_DETECTOR_HEADS) and (has_masks or not name.startswith('roi_head.mask_head.'))
     }
+
+
+def _expected_decode_head(state: StateDict) -> Shapes:
+    """Return the shapes of mmseg's stock FPNHead for the levels, channels and classes of the file."""
+    if not any(name.startswith('decode_head.') for name in state):
+        return {}
+    found = (re.match(r'decode_head\.scale_heads\.(\d)\.(\d)\.conv\.weight$', name) for name in state)
+    convs = Counter(int(match[1]) for match in found if match)
+    # Each convolution after the first of a level is followed by an upsampling by 2.
+    strides = [4 * 2 ** (convs[i] if i else 0) for i in range(max(convs, default=0) + 1)]
+    first = state.get('decode_head.scale_heads.0.0.conv.weight')
+    channels, width = first.shape[:2] if first is not None and first.ndim == 4 else (128, 256)
+    return _build_shapes(
+        'decode_head.',
+        type='mmseg.FPNHead',
+        in_channels=[width] * len(strides),
+        in_index=list(range(len(strides))),
+        feature_strides=strides,
+        channels=channels,
+        num_classes=_size(state, 'decode_head.conv_seg.bias', default=150),
+        norm_cfg=dict(type='BN'),
+    )
 
 
 def _size(state: StateDict, name: str, default: int) -> int:

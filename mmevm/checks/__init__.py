@@ -5,8 +5,9 @@ datasets and the model that MMEngine's runner has built and traces the first ite
 explains errors of building the run and of its first iteration.
 
 Checks never stop a run that the libraries can train. They raise :class:`mmevm.errors.ConfigError` only if there is
-nothing to train on, image files are missing or empty, the pipeline loads masks that objects do not have, or ``topk``
-exceeds the number of classes. Everything else is a warning. A check that fails itself is skipped.
+nothing to train on, image files are missing or empty, the pipeline loads masks that objects do not have, label maps
+cannot be used, or ``topk`` exceeds the number of classes. Everything else is a warning. A check that fails itself is
+skipped.
 """
 
 from .config import check_config

@@ -18,6 +18,7 @@ from mmengine.dataset import BaseDataset
 from mmevm.errors import ConfigError
 
 from .config import preview, skip_failures
+from .segmentation import check_label_maps
 
 
 @dataclass
@@ -26,7 +27,7 @@ class DatasetSummary:
 
     key: str  # dotted key in the config
     dataset: BaseDataset
-    objects: Counter = field(default_factory=Counter)  # by label; for a classifier, images
+    objects: Counter = field(default_factory=Counter)  # by label; for a classifier, images; for a segmentor, pixels
     ignored: int = 0  # objects with ignore_flag
     is_detection: bool = False
     unlabeled: bool = False  # has images without known labels, as for self-supervised training
@@ -65,6 +66,12 @@ class DatasetSummary:
 
     def describe_empty(self) -> str:
         """Return why there is nothing to train on."""
+        if hasattr(self.dataset, 'img_suffix') and not self.dataset.ann_file:  # label maps beside a folder of images
+            folder = os.path.abspath(self.dataset.data_prefix['img_path'])
+            return (
+                f'{self.key}: no file in {folder} ends in {self.dataset.img_suffix}. Correct data_prefix.img_path and '
+                f'img_suffix of {self.key}.'
+            )
         file = os.path.abspath(self.dataset.ann_file or self.dataset.data_root or '')
         reasons = f' (skipped objects: {self._reasons()})' if self.skipped else ''
         advice = f'Correct the annotations, or ann_file, data_prefix, metainfo.classes and filter_cfg of {self.key}.'
@@ -116,7 +123,8 @@ def summarize(key: str, dataset: BaseDataset, training: bool) -> DatasetSummary:
         training: Whether it is used for training.
 
     Raises:
-        ConfigError: If an image file is missing or empty, or the pipeline loads masks and an object has none.
+        ConfigError: If an image file is missing or empty, if the pipeline loads masks and an object has none, or if a
+            label map cannot be used (see :func:`check_label_maps`).
     """
     summary = DatasetSummary(key, dataset)
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
@@ -138,6 +146,10 @@ def summarize(key: str, dataset: BaseDataset, training: bool) -> DatasetSummary:
         _check_boxes(summary, infos, steps, training)
     if training:
         _check_masks(key, infos, steps)
+    if infos and {'seg_map_path', 'label_map'} <= infos[0].keys():  # a dataset of MMSegmentation
+        with skip_failures():
+            summary.objects, warnings = check_label_maps(key, dataset, infos, steps)
+            summary.warnings += warnings
     with skip_failures():
         compare_with_file(summary)
     return summary

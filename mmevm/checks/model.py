@@ -1,7 +1,7 @@
 """Compare the parts of a model with each other and with the data: channels, strides, number of classes."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,14 +14,16 @@ from mmevm.errors import ConfigError
 
 from .config import iter_dicts, preview, type_name
 
+_HEADS = ('bbox_head', 'mask_head', 'head', 'decode_head', 'auxiliary_head')
+
 
 def heads(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the heads whose ``num_classes`` should be the number of classes of the data, with their dotted keys."""
     for name, module in model.named_modules():
         first, _, last = name.partition('.')
-        is_own = first in ('roi_head', 'bbox_head', 'mask_head', 'head')  # not of a model in the model
-        kind = type(module).__name__
-        if is_own and (last or first).split('.')[0] in ('bbox_head', 'mask_head', 'head') and 'RPN' not in kind:
+        is_own = first in ('roi_head', *_HEADS)  # not of a model in the model
+        name_of_head = first if last.isdecimal() else (last or first).split('.')[0]  # the index is that of a cascade
+        if is_own and name_of_head in _HEADS and 'RPN' not in type(module).__name__:
             yield f'model.{name}', module
 
 
@@ -99,6 +101,9 @@ class FeatureTracer:
 
     def __enter__(self) -> 'FeatureTracer':
         for part in self.parts:
+            if hasattr(part.module, 'in_index'):  # a head of MMSegmentation, whose loss() calls forward() without hooks
+                part.module.forward = partial(self._run, part, part.module.forward)
+                continue
             self._handles.append(part.module.register_forward_pre_hook(partial(self._begin, part)))
             self._handles.append(part.module.register_forward_hook(partial(self._end, part)))
         return self
@@ -107,11 +112,20 @@ class FeatureTracer:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for part in self.parts:
+            if isinstance(part.module.__dict__.get('forward'), partial):
+                del part.module.forward  # that of the class remains
 
     def _begin(self, part: Part, module: nn.Module, args: tuple) -> None:
         part.inputs, part.outputs = _shapes(args[0] if args else None), None
         if part not in self.called:
             self.called.append(part)
+
+    def _run(self, part: Part, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._begin(part, part.module, args)
+        output = forward(*args, **kwargs)
+        self._end(part, part.module, args, output)
+        return output
 
     @staticmethod
     def _end(part: Part, module: nn.Module, args: tuple, output: Any) -> None:
@@ -180,6 +194,8 @@ class FeatureTracer:
         name, wanted, source = f'{part.key}.{argument}', part.cfg.get(argument), self._source(part)
         is_list = isinstance(wanted, (list, tuple))
         given = [shape[1] for shape in part.inputs if len(shape) > 1]
+        if hasattr(part.module, 'in_index'):
+            return _explain_index(part, given, source)
         given = given if is_list else sorted(set(given))
         # Some necks start with the coarsest map.
         if not given or not wanted or (sorted(wanted) == sorted(given) if is_list else wanted in given):
@@ -194,6 +210,22 @@ class FeatureTracer:
         else:
             fix = "Add a neck, such as type='mmevm.UpsampleFPN'."
         return f'{name}={wanted} does not match the output channels {given} of {source}. {fix}'
+
+
+def _explain_index(part: Part, given: list[int], source: str) -> str | None:
+    """Compare the maps that a head of MMSegmentation selects with their number and channels."""
+    wanted: Any = part.module.in_channels
+    index: Any = part.module.in_index
+    indices = [*index] if isinstance(index, (list, tuple)) else [index]
+    channels = [*wanted] if isinstance(wanted, (list, tuple)) else [wanted]
+    if all(-len(given) <= i < len(given) for i in indices) and [given[i] for i in indices] == channels:
+        return None
+    several = isinstance(index, (list, tuple))
+    new: Any = (given, list(range(len(given)))) if several else (given[-1], len(given) - 1)
+    return (
+        f'{part.key}.in_channels={wanted} and in_index={index} do not match the {len(given)} maps of {source}, with '
+        f'{given} channels. Set in_channels={new[0]} and in_index={new[1]}{"" if several else ", for example"}.'
+    )
 
 
 def _upsample_fpn(part: Part, channels: list[int], num_upsamples: int) -> str:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mmevm.errors import ConfigError
-from mmevm.tensors import DETECTORS, flatten_tensors
+from mmevm.tensors import DETECTORS, flatten_tensors, is_segmentor
+
+from .segmentation import compare_class_maps, segment
 
 if find_spec('mmdet') is not None:  # classification alone does not need MMDetection
     from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
@@ -27,7 +29,7 @@ if find_spec('mmpretrain') is not None:
 else:
     CLASS_HEADS = ()
 
-PARTS = ('backbone', 'neck', 'model', 'detections')
+PARTS = ('backbone', 'neck', 'model', 'detections', 'class_map')
 EXAMPLE_SIZE = (256, 384)  # a multiple of every usual stride, so that the size of a map gives its stride
 
 
@@ -37,8 +39,10 @@ class ModelPart(nn.Module):
     Args:
         model: A model of mmevm, MMDetection or MMPretrain.
         part: 'backbone'; 'neck', the pyramid of a detector; 'model', the logits of a classifier or the raw outputs of
-            the heads of a one-stage detector; or 'detections', the boxes and masks of a detector after
-            post-processing. None is 'neck' for a detector that has one, else 'backbone'; and 'model' for a classifier.
+            the heads of a one-stage detector; 'detections', the boxes and masks of a detector after post-processing;
+            or 'class_map', the class of each pixel of a segmentor, whose 'model' is the logits at the size of the
+            image. None is 'neck' for a detector that has one, else 'backbone'; and 'model' for a classifier or
+            segmentor.
 
     Attributes:
         part: The part, never None.
@@ -57,7 +61,10 @@ class ModelPart(nn.Module):
         self.part = part or ('model' if not detector else 'neck' if has['neck'] else 'backbone')
         if self.part not in PARTS:
             raise ConfigError(f'--part {part}: choose from {", ".join(PARTS)}.')
-        if self.part in ('neck', 'detections') and not detector:
+        segmentor = is_segmentor(model)
+        if self.part == 'class_map' and not segmentor:
+            raise ConfigError(f'--part class_map is for segmentors: choose another part for a {kind}.')
+        if self.part in ('neck', 'detections') and not (detector or (segmentor and self.part == 'neck')):
             raise ConfigError(f'--part {self.part} is for detectors: choose backbone or model for a {kind}.')
         if not has.get(self.part, True):
             raise ConfigError(f'--part {self.part}: the {kind} of this config has no {self.part}.')
@@ -75,6 +82,8 @@ class ModelPart(nn.Module):
         if self.part == 'detections':
             self._add_post_processing()
         self.training = model.training
+        if self.part == 'class_map':
+            self.compare = compare_class_maps
 
     def _add_post_processing(self) -> None:
         from .post_processing import InstancePostProcessing, PostProcessing
@@ -110,6 +119,8 @@ class ModelPart(nn.Module):
             return self.post_processing(outputs, image_sizes(image, self.zeros_are_padding))
         if self.part == 'backbone':
             return self.model.backbone(image)
+        if self.part in ('model', 'class_map') and is_segmentor(self.model):
+            return segment(self.model, image, class_map=self.part == 'class_map')
         return self.model.extract_feat(image) if self.part == 'neck' else self.model(image)
 
     def reference(self) -> nn.Module:
@@ -159,6 +170,8 @@ class ModelPart(nn.Module):
         """
         if self.part == 'detections':
             return ['dets', 'labels'] + ['masks'] * (self.mask_threshold is not None)
+        if self.part == 'class_map':
+            return ['class_map']
         if self.part == 'model' and not isinstance(self.model, DETECTORS):
             return ['logits']
         parameter = next(self.parameters())

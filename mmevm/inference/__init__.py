@@ -1,7 +1,8 @@
-"""Run a trained detector or classifier on images, folders, videos, cameras and URLs.
+"""Run a trained detector, classifier or segmentor on images, folders, videos, cameras and URLs.
 
-``inputs`` expands what the user names; ``detection`` and ``classification`` are the inferencers of MMDetection and
-MMPretrain with safe, strict loading and class names (``build`` chooses), ``onnx`` has those of exported files;
+``inputs`` expands what the user names; ``detection``, ``classification`` and ``segmentation`` are the inferencers of
+MMDetection and MMPretrain and one for MMSegmentation, with safe, strict loading and class names (``build`` chooses),
+``onnx`` has those of exported files;
 ``predictor`` runs one over the inputs and writes pictures, videos and JSON files. Another task needs an
 :class:`Inferencer` and an entry in ``build``.
 """

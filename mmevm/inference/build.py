@@ -13,7 +13,7 @@ def build_inferencer(cfg: Config, checkpoint: str, device: str | None = None, de
     """Build the inferencer for the task of a config.
 
     Args:
-        cfg: A config of MMDetection's or MMPretrain's scope.
+        cfg: A config of MMDetection's, MMPretrain's or MMSegmentation's scope.
         checkpoint: What ``fetch_checkpoint`` takes: a local file, a URL and more.
         device: Where the model runs; None is a GPU if there is one.
         deploy_mode: Whether to fuse the layers of the model first: the same results, faster.
@@ -24,10 +24,11 @@ def build_inferencer(cfg: Config, checkpoint: str, device: str | None = None, de
             used, or if the model has no deploy mode.
     """
     scope = cfg.get('default_scope')
-    if scope not in ('mmdet', 'mmpretrain'):
+    if scope not in ('mmdet', 'mmpretrain', 'mmseg'):
         raise ConfigError(
-            f'default_scope={scope!r} in {cfg.filename}: inference needs a config of a detector (mmdet) or a '
-            'classifier (mmpretrain). Set default_scope to the library whose dataset and pipeline the config uses.'
+            f'default_scope={scope!r} in {cfg.filename}: inference needs a config of a detector (mmdet), a classifier '
+            '(mmpretrain) or a segmentor (mmseg). Set default_scope to the library whose dataset and pipeline the '
+            'config uses.'
         )
     for key in ('model', 'test_dataloader'):
         if not cfg.get(key):
@@ -42,6 +43,10 @@ def build_inferencer(cfg: Config, checkpoint: str, device: str | None = None, de
         from .detection import DetectionInferencer
 
         return DetectionInferencer(cfg, checkpoint, device, deploy_mode)
+    if scope == 'mmseg':
+        from .segmentation import SegmentationInferencer
+
+        return SegmentationInferencer(cfg, checkpoint, device, deploy_mode)
     from .classification import ClassificationInferencer
 
     return ClassificationInferencer(cfg, checkpoint, device, deploy_mode)

@@ -19,7 +19,8 @@ from mmevm.errors import ConfigError, UserError
 from .inputs import READ_ERRORS, Inputs, file_name, open_video
 
 T = TypeVar('T')
-# What goes into the JSON file, and the picture with the predictions: (H, W, 3) uint8 in BGR, None if it was not drawn.
+# What goes into the JSON file (a map of classes, `sem_seg`, into a PNG file beside it), and the picture with the
+# predictions: (H, W, 3) uint8 in BGR, None if it was not drawn.
 Prediction = tuple[dict[str, Any], np.ndarray | None]
 
 
@@ -94,7 +95,7 @@ class Predictor:
                     predictions = self._infer([image for _, image in read])
                     for (source, _), (result, picture) in zip(read, predictions, strict=True):
                         stem = self._new_stem(source)
-                        _write_json(self.out_dir / 'preds' / f'{stem}.json', result)
+                        _write_result(self.out_dir / 'preds' / f'{stem}.json', result)
                         if picture is not None and self.save_vis:
                             self._write_picture(stem, Path(file_name(source)).suffix, picture)
                         self._show(picture, wait=0)
@@ -121,7 +122,7 @@ class Predictor:
                 stack.enter_context(suppress(KeyboardInterrupt))  # Ctrl-C is how a recording ends
             for frames in _chunks(video.frames, 1 if is_camera else self.batch_size):
                 for result, picture in self._infer(frames):
-                    _write_json(self.out_dir / 'preds' / stem / f'{count:06d}.json', result)
+                    _write_result(self.out_dir / 'preds' / stem / f'{count:06d}.json', result)
                     if picture is not None and self.save_vis:
                         write(picture)
                     self._show(picture, wait=1)
@@ -198,9 +199,15 @@ def _check_display() -> None:
         ) from error
 
 
-def _write_json(path: Path, content: Any) -> None:
+def _write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write a JSON file; a map of classes goes into a PNG file beside it, which the JSON file names."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content), encoding='utf-8')
+    if 'sem_seg' in result:
+        png = path.with_suffix('.png')
+        if not cv2.imwrite(str(png), result['sem_seg']):
+            raise UserError(f'{png} cannot be written. Free space on the disk, or give another --out-dir.')
+        result = result | dict(sem_seg=png.name)
+    path.write_text(json.dumps(result), encoding='utf-8')
 
 
 @contextmanager

@@ -95,6 +95,23 @@ def test_categories(root, split, coco):
     assert len(coco.anns) == len(text['annotations'])  # no duplicate ids
 
 
+def test_label_maps(tmp_path):
+    numbers = [f'--num-{split}={number}' for split, number in NUMBERS.items()]
+    subprocess.run([sys.executable, SCRIPT, tmp_path, *numbers, f'--size={SIZE}', '--label-maps'], check=True)
+    coco = COCO(tmp_path / 'annotations/instances_train.json')
+    seen = set()
+    for image in coco.imgs.values():
+        labels = cv2.imread(str(tmp_path / 'labels/train' / image['file_name']), cv2.IMREAD_UNCHANGED)
+        objects = [(coco.annToMask(ann).astype(bool), ann['iscrowd']) for ann in coco.imgToAnns[image['id']]]
+        masks = [mask for mask, _ in objects]
+        assert np.array_equal(labels > 0, np.any([*masks, np.zeros_like(labels, bool)], axis=0))
+        assert all(len(np.unique(labels[mask])) == 1 for mask in masks)  # each shape is of one kind
+        assert all((labels[mask] == 1).all() for mask, is_crowd in objects if is_crowd)
+        seen |= {*np.unique(labels).tolist()}
+    assert seen == {0, 1, 2, 3}
+    assert len(list((tmp_path / 'labels/val').iterdir())) == NUMBERS['val']
+
+
 @pytest.mark.parametrize('crowd', [False, True])
 @pytest.mark.parametrize('seed', range(5))
 def test_masks_equal_visible_pixels(seed, crowd):

@@ -29,6 +29,13 @@ def test_base_configs_of_other_packages_are_unchanged(tmp_path):
     assert Config.fromfile(own).model.type == 'RetinaNet'
 
 
+def test_base_configs_of_mmseg_are_found_in_both_distributions(tmp_path):
+    pytest.importorskip('mmseg', reason='MMSegmentation is not installed')
+    own = tmp_path / 'own.py'
+    own.write_text("_base_ = 'mmseg::sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py'\n")
+    assert Config.fromfile(own).model.decode_head.type == 'FPNHead'
+
+
 @pytest.mark.parametrize('order', ['import mmevm, mmengine', 'import mmengine, mmevm'])
 def test_any_order_of_imports(tmp_path, order):
     (tmp_path / 'own.py').write_text("_base_ = 'mmevm::_base_/schedule_1x_adamw.py'\n")

@@ -35,8 +35,8 @@ def import_mmevm(site):
 @pytest.mark.parametrize(
     'names',
     [
-        ['onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmpretrain'],
-        ['mmengine', 'mmcv', 'mmdet', 'mmpretrain'],
+        ['onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmpretrain', 'onedl-mmsegmentation'],
+        ['mmengine', 'mmcv', 'mmdet', 'mmpretrain', 'mmsegmentation'],
         ['mmengine-lite', 'mmcv-lite'],
     ],
 )
@@ -66,6 +66,8 @@ def test_missing_packages(there, missing, tmp_path):
         ['onedl-mmengine', 'onedl-mmcv', 'mmcv-lite'],
         ['mmengine', 'mmcv', 'onedl-mmcv'],
         ['onedl-mmengine', 'onedl-mmcv', 'mmdet'],
+        ['onedl-mmengine', 'onedl-mmcv', 'mmsegmentation'],
+        ['mmengine', 'mmcv', 'onedl-mmsegmentation'],
         ['mmengine', 'mmcv', 'onedl-mmpretrain'],
         ['onedl-mmengine', 'mmengine-lite'],
     ],
@@ -79,6 +81,19 @@ def test_both_distributions(names, tmp_path):
     assert all(repr(name) in message for name in names)
     assert 'pip uninstall' in message
     assert "pip install -e '.[onedl]' or pip install -e '.[openmmlab]'" in message
+
+
+@pytest.mark.parametrize(
+    ('there', 'packages'), [('onedl-mmcv', 'onedl-mmsegmentation'), ('mmcv', 'mmsegmentation ftfy regex')]
+)
+def test_missing_segmentation(there, packages, tmp_path):
+    install(tmp_path, there)
+    provide(tmp_path, 'mmengine', 'mmcv', 'ftfy')
+    result = run(tmp_path, '-S', '-c', 'from mmevm.distributions import check_segmentation; check_segmentation()')
+    message = result.stderr.splitlines()[-1]
+    assert f'needs MMSegmentation; not installed: mmseg, regex. Run pip install {packages}, or' in message
+    key = 'onedl' if there.startswith('onedl') else 'openmmlab'
+    assert f"pip install -e '.[{key},seg-{key}]'" in message
 
 
 def test_error_is_raised_when_a_config_is_built(tmp_path):

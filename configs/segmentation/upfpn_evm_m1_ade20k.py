@@ -1,0 +1,6 @@
+_base_ = './upfpn_evm_m4_ade20k.py'
+
+model = dict(
+    backbone=dict(arch='m1', init_cfg=dict(checkpoint='timm://efficientvim_m1.e450_in1k')),
+    neck=dict(in_channels=[128, 192, 320]),
+)
