@@ -47,7 +47,7 @@ class Exported:
 
 @pytest.fixture(scope='module', params=DETECTORS)
 def detector(request, tmp_path_factory, images):
-    files = write_small(tmp_path_factory.mktemp('small'), request.param, score_thr=0.2)
+    files = write_small(tmp_path_factory.mktemp('small'), request.param, score_thr=0.3)
     return Exported(*files, images, 'detections')
 
 
@@ -96,7 +96,7 @@ def test_metadata(detector):
     entries = {entry.key: entry.value for entry in onnx.load(detector.file).metadata_props}
     assert json.loads(entries['classes']) == ['disc', 'box', 'star']
     assert json.loads(entries['palette']) == [[220, 20, 60], [20, 60, 220], [60, 220, 20]]
-    assert (entries['task'], entries['score_threshold']) == ('instance segmentation', '0.2')
+    assert (entries['task'], entries['score_threshold']) == ('instance segmentation', '0.3')
     assert (entries['config'], entries['weights'], entries['channel_order']) == ('small.py', 'small.pth', 'RGB')
 
 
