@@ -152,6 +152,7 @@ def main() -> None:
         args.out,
         torch.randn(shape),
         dynamic=not args.shape,
+        size_divisor=getattr(getattr(trained.model, 'data_preprocessor', None), 'pad_size_divisor', 1),
         output_names=names,
         metadata=metadata,
         opset=args.opset,

@@ -11,6 +11,7 @@ size into the file as a constant, and cannot export deploy mode.
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from math import ceil
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
@@ -42,6 +43,7 @@ def export_onnx(
     file: str | os.PathLike,
     example: Tensor,
     dynamic: bool = True,
+    size_divisor: int = 1,
     output_names: Sequence[str] | None = None,
     metadata: Mapping[str, str] | None = None,
     opset: int = OPSET,
@@ -61,6 +63,7 @@ def export_onnx(
             those of every map within the model should be: the exporter takes a 1 for a constant.
         dynamic: Whether the file accepts any B, H and W. If not, it accepts those of the example, which may have any
             shape.
+        size_divisor: What H and W must be multiples of. With ``dynamic``, the file is verified at such sizes only.
         output_names: Names of the outputs, in order; None is ``output_0`` and so on.
         metadata: Further entries of the file's ``metadata_props``.
         opset: Version of ONNX's operators, at least 18.
@@ -111,7 +114,7 @@ def export_onnx(
     temporary = file.with_name(f'.{os.getpid()}.{file.name}')
     try:
         onnx.save(proto, temporary)
-        images = _other_images(example) if dynamic else [example]
+        images = _other_images(example, size_divisor) if dynamic else [example]
         difference = verify_onnx(temporary, reference, images, compare=compare)
         if constants:
             _set_constants(proto, constants)
@@ -253,8 +256,8 @@ def _set_constants(proto: 'onnx.ModelProto', constants: Mapping[str, float]) -> 
         tensor.CopyFrom(onnx.numpy_helper.from_array(np.array(value, dtype), tensor.name))
 
 
-def _other_images(example: Tensor) -> Iterator[Tensor]:
-    """Yield one image of the example's size, two that are not square, and three with odd sides."""
+def _other_images(example: Tensor, size_divisor: int) -> Iterator[Tensor]:
+    """Yield one image of the example's size, two that are not square, and three with odd sides if these are allowed."""
     _, channels, height, width = example.shape
     generator = torch.Generator().manual_seed(0)
     for shape in [
@@ -262,7 +265,8 @@ def _other_images(example: Tensor) -> Iterator[Tensor]:
         (2, channels, max(height // 2, 1), width),
         (3, channels, height * 2 // 5 * 2 + 1, width // 3 * 2 + 1),
     ]:
-        yield torch.randn(shape, generator=generator).to(example)
+        sides = [ceil(side / size_divisor) * size_divisor for side in shape[2:]]
+        yield torch.randn(*shape[:2], *sides, generator=generator).to(example)
 
 
 def _run(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:

@@ -94,7 +94,7 @@ class Block(nn.Module):
 
     def _gate(self, x: Tensor, fx: Tensor, gate: Tensor) -> Tensor:
         # Dropping a path closes its gate; DropPath also scales the gates that stay open, to keep the expectation.
-        gate = self.drop_path(gate.expand(len(x), -1, -1, -1))
+        gate = self.drop_path(gate.expand(x.shape[0], -1, -1, -1))
         return torch.lerp(x, fx.to(x.dtype), gate.to(x.dtype))
 
 

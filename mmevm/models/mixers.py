@@ -132,7 +132,7 @@ class DeployHSMSSD(nn.Module):
         h = (a * b).to(x.dtype) @ _tokens(normed)  # (B, N, D)
         h = self.mix_states(h)  # (B, D, N)
         y = torch.baddbmm(_tokens(x), c.transpose(1, 2).to(h.dtype), h.transpose(1, 2))  # (B, L, D)
-        y = y.view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+        y = y.view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
         return y, h / self.ratio if out_hidden_states else None
 
     def mix_states(self, h: Tensor) -> Tensor:

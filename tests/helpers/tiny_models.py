@@ -68,7 +68,7 @@ def write_small(folder: Path, config: str, score_thr: float) -> tuple[Path, Path
     model = randomize(MODELS.build(cfg.model))
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and 'head' in name:  # clear scores, and boxes that move
-            torch.nn.init.normal_(parameter, 0, 0.05)
+            torch.nn.init.normal_(parameter, 0, 0.3 if 'cls' in name else 0.05)
     cfg.dump(folder / 'small.py')
     torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=metainfo)), folder / 'small.pth')
     return folder / 'small.py', folder / 'small.pth'

@@ -120,6 +120,29 @@ def test_export_flattens_nested_outputs_and_accepts_any_size(tmp_path):
         assert_same(outputs, [y, y.mean((2, 3)), y.relu()])
 
 
+def test_sides_may_have_to_be_multiples(tmp_path):
+    model = function(lambda x: nn.functional.pixel_unshuffle(x, 2))  # of a map of stride 2
+    with pytest.raises(ExportError, match='pixel_unshuffle'):
+        export_onnx(model, tmp_path / 'any.onnx', torch.randn(2, 3, 64, 96))
+    export_onnx(model, tmp_path / 'multiples.onnx', torch.randn(2, 3, 64, 96), size_divisor=4)
+    x = torch.randn(1, 3, 36, 44)
+    torch.testing.assert_close(
+        torch.from_numpy(in_onnxruntime(tmp_path / 'multiples.onnx')(x)['output_0']), model(x), atol=1e-4, rtol=0
+    )
+
+
+@pytest.mark.parametrize('deployed', [False, True])
+def test_graph_of_the_backbone_accepts_any_size(deployed):
+    """Without a second attempt in strict mode, which takes several times as long."""
+    model = EfficientViM(ARCH).eval()
+    if deployed:
+        model.switch_to_deploy()
+    sizes = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    program = torch.export.export(model, (torch.rand(2, 3, 256, 384),), dynamic_shapes=(sizes,), strict=False)
+    x = torch.rand(3, 3, 97, 131)
+    torch.testing.assert_close(program.module()(x), model(x), atol=1e-4, rtol=1e-4)
+
+
 def test_file_contains_no_source_paths(tmp_path):
     export_onnx(function(), tmp_path / 'a.onnx', torch.randn(2, 3, 16, 24))
     content = (tmp_path / 'a.onnx').read_bytes()
