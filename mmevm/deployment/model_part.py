@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmevm.errors import ConfigError
 from mmevm.tensors import DETECTORS, flatten_tensors, is_segmentor
 
-from .segmentation import compare_class_maps, segment
+from .segmentation import compare_class_maps, replace_upsampling, segment
 
 if find_spec('mmdet') is not None:  # classification alone does not need MMDetection
     from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
@@ -82,6 +82,8 @@ class ModelPart(nn.Module):
         if self.part == 'detections':
             self._add_post_processing()
         self.training = model.training
+        if is_segmentor(model):
+            replace_upsampling(model)
         if self.part == 'class_map':
             self.compare = compare_class_maps
 

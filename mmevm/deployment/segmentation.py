@@ -3,7 +3,21 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def replace_upsampling(model: Any) -> None:
+    """Replace MMSegmentation's ``Upsample`` by PyTorch's, in place.
+
+    It takes ``int()`` of a size, which ``torch.export`` then takes for a constant.
+    """
+    from mmseg.models.utils import Upsample
+
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is Upsample and not layer.size:
+                upsample = nn.Upsample(None, layer.scale_factor, layer.mode, layer.align_corners)
+                setattr(parent, name, upsample.train(layer.training))
 
 
 def segment(model: Any, image: Tensor, class_map: bool = False) -> Tensor:
