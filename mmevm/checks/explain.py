@@ -60,7 +60,7 @@ def explain(error: Exception, cfg: Config) -> str | None:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     parts = list(iter_dicts(cfg.to_dict()))
     if found := re.match(r'(\S+) is not in the (?:\w+::)?([\w ]+?) registry', message):
-        return _unknown_type(parts, found[1], found[2])
+        return _unknown_type(parts, found[1], found[2], cfg.get('default_scope'))
     if found := re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message):
         return _unknown_argument(parts, found[1], found[2], _built_class(frames, found[1]))
     if found := re.search(r'(\w+)\.__init__\(\) missing \d+ required \S+ arguments?: (.*)', message):
@@ -68,7 +68,7 @@ def explain(error: Exception, cfg: Config) -> str | None:
         return f'{preview(keys, 3)}: {found[1]} requires {found[2]}. Set it in the config.' if keys else None
     if message == 'None is not a callable object':  # MMEngine does not name an unknown optimizer
         names = [part['type'] for key, part in parts if key == 'optim_wrapper.optimizer']
-        return _unknown_type(parts, names[0], 'optimizer') if names and OPTIMIZERS.get(names[0]) is None else None
+        return _unknown_type(parts, names[0], 'optimizer', None) if names and OPTIMIZERS.get(names[0]) is None else None
     if any(frame.f_code.co_name == 'build_dataloader' for frame in frames):
         return explain_dataset_error(cfg)
     if frames and frames[-1].f_code.co_filename.startswith(_PACKAGE) and isinstance(error, (TypeError, ValueError)):
@@ -80,11 +80,11 @@ def explain(error: Exception, cfg: Config) -> str | None:
     return None
 
 
-def _unknown_type(parts: list[tuple[str, dict]], name: str, registry_name: str) -> str | None:
+def _unknown_type(parts: list[tuple[str, dict]], name: str, registry_name: str, scope: str | None) -> str | None:
     keys = [f'{key}.type' for key, part in parts if part.get('type') == name]
     if not keys:  # built by the user's own code
         return None
-    names = _registered_names(registry_name)
+    names = _registered_names(registry_name, scope)
     with_scope = [other for other in sorted(names) if other.endswith(f'.{name}')]
     suggestion = with_scope[0] if with_scope else closest(name, names)
     hint = f' Did you mean {suggestion!r}?' if suggestion else ''
@@ -94,8 +94,11 @@ def _unknown_type(parts: list[tuple[str, dict]], name: str, registry_name: str) 
     )
 
 
-def _registered_names(registry_name: str) -> set[str]:
-    """Return the names in MMEngine's registry of this name and its children, with and without their scopes."""
+def _registered_names(registry_name: str, default_scope: str | None) -> set[str]:
+    """Return the names in MMEngine's registry of this name, and those of its children with their scopes.
+
+    The names of the default scope's child have none.
+    """
     names = set()
     for registry in vars(mmengine.registry).values():
         if isinstance(registry, Registry) and registry.name == registry_name:
@@ -103,7 +106,7 @@ def _registered_names(registry_name: str) -> set[str]:
             for scope, child in registry.children.items():
                 if scope == 'mmevm':
                     child.import_from_location()
-                names |= {*child.module_dict, *(f'{scope}.{name}' for name in child.module_dict)}
+                names |= {name if scope == default_scope else f'{scope}.{name}' for name in child.module_dict}
     return names
 
 
