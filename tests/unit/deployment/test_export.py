@@ -46,6 +46,7 @@ _base_ = '{CLASSIFIER}'
 model = dict(
     backbone=dict(arch=dict(_delete_=True, **{ARCH!r})), head=dict(num_classes=10, in_channels=[16, 32, 48, 48])
 )
+test_dataloader = dict(dataset=dict(metainfo=dict(classes=tuple('abcdefghij'))))
 """
 
 
