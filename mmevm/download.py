@@ -1,8 +1,9 @@
 """Download a file over HTTP: with a progress bar, and continued where an earlier download stopped."""
 
-import fcntl
 import hashlib
 import http.client
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
 from urllib.request import Request, urlopen
@@ -10,6 +11,7 @@ from urllib.request import Request, urlopen
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+fcntl = import_module('fcntl') if find_spec('fcntl') else None  # None on Windows
 _TIMEOUT = 30  # seconds without any data
 _CHUNK = 1 << 16  # bytes
 
@@ -38,7 +40,8 @@ def _download(url: str, path: Path) -> None:
         size = int(response.headers.get('Content-Length') or 0)  # 0: unknown
         part = path.with_name(f'{path.name}.{hashlib.sha256(str(version).encode()).hexdigest()[:8]}.part')
         with part.open('ab') as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # of processes that download the same file, the others wait
+            if fcntl is not None:  # of processes that download the same file, the others wait
+                fcntl.flock(file, fcntl.LOCK_EX)
             done = file.tell() if version else 0
             if path.exists():
                 part.unlink(missing_ok=True)
