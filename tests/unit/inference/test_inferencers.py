@@ -132,7 +132,7 @@ def test_checkpoint_must_have_every_tensor(detector, tmp_path):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        (dict(default_scope='mmseg'), "default_scope='mmseg'"),
+        (dict(default_scope='mmrotate'), "default_scope='mmrotate'"),
         (dict(test_dataloader=None), 'test_dataloader is missing'),
         (dict(model=None), 'model is missing'),
     ],
