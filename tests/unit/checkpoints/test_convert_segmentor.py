@@ -33,6 +33,7 @@ def parts():
                 channels=128,
                 num_classes=150,
                 norm_cfg=dict(type='BN'),
+                loss_decode=dict(type='mmseg.CrossEntropyLoss'),  # whatever the default scope is
             )
         ),
     )
