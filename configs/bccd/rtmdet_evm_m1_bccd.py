@@ -39,51 +39,26 @@ test_pipeline = [
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'instances')),
 ]
+dataset = dict(
+    _delete_=True,
+    type='XMLDataset',
+    data_root=data_root,
+    data_prefix=dict(sub_data_root=''),
+    metainfo=metainfo,
+)
+test_dataset = dict(dataset, test_mode=True, pipeline=test_pipeline)
+loader = dict(batch_size=batch_size, num_workers=0, persistent_workers=False)
 train_dataloader = dict(
-    batch_size=batch_size,
-    num_workers=0,
-    persistent_workers=False,
+    loader,
     dataset=dict(
-        _delete_=True,
-        type='XMLDataset',
-        data_root=data_root,
+        dataset,
         ann_file='ImageSets/Main/train.txt',
-        data_prefix=dict(sub_data_root=''),
-        metainfo=metainfo,
         filter_cfg=dict(filter_empty_gt=True, min_size=32),
         pipeline=train_pipeline,
     ),
 )
-val_dataloader = dict(
-    batch_size=batch_size,
-    num_workers=0,
-    persistent_workers=False,
-    dataset=dict(
-        _delete_=True,
-        type='XMLDataset',
-        data_root=data_root,
-        ann_file='ImageSets/Main/val.txt',
-        data_prefix=dict(sub_data_root=''),
-        metainfo=metainfo,
-        test_mode=True,
-        pipeline=test_pipeline,
-    ),
-)
-test_dataloader = dict(
-    batch_size=batch_size,
-    num_workers=0,
-    persistent_workers=False,
-    dataset=dict(
-        _delete_=True,
-        type='XMLDataset',
-        data_root=data_root,
-        ann_file='ImageSets/Main/test.txt',
-        data_prefix=dict(sub_data_root=''),
-        metainfo=metainfo,
-        test_mode=True,
-        pipeline=test_pipeline,
-    ),
-)
+val_dataloader = dict(loader, dataset=dict(test_dataset, ann_file='ImageSets/Main/val.txt'))
+test_dataloader = dict(loader, dataset=dict(test_dataset, ann_file='ImageSets/Main/test.txt'))
 val_evaluator = dict(_delete_=True, type='CocoMetric', metric='bbox', classwise=True)
 test_evaluator = val_evaluator
 
