@@ -63,6 +63,7 @@ val_evaluator = dict(_delete_=True, type='CocoMetric', metric='bbox', classwise=
 test_evaluator = val_evaluator
 
 train_cfg = dict(_delete_=True, type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=3)
+auto_scale_lr = dict(base_batch_size=batch_size)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(type='CosineAnnealingLR', eta_min=1e-5, begin=0, end=epochs, T_max=epochs, convert_to_iter_based=True),
