@@ -324,7 +324,8 @@ def _expected_decode_head(state: StateDict) -> Shapes:
     channels, width = first.shape[:2] if first is not None and first.ndim == 4 else (128, 256)
     return _build_shapes(
         'decode_head.',
-        type='mmseg.FPNHead',
+        type='FPNHead',
+        _scope_='mmseg',  # of its loss too
         in_channels=[width] * len(strides),
         in_index=list(range(len(strides))),
         feature_strides=strides,
