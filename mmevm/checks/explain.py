@@ -71,6 +71,8 @@ def explain(error: Exception, cfg: Config) -> str | None:
         return _unknown_type(parts, names[0], 'optimizer', None) if names and OPTIMIZERS.get(names[0]) is None else None
     if any(frame.f_code.co_name == 'build_dataloader' for frame in frames):
         return explain_dataset_error(cfg)
+    if frames and frames[-1].f_code.co_name == 'stack_batch' and frames[-1].f_locals.get('size'):
+        return _larger_than_padding(frames[-1].f_locals)
     if frames and frames[-1].f_code.co_filename.startswith(_PACKAGE) and isinstance(error, (TypeError, ValueError)):
         # Errors of mmevm start with 'argument=value'. Complete them to the dotted key.
         argument = message.partition('=')[0]
@@ -78,6 +80,16 @@ def explain(error: Exception, cfg: Config) -> str | None:
         key = next(holders, None)
         return message if key is None else f'{key}.{message}'
     return None
+
+
+def _larger_than_padding(found: dict) -> str:
+    sizes = [tuple(image.shape[-2:]) for image in found['inputs']]
+    largest = tuple(max(size) for size in zip(*sizes, strict=True))
+    return (
+        f'model.data_preprocessor.size={tuple(found["size"])}, to which MMSegmentation pads images, is smaller than '
+        f'images of the batch: up to {largest[0]}×{largest[1]} pixels (height×width) after the pipeline. Set '
+        f'size={largest} or more, or resize or crop the images in train_dataloader.dataset.pipeline.'
+    )
 
 
 def _unknown_type(parts: list[tuple[str, dict]], name: str, registry_name: str, scope: str | None) -> str | None:

@@ -15,7 +15,7 @@ from mmevm.errors import ConfigError
 from .config import preview, skip_failures
 
 _MAX_READ = 200  # label maps that are decoded, evenly spaced; of all, the header of the file is read
-_IGNORED = 255
+_STOCK = ('mmcv', 'mmdet', 'mmevm', 'mmseg')  # packages whose steps do not change labels
 _ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _ORIENTATION = 274
 
@@ -33,20 +33,22 @@ def check_label_maps(key: str, dataset: BaseDataset, infos: list[dict], steps: l
         The number of pixels of each label in up to 200 maps, and warnings.
 
     Raises:
-        ConfigError: If a map is missing, has several channels or more than 8 bits, does not fit its image, or has a
-            label that is not the index of a class.
+        ConfigError: If a map is missing, has several channels or more than 8 bits; if a map does not fit its image, or
+            one of the training data has a label that is not the index of a class. Sizes and labels are only warned
+            about if the pipeline has steps of the user's own, which may change them.
     """
     loader = next((step for step in steps if type(step).__name__ == 'LoadAnnotations'), None)
     if loader is None:  # images without labels, or the user's own format
         return Counter(), []
     paths = {info['seg_map_path']: info for info in infos if '://' not in info['seg_map_path']}
     _check_files(key, paths)
+    stock = all(type(step).__module__.split('.')[0] in _STOCK for step in steps)
     warnings: list[str] = []
     plain = getattr(loader, 'imdecode_backend', None) in ('pillow', 'cv2')  # others read other files than images
     for path, info in paths.items() if plain else ():
         with skip_failures():
-            warnings += _check_header(key, path, info['img_path'], training=key.startswith('train'))
-    return _check_labels(key, dataset, [*paths.values()], loader, warnings)
+            warnings += _check_header(key, path, info['img_path'], stock)
+    return _check_labels(key, dataset, [*paths.values()], loader, stock, warnings)
 
 
 def _check_files(key: str, paths: dict[str, dict]) -> None:
@@ -63,7 +65,7 @@ def _check_files(key: str, paths: dict[str, dict]) -> None:
     )
 
 
-def _check_header(key: str, path: str, image_path: str, training: bool) -> list[str]:
+def _check_header(key: str, path: str, image_path: str, stock: bool) -> list[str]:
     """Check number of channels, bits and size, without decoding the file."""
     try:
         with Image.open(path) as labels:
@@ -85,16 +87,17 @@ def _check_header(key: str, path: str, image_path: str, training: bool) -> list[
         f'has {image_size[0]}×{image_size[1]}. Resize one of them, labels without interpolation.'
     )
     same_shape = abs(size[0] * image_size[1] - size[1] * image_size[0]) < 0.01 * size[0] * image_size[1]
-    if training and same_shape:  # the pipeline may resize both to the same size
-        return [text]
-    raise ConfigError(text)
+    if stock and not (same_shape and key.startswith('train')):
+        raise ConfigError(text)
+    return [text]  # the pipeline may resize both to the same size
 
 
 def _check_labels(
-    key: str, dataset: Any, infos: list[dict], loader: Any, warnings: list[str]
+    key: str, dataset: Any, infos: list[dict], loader: Any, stock: bool, warnings: list[str]
 ) -> tuple[Counter, list[str]]:
     """Decode some maps as the pipeline does and compare their labels with the classes."""
     classes = len(dataset.metainfo.get('classes') or ())
+    ignored = {255, dataset.ignore_index}  # reduce_zero_label and the datasets of MMSegmentation set 255
     counts: Counter = Counter()
     outside: dict[str, list[int]] = {}
     sample = infos[:: max(1, len(infos) // _MAX_READ)][:_MAX_READ]
@@ -105,17 +108,18 @@ def _check_labels(
             raise ConfigError(f'{key}: {" ".join(str(error).split())}.') from error
         values, pixels = np.unique(labels, return_counts=True)
         counts.update(dict(zip(values.tolist(), pixels.tolist(), strict=True)))
-        if wrong := [int(value) for value in values if value not in (*range(classes), _IGNORED)]:
+        if wrong := [int(value) for value in values if value not in {*range(classes), *ignored}]:
             outside[info['seg_map_path']] = wrong
-    counts.pop(_IGNORED, None)
+    for value in ignored:
+        counts.pop(value, None)
     if outside and classes:
         path, wrong = next(iter(outside.items()))
         text = (
             f'{key}: {len(outside)} of {len(sample)} label maps that were read have labels outside of the {classes} '
-            f'classes (0 to {classes - 1}, and {_IGNORED} to ignore a pixel): {os.path.abspath(path)} has '
+            f'classes (0 to {classes - 1}, and {dataset.ignore_index} to ignore a pixel): {os.path.abspath(path)} has '
             f'{preview(wrong)}. {_advice(key, dataset, classes, {*counts})}'
         )
-        if key.startswith('train'):
+        if stock and key.startswith('train'):
             raise ConfigError(text)
         warnings.append(text)
     elif dataset.metainfo.get('reduce_zero_label') and classes > 1 and max(counts, default=classes) == classes - 2:

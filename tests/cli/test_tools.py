@@ -1,10 +1,12 @@
 """Run the tools in processes of their own, on a few small images and on the CPU."""
 
+import json
 import math
 import pickle
 import shutil
 
 import cv2
+import numpy as np
 import pytest
 import timm
 import torch
@@ -228,6 +230,31 @@ def test_coco_subset(shapes, tmp_path):
     assert result.returncode == 2
     assert 'has only 7 images with objects' in result.stderr  # of 8; the last one has none
     assert not (tmp_path / 'none.json').exists()
+
+
+def test_coco_subset_with_label_maps(tmp_path):
+    def rectangle(category, x, y, w, h):
+        corners = [x, y, x + w, y, x + w, y + h, x, y + h]
+        return dict(image_id=4, category_id=category, iscrowd=0, area=w * h, bbox=[x, y, w, h], segmentation=[corners])
+
+    small, large = rectangle(90, 4, 2, 4, 4), rectangle(7, 2, 0, 10, 8)
+    counts = [15 * 8, 2 * 8, 3 * 8]  # column by column: columns 15 and 16 of 20
+    crowd = dict(rectangle(7, 15, 0, 2, 8), iscrowd=1, segmentation=dict(counts=counts, size=[8, 20]))
+    anns = [dict(ann, id=i) for i, ann in enumerate([small, large, crowd], start=1)]
+    image = dict(id=4, file_name='folder/four.jpg', height=8, width=20)
+    categories = [dict(id=90, name='cup'), dict(id=7, name='cat')]
+    (tmp_path / 'all.json').write_text(json.dumps(dict(images=[image], annotations=anns, categories=categories)))
+    command = (ROOT / 'tools/coco_subset.py', 'all.json', 'one.json', '--num-images', 1, '--label-maps', 'maps')
+    succeed(*command, cwd=tmp_path)
+
+    expected = np.zeros((8, 20), int)
+    expected[:, 2:12] = 2
+    expected[2:6, 4:8] = 1  # the smaller object
+    expected[:, 15:17] = 255
+    labels = cv2.imread(str(tmp_path / 'maps/labels/four.png'), cv2.IMREAD_UNCHANGED)
+    np.testing.assert_array_equal(labels, expected)
+    assert (tmp_path / 'maps/classes.txt').read_text().split() == ['background', 'cup', 'cat']
+    assert (tmp_path / 'maps/images.txt').read_text().split() == ['four']
 
 
 def test_auto_scale_lr_requires_base_batch_size(tmp_path):

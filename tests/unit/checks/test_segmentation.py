@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, TRANSFORMS, init_default_scope
 from PIL import Image
 
 from mmevm.checks.data import summarize, summarize_all
-from mmevm.checks.explain import explain_dataset_error
+from mmevm.checks.explain import explain, explain_dataset_error
 from mmevm.checks.model import FeatureTracer, compare_class_counts
 from mmevm.errors import ConfigError
 
 pytest.importorskip('mmseg', reason='MMSegmentation is not installed')
+
+from mmseg.structures import SegDataSample
 
 CLASSES = ('cat', 'dog', 'sky')
 HEIGHT, WIDTH = 20, 30
@@ -148,6 +150,45 @@ def test_smaller_maps_of_the_same_shape(root):
     (warning,) = check(root).warnings
     assert 'has 15×10 pixels' in warning
     refuse(root, 'has 15×10 pixels', key='val_dataloader.dataset')
+
+
+@TRANSFORMS.register_module()
+class OwnStep(dict):
+    """A step of a user, who may change labels and sizes in it."""
+
+    def __call__(self, results):
+        return results
+
+
+def test_own_steps_may_change_labels_and_sizes(root):
+    write_labels(root, 0, [0, 7])
+    write_labels(root, 1, [0, 1], (HEIGHT, HEIGHT))
+    steps = ['LoadImageFromFile', 'LoadAnnotations', 'mmengine.OwnStep', 'PackSegInputs']
+    warnings = check(root, pipeline=steps).warnings
+    assert any('has 7' in text for text in warnings)
+    assert any('has 20×20 pixels' in text for text in warnings)
+
+
+def test_ignored_label_of_the_dataset(root):
+    write_labels(root, 1, [0, 7])
+    refuse(root, r'and 255 to ignore a pixel\): .*1\.png has 7\.')
+    for i in range(3):
+        write_labels(root, i, [0, 7])
+    summary = check(root, ignore_index=7)
+    assert not summary.warnings
+    assert [*summary.objects] == [0]
+
+
+def test_images_larger_than_the_padded_size():
+    cfg = Config(dict(default_scope='mmseg', model=dict(data_preprocessor=dict(size=(8, 16)))))
+    preprocessor = MODELS.build(dict(type='mmseg.SegDataPreProcessor', size=(8, 16)))
+    images = [torch.zeros(3, 8, 16), torch.zeros(3, 12, 4)]
+    with pytest.raises(RuntimeError) as error:
+        preprocessor(dict(inputs=images, data_samples=[SegDataSample(), SegDataSample()]), training=True)
+    text = explain(error.value, cfg)
+    assert text.startswith('model.data_preprocessor.size=(8, 16), ')
+    assert 'up to 12×16 pixels' in text
+    assert 'Set size=(12, 16) or more' in text
 
 
 def test_rotated_photos(root):
