@@ -1,3 +1,6 @@
+import gc
+import sys
+
 import model_index
 import pytest
 from mmengine.runner import set_random_seed
@@ -11,3 +14,13 @@ model_index.read_once()
 def seed():
     """Make random numbers independent of the order of the tests."""
     set_random_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def exempt_modules_from_garbage_collection():
+    """Otherwise each collection would go through all imported packages, which takes a second."""
+    count = len(sys.modules)
+    yield
+    if len(sys.modules) > count + 100:
+        gc.collect()
+        gc.freeze()

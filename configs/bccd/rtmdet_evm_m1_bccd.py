@@ -7,22 +7,7 @@ image_size = (320, 240)
 batch_size = 8
 epochs = 12
 
-model = dict(
-    data_preprocessor=dict(pad_size_divisor=32),  # CSPNeXtPAFPN needs multiples of 32, and 240 is none
-    # The stem's map of stride 8 with RTMDet's own neck, instead of a level of stride 8 upsampled from stride 16.
-    backbone=dict(out_indices=None, out_strides=(8, 16, 32), init_cfg=None),
-    neck=dict(
-        _delete_=True,
-        type='CSPNeXtPAFPN',
-        in_channels=[64, 128, 192],
-        out_channels=96,
-        num_csp_blocks=1,
-        expand_ratio=0.5,
-        norm_cfg=dict(type='BN'),
-        act_cfg=dict(type='SiLU', inplace=True),
-    ),
-    bbox_head=dict(num_classes=3),
-)
+model = dict(backbone=dict(init_cfg=None), bbox_head=dict(num_classes=3))
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),

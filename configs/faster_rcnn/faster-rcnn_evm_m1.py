@@ -9,5 +9,5 @@ _base_ = './_base_/faster-rcnn_evm.py'
 
 model = dict(
     backbone=dict(arch='m1', init_cfg=dict(checkpoint='timm://efficientvim_m1.e450_in1k')),
-    neck=dict(in_channels=[128, 192, 320]),
+    neck=dict(in_channels=[32, 64, 128, 192, 320]),
 )

@@ -9,5 +9,5 @@ _base_ = './_base_/faster-rcnn_evm.py'
 
 model = dict(
     backbone=dict(arch='m4', init_cfg=dict(checkpoint='timm://efficientvim_m4.e450_in1k')),
-    neck=dict(in_channels=[224, 320, 512]),
+    neck=dict(in_channels=[56, 112, 224, 320, 512]),
 )

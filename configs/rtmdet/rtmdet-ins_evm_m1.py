@@ -10,6 +10,6 @@ _base_ = './_base_/rtmdet-ins_evm.py'
 
 model = dict(
     backbone=dict(arch='m1', init_cfg=dict(checkpoint='timm://efficientvim_m1.e450_in1k')),
-    neck=dict(in_channels={{_base_.evm.in_channels.m1}}, out_channels=96),
+    neck=dict(in_channels={{_base_.evm.in_channels.m1}}, out_channels=96, num_csp_blocks=1),
     bbox_head=dict(in_channels=96, feat_channels=96),
 )

@@ -10,6 +10,6 @@ _base_ = './_base_/rtmdet-ins_evm.py'
 
 model = dict(
     backbone=dict(arch='m2', init_cfg=dict(checkpoint='timm://efficientvim_m2.e450_in1k')),
-    neck=dict(in_channels={{_base_.evm.in_channels.m2}}, out_channels=128),
+    neck=dict(in_channels={{_base_.evm.in_channels.m2}}, out_channels=128, num_csp_blocks=1),
     bbox_head=dict(in_channels=128, feat_channels=128),
 )

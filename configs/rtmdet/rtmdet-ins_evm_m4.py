@@ -10,6 +10,6 @@ _base_ = './_base_/rtmdet-ins_evm.py'
 
 model = dict(
     backbone=dict(arch='m4', init_cfg=dict(checkpoint='timm://efficientvim_m4.e450_in1k')),
-    neck=dict(in_channels={{_base_.evm.in_channels.m4}}, out_channels=192),
+    neck=dict(in_channels={{_base_.evm.in_channels.m4}}, out_channels=192, num_csp_blocks=2),
     bbox_head=dict(in_channels=192, feat_channels=192),
 )

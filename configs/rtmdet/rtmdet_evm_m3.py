@@ -10,6 +10,6 @@ _base_ = './_base_/rtmdet_evm.py'
 
 model = dict(
     backbone=dict(arch='m3', init_cfg=dict(checkpoint='timm://efficientvim_m3.e450_in1k')),
-    neck=dict(in_channels={{_base_.evm.in_channels.m3}}, out_channels=128),
+    neck=dict(in_channels={{_base_.evm.in_channels.m3}}, out_channels=128, num_csp_blocks=1),
     bbox_head=dict(in_channels=128, feat_channels=128),
 )

@@ -117,21 +117,6 @@ test_dataloader = val_dataloader
     assert 'accuracy/top1' in evaluation
 
 
-def test_two_processes(digits, tmp_path):
-    start = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2]
-    flags = ['--launcher', 'pytorch', '--data-root', digits, '--work-dir', 'work', '--auto-scale-lr']
-    options = ['train_dataloader.batch_size=4', 'train_cfg.max_epochs=1', 'train_cfg.val_interval=1']
-    options += ['default_hooks.logger.interval=1', 'param_scheduler=[]']
-    succeed(*start, ROOT / 'tools/train.py', CONFIG, *flags, '--cfg-options', *options, cwd=tmp_path)
-    steps, (evaluation,) = scalars(tmp_path / 'work')
-    assert len(steps) == 5
-    assert steps[0]['lr'] == pytest.approx(1e-3 * 2 * 4 / 2048)
-    assert 'loss_mesa' in steps[-1]
-    assert evaluation['accuracy/top1'] * 41 / 100 == pytest.approx(
-        round(evaluation['accuracy/top1'] * 41 / 100), abs=1e-3
-    )
-
-
 def test_distillation_from_a_timm_model(digits, tmp_path):
     """Like efficientvim-m1-distilled_300e_in1k.py, with a small teacher."""
     torch.save(timm.create_model('test_resnet', num_classes=10).state_dict(), tmp_path / 'teacher.pth')

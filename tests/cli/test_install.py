@@ -68,12 +68,8 @@ model = dict(backbone=dict(arch=arch), neck=dict(in_channels=[16, 24, 32]))
     options = ['--work-dir', 'work', '--cfg-options', *SHORT, *data]
     output = python('-m', 'mmevm', 'train', 'own.py', *options, cwd=folder)
     assert 'coco/bbox_mAP' in output
-    return folder, options
-
-
-def test_base_config_by_name(trained):
-    folder, _ = trained
     assert "type='mmevm.EfficientViM'" in (folder / 'work/own.py').read_text()
+    return folder, options
 
 
 @pytest.mark.parametrize('installed', ['wheel'], indirect=True, scope='module')
@@ -102,11 +98,14 @@ def test_commands_without_a_clone(installed, trained, shapes):
         assert 'usage: ' in call(command, '--help')
 
 
-def test_model_hub_lists_installed_configs(installed, tmp_path):
+def test_configs_are_found_by_name(installed, tmp_path):
     root, python = installed
+    (tmp_path / 'own.py').write_text("_base_ = 'mmevm::demo/maskrcnn_evm_m1_shapes.py'")
     (tmp_path / 'list.py').write_text("""
 import mmevm, mmpretrain
+from mmengine import Config
 from mmpretrain.apis import ModelHub
+print('base config:', Config.fromfile('own.py').model.backbone.type)
 for name in mmpretrain.list_models('efficientvim*'):
     print('listed', ModelHub.get(name).config.filename)
 print(type(mmpretrain.get_model('efficientvim-m1_300e_in1k')))
@@ -115,6 +114,7 @@ print(type(mmpretrain.get_model('efficientvim-m1_300e_in1k')))
     listed = {line.split()[1] for line in output.splitlines() if line.startswith('listed')}
     assert listed == {str(path) for path in (root / 'configs/classification').glob('*.py')}
     assert 'DistillationClassifier' in output
+    assert 'base config: mmevm.EfficientViM' in output
 
 
 def test_same_files_as_in_the_repository(installed):

@@ -107,7 +107,7 @@ def uninterrupted(shapes, tmp_path_factory):
     return cwd / 'here'
 
 
-def test_training_killed_ten_times_equals_an_uninterrupted_one(shapes, uninterrupted, tmp_path):
+def test_training_killed_seven_times_equals_an_uninterrupted_one(shapes, uninterrupted, tmp_path):
     here = tmp_path / 'here'
     saved = cut_off = 0
 
@@ -122,11 +122,8 @@ def test_training_killed_ten_times_equals_an_uninterrupted_one(shapes, uninterru
 
     moments = [
         is_printed('Checkpoints will be saved to'),  # no checkpoint yet
-        is_printed('Iter(train) [ 1/20]'),
         is_being_written(2),
-        is_printed('Iter(train) [ 3/20]'),
         is_written(4),  # before mmengine writes last_checkpoint
-        is_being_written(6),
         is_printed('Iter(val) [1/4]'),
         is_printed('Load checkpoint from'),
         is_being_written(14),
@@ -138,7 +135,7 @@ def test_training_killed_ten_times_equals_an_uninterrupted_one(shapes, uninterru
         printed = training.end(signal.SIGKILL)
         assert training.process.returncode == -signal.SIGKILL
         expected = f'resumed epoch: 0, iter: {saved}\n' if saved else 'the training starts from the beginning'
-        assert expected in printed or moment is moments[7]
+        assert expected in printed or moment is moments[4]
         cut_off += len(list(here.glob('*.part')))
         complete = saved_iterations(here)
         assert not complete or complete[-1] >= saved

@@ -205,17 +205,6 @@ def test_amp_without_a_gpu(tmp_path):
     assert 'Traceback' not in result.stderr
 
 
-def test_two_processes(shapes, tmp_path):
-    options = ['train_cfg.max_iters=2', 'train_cfg.val_interval=2']
-    start = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2]
-    flags = ['--launcher', 'pytorch', '--data-root', shapes, '--work-dir', 'work', '--auto-scale-lr']
-    train(CONFIG, *flags, cwd=tmp_path, options=options, start=start)
-    steps, (evaluation,) = scalars(tmp_path / 'work')
-    assert [step['step'] for step in steps] == [1, 2]
-    assert steps[0]['lr'] == pytest.approx(1e-3 * 2 * 2 / 16 * 0.01)
-    assert set(evaluation) >= {'coco/bbox_mAP', 'coco/segm_mAP'}
-
-
 def test_coco_subset(shapes, tmp_path):
     source = shapes / 'annotations/instances_train.json'
     printed = succeed(ROOT / 'tools/coco_subset.py', source, 'new/subset.json', '--num-images', 3, cwd=tmp_path)

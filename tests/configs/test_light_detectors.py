@@ -14,6 +14,7 @@ from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, init_default_s
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 CHANNELS = dict(m1=[128, 192, 320], m2=[128, 256, 512], m3=[224, 320, 512], m4=[224, 320, 512])
+STEM = dict(m1=[32, 64], m2=[32, 64], m3=[56, 112], m4=[56, 112])  # stride 4 and 8
 ARCHS = {'rtmdet': 'm1 m2 m3 m4', 'rtmdet-ins': 'm1 m2 m3 m4', 'faster-rcnn': 'm1 m4', 'dino': 'm4'}
 FOLDERS = {'rtmdet': 'rtmdet', 'rtmdet-ins': 'rtmdet', 'faster-rcnn': 'faster_rcnn', 'dino': 'dino'}
 STRIDES = {
@@ -22,6 +23,7 @@ STRIDES = {
     'faster-rcnn': [4, 8, 16, 32, 64],
     'dino': [8, 16, 32, 64],
 }
+BLOCKS = dict(m1=1, m2=1, m3=1, m4=2)  # of RTMDet's neck
 WIDTHS = dict(m1=96, m2=128, m3=128, m4=192)  # of RTMDet's neck and head: those of RTMDet-tiny, -s, -s, -m
 STOCK = {
     'rtmdet': 'rtmdet/rtmdet_l_8xb32-300e_coco.py',
@@ -109,8 +111,9 @@ def test_model(detector, arch):
     cfg = read(detector, arch)
     assert cfg.model.backbone.init_cfg == dict(type='Pretrained', checkpoint=f'timm://efficientvim_{arch}.e450_in1k')
     model = build(cfg)
-    maps = 2 if detector.startswith('rtmdet') else 3
-    assert list(model.backbone.out_channels) == CHANNELS[arch][:maps]
+    channels = [*STEM[arch], *CHANNELS[arch]]  # stride 4 to 64
+    maps = {'faster-rcnn': channels, 'dino': channels[2:]}.get(detector, channels[1:4])
+    assert list(model.backbone.out_channels) == maps
     assert model.backbone.frozen_stages == -1
     assert model.backbone.norm_eval == (not detector.startswith('rtmdet'))
     assert all(p.requires_grad for name, p in model.named_parameters() if not name.endswith('mixer.A'))
@@ -135,13 +138,19 @@ def test_model(detector, arch):
 def test_rest_of_the_model_is_stock(detector, arch, tmp_path):
     expected = read_stock(STOCK[detector], tmp_path)['model']
     model = plain(read(detector, arch).model)
-    for name in ('backbone', 'neck'):
-        del model[name], expected[name]
+    if detector == 'dino':  # its levels start at stride 8, which the neck upsamples
+        del model['neck'], expected['neck']
+    else:
+        expected['neck']['in_channels'] = list(build(read(detector, arch)).backbone.out_channels)
     if detector.startswith('rtmdet'):
         width = WIDTHS[arch]
+        expected['neck'] |= dict(out_channels=width, num_csp_blocks=BLOCKS[arch])
         expected['bbox_head'] |= dict(in_channels=width, feat_channels=width)
-        expected['bbox_head']['norm_cfg']['type'] = 'BN'
+        for part in ('neck', 'bbox_head'):
+            expected[part]['norm_cfg']['type'] = 'BN'
         expected['data_preprocessor'] = read_stock(RECIPE, tmp_path)['model']['data_preprocessor']
+        expected['data_preprocessor']['pad_size_divisor'] = 32
+    del model['backbone'], expected['backbone']
     assert model == expected
 
 
@@ -211,8 +220,9 @@ def test_faster_rcnn_recipe_is_that_of_mask_rcnn(arch):
     cfg, mask_rcnn = plain(read('faster-rcnn', arch)), plain(Config.fromfile(CONFIGS / f'maskrcnn_evm_{arch}.py'))
     for key in ('train_cfg', 'optim_wrapper', 'param_scheduler', 'auto_scale_lr', 'default_hooks'):
         assert cfg[key] == mask_rcnn[key], key
-    for key in ('backbone', 'neck', 'rpn_head'):
-        assert cfg['model'][key] == mask_rcnn['model'][key], key
+    assert cfg['model']['rpn_head'] == mask_rcnn['model']['rpn_head']
+    assert cfg['model']['backbone'].pop('out_strides') == STRIDES['faster-rcnn']
+    assert cfg['model']['backbone'] == mask_rcnn['model']['backbone']
     for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         for step in mask_rcnn[loader]['dataset']['pipeline']:
             step.pop('with_mask', None)

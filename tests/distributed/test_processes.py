@@ -129,15 +129,6 @@ def test_classifiers_train_with_mesa(classifier):
     assert right == pytest.approx(round(right), abs=1e-3)  # each image counts once
 
 
-@pytest.mark.parametrize(('count', 'base'), [(4, SHAPES), (2, DIGITS)])
-def test_other_numbers_of_processes_train(count, base, data, tmp_path):
-    work_dir = train_demo(count, base, data, tmp_path)
-    if base == SHAPES:
-        assert_trained(work_dir, count, 7e-4 * 2 * count / 16, 'coco/segm_mAP')
-    else:
-        assert_trained(work_dir, count, 1e-3 * 5 * count / 2048, 'accuracy/top1')
-
-
 def test_evaluation_gathers_each_image_once(data, detector, tmp_path):
     config = demo(tmp_path, SHAPES)
     flags = [detector / 'iter_2.pth', '--data-root', data / 'shapes', '--work-dir']
@@ -167,11 +158,11 @@ def test_evaluation_gathers_each_image_once(data, detector, tmp_path):
 # Gradients
 
 
-@pytest.fixture(scope='module', params=[2, 4])
-def gradients(request, tmp_path_factory):
-    """Run tests/helpers/gradients.py, which compares the gradients of several processes with those of one."""
+@pytest.fixture(scope='module')
+def gradients(tmp_path_factory):
+    """Run tests/helpers/gradients.py, which compares the gradients of two processes with those of one."""
     cwd = tmp_path_factory.mktemp('gradients')
-    result = torchrun(request.param, ROOT / 'tests/helpers/gradients.py', cwd / 'found.json', cwd=cwd)
+    result = torchrun(2, ROOT / 'tests/helpers/gradients.py', cwd / 'found.json', cwd=cwd)
     assert result.returncode == 0, result.stdout
     found = json.loads((cwd / 'found.json').read_text())
     assert all(case['same'] for case in found.values())
@@ -303,7 +294,7 @@ val_dataloader = dict(
     )
 
 
-@pytest.mark.parametrize('images', [1, 19, 21])
+@pytest.mark.parametrize('images', [1, 19])
 def test_processes_with_different_numbers_of_batches_evaluate(tmp_path, images):
     """No process may all-reduce while others gather. With 1 image, one process has no batch."""
     result = tiny(tmp_path, text=evaluated(images))
@@ -311,7 +302,7 @@ def test_processes_with_different_numbers_of_batches_evaluate(tmp_path, images):
     assert result.stdout.count('nothing: 0') == 2
 
 
-@pytest.mark.parametrize(('images', 'batch'), [(19, None), (3, 0), (19, 2), (39, 2)])
+@pytest.mark.parametrize(('images', 'batch'), [(19, None), (19, 2), (39, 2)])
 def test_sigterm_during_evaluation_ends_all_processes(tmp_path, images, batch):
     """They all-reduce at its start, at its end, and after the tenth batch if all have as many."""
     fault = dict(fault='terminated', rank=0, evaluating=True, batch=batch)

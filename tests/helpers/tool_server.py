@@ -6,6 +6,7 @@ and output. Of mmevm, only ``import mmevm`` was done before.
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -72,6 +73,7 @@ def _serve():
         importlib.import_module(name)
     model_index.read_once()
     Config.fromfile(Path(__file__).parents[2] / 'configs/demo/maskrcnn_evm_m1_shapes.py')
+    gc.freeze()  # collections in the forked processes need not go through all packages
     for line in sys.stdin:
         request = json.loads(line)
         if 'start' in request:
