@@ -16,7 +16,7 @@ from pathlib import Path
 SHAPES = 'configs/demo/maskrcnn_evm_m1_shapes.py'
 PHOTOS = 'configs/bccd/rtmdet_evm_m1_bccd.py'
 DIGITS = 'configs/demo/efficientvim-m1_digits.py'
-LABELS = 'configs/demo/upfpn_evm_m1_shapes.py'
+LABELS = 'configs/demo/fpn-s8_evm_m1_shapes.py'
 
 
 def run(*command: str) -> None:

@@ -2,8 +2,10 @@
 
 Disks, boxes and triangles of one class, 'shape', occlude each other and may be cut by the image border. Masks contain
 the visible pixels only. In the first image of each split, a cluster of disks is annotated as a crowd. The last image of
-each split has no objects. With --label-maps, PNG files for semantic segmentation hold the kind of shape of each pixel.
-The same arguments give the same files.
+each split has no objects. The same arguments give the same files.
+
+With --label-maps, PNG files for semantic segmentation hold the kind of shape of each pixel, and each kind has a texture
+of its own: disks are striped, boxes checkered, triangles graded, and the background is cloudy.
 """
 
 import argparse
@@ -16,10 +18,14 @@ from pycocotools import mask as mask_utils
 
 KINDS = ('disk', 'box', 'triangle')
 TEXTURES = ('gradient', 'checkerboard', 'stripes', 'clouds')
+TEXTURE_OF_KIND = dict(disk='stripes', box='checkerboard', triangle='gradient', background='clouds')
 
 
-def make_texture(rng: np.random.Generator, size: int, kind: str) -> np.ndarray:
-    """Return a pattern of two similar random colors, (size, size, 3) uint8. ``kind`` is one of TEXTURES."""
+def make_texture(rng: np.random.Generator, size: int, kind: str, contrast: tuple[int, int] = (0, 70)) -> np.ndarray:
+    """Return a pattern of two similar random colors, (size, size, 3) uint8.
+
+    ``kind`` is one of TEXTURES; ``contrast`` is the range of the difference between the colors, in each channel.
+    """
     y, x = np.mgrid[:size, :size].astype(np.float32)
     angle, period = rng.uniform(0, np.pi), rng.uniform(8, 18)
     across = x * np.cos(angle) + y * np.sin(angle)
@@ -32,7 +38,9 @@ def make_texture(rng: np.random.Generator, size: int, kind: str) -> np.ndarray:
         mix = (across - across.min()) / np.ptp(across)
     else:
         mix = cv2.resize(rng.random((8, 8), dtype=np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
-    color, change = rng.uniform(30, 225, 3), rng.uniform(-70, 70, 3)
+    color, change = rng.uniform(30, 225, 3), rng.uniform(-1, 1, 3)
+    low, high = contrast
+    change = np.sign(change) * (low + np.abs(change) * (high - low))
     texture = color + (np.asarray(mix, np.float32)[..., None] - 0.5) * change
     return np.clip(texture + rng.normal(0, 6, texture.shape), 0, 255).astype(np.uint8)
 
@@ -50,33 +58,40 @@ def make_shape(rng: np.random.Generator, size: int, kind: str, radius: float, ce
     return mask.astype(bool)
 
 
-def make_image(rng: np.random.Generator, size: int, crowd: bool, empty: bool) -> tuple[np.ndarray, list[dict]]:
+def make_image(
+    rng: np.random.Generator, size: int, crowd: bool, empty: bool, texture_by_kind: bool = False
+) -> tuple[np.ndarray, list[dict]]:
     """Return an image, (size, size, 3) uint8, and its objects.
 
     Objects are dicts with ``mask`` (visible pixels), ``kind`` (one of KINDS) and ``iscrowd``.
     """
-    image = make_texture(rng, size, rng.choice(TEXTURES))
-    shapes = []
+
+    def texture(kind: str) -> np.ndarray:
+        if texture_by_kind:
+            return make_texture(rng, size, TEXTURE_OF_KIND[kind], contrast=(40, 100))
+        return make_texture(rng, size, rng.choice(TEXTURES))
+
+    def add_shape(shape: dict) -> None:
+        """Paint a shape on the image and remove its pixels from the masks of the earlier shapes."""
+        image[shape['mask']] = texture(shape['kind'])[shape['mask']]
+        for below in shapes:
+            below['mask'] = below['mask'] & ~shape['mask']
+        shapes.append(shape)
+
+    image = texture('background')
+    shapes: list[dict] = []
     if crowd:
         center = rng.uniform(0.3, 0.7, 2) * size
         disks = [make_shape(rng, size, 'disk', size / 32, center + rng.normal(0, size / 12, 2)) for _ in range(12)]
-        add_shape(rng, image, shapes, dict(iscrowd=1, kind='disk', mask=np.any(disks, axis=0)))
+        add_shape(dict(iscrowd=1, kind='disk', mask=np.any(disks, axis=0)))
     for _ in range(0 if empty else rng.integers(2, 5)):
         radius = np.exp(rng.uniform(np.log(size / 9), np.log(size / 3.6)))
         kind = rng.choice(KINDS)
         mask = make_shape(rng, size, kind, radius, rng.uniform(0.1, 0.9, 2) * size)
         # Skip a shape that would hide too much of another one.
         if all((shape['mask'] & mask).sum() < 0.4 * shape['mask'].sum() for shape in shapes):
-            add_shape(rng, image, shapes, dict(iscrowd=0, kind=kind, mask=mask))
+            add_shape(dict(iscrowd=0, kind=kind, mask=mask))
     return image, shapes
-
-
-def add_shape(rng: np.random.Generator, image: np.ndarray, shapes: list[dict], shape: dict) -> None:
-    """Paint a shape on the image and remove its pixels from the masks of the earlier shapes."""
-    image[shape['mask']] = make_texture(rng, len(image), rng.choice(TEXTURES))[shape['mask']]
-    for below in shapes:
-        below['mask'] = below['mask'] & ~shape['mask']
-    shapes.append(shape)
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
@@ -99,7 +114,7 @@ def make_split(root: Path, split: str, num_images: int, size: int, seed: int, la
         categories=[dict(id=1, name='shape')],
     )
     for i in range(num_images):
-        image, objects = make_image(rng, size, crowd=i == 0, empty=i == num_images - 1)
+        image, objects = make_image(rng, size, i == 0, i == num_images - 1, texture_by_kind=label_maps)
         name = f'{i:06d}.png'
         write_image(root / split / name, image)
         if label_maps:
@@ -125,7 +140,7 @@ def make_split(root: Path, split: str, num_images: int, size: int, seed: int, la
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('root', type=Path, help='output folder')
     parser.add_argument('--num-train', type=int, default=800, help='number of training images')
     parser.add_argument('--num-val', type=int, default=80, help='number of validation images')

@@ -57,4 +57,8 @@ param_scheduler = [
 custom_hooks = [
     dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=2e-3, gamma=100, update_buffers=True, priority=49),
 ]
-default_hooks = dict(logger=dict(interval=13), checkpoint=dict(interval=3, max_keep_ckpts=1))
+default_hooks = dict(
+    logger=dict(interval=13),
+    checkpoint=dict(interval=3, max_keep_ckpts=1),
+    visualization=dict(score_thr=0.4),  # of drawn objects
+)

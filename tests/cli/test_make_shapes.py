@@ -108,6 +108,12 @@ def test_label_maps(tmp_path):
         assert all(len(np.unique(labels[mask])) == 1 for mask in masks)  # each shape is of one kind
         assert all((labels[mask] == 1).all() for mask, is_crowd in objects if is_crowd)
         seen |= {*np.unique(labels).tolist()}
+        # Disks and boxes have patterns of two colors that differ by 40 or more; without label maps, some hardly do.
+        picture = cv2.imread(str(tmp_path / 'train' / image['file_name']))
+        for mask in masks:
+            if mask.sum() > 300 and labels[mask][0] in (1, 2):
+                low, high = np.percentile(picture[mask], [10, 90], axis=0)
+                assert (high - low).max() > 30
     assert seen == {0, 1, 2, 3}
     assert len(list((tmp_path / 'labels/val').iterdir())) == NUMBERS['val']
 

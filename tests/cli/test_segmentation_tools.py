@@ -19,7 +19,7 @@ from mmevm.errors import ConfigError
 
 pytest.importorskip('mmseg', reason='MMSegmentation is not installed')
 
-CONFIG = ROOT / 'configs/demo/upfpn_evm_m1_shapes.py'
+CONFIG = ROOT / 'configs/demo/fpn-s8_evm_m1_shapes.py'
 CLASSES = ['background', 'disk', 'box', 'triangle']
 SIZE = 64
 

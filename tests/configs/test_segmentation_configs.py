@@ -13,7 +13,8 @@ pytest.importorskip('mmseg', reason='MMSegmentation is not installed')
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'segmentation'
 CHANNELS = dict(m1=[128, 192, 320], m2=[128, 256, 512], m3=[224, 320, 512], m4=[224, 320, 512])
-STRIDES = dict(fpn=[16, 32, 64, 128], upfpn=[8, 16, 32, 64])
+STEM = dict(m1=64, m2=64, m3=112, m4=112)  # stride 8
+STRIDES = {'fpn': [16, 32, 64, 128], 'fpn-s8': [8, 16, 32, 64]}
 CLASSES = dict(ade20k=150, cityscapes=19)
 NAMES = [
     *((decoder, arch, 'ade20k') for decoder in STRIDES for arch in CHANNELS),
@@ -47,7 +48,8 @@ def test_model(decoder, arch, data):
     assert dict(cfg.model.test_cfg) == dict(mode='whole')
     assert 'auxiliary_head' not in cfg.model
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
-    assert list(model.backbone.out_channels) == CHANNELS[arch]
+    finest = [STEM[arch]] if decoder == 'fpn-s8' else []
+    assert list(model.backbone.out_channels) == [*finest, *CHANNELS[arch]]
     assert model.backbone.norm_eval
     assert all(p.requires_grad for name, p in model.named_parameters() if not name.endswith('mixer.A'))
 

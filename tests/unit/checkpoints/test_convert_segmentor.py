@@ -88,7 +88,7 @@ def test_logits_equal_timm_with_the_stock_decoder(parts, theirs, tmp_path):
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize('config', ['segmentation/upfpn_evm_m1_cityscapes.py', 'demo/upfpn_evm_m1_shapes.py'])
+@pytest.mark.parametrize('config', ['segmentation/fpn-s8_evm_m1_cityscapes.py', 'demo/fpn-s8_evm_m1_shapes.py'])
 def test_checkpoints_of_the_configs_are_recognized(config):
     state = build_without_weights(Config.fromfile(ROOT / 'configs' / config)).state_dict()
     converted, report = convert_checkpoint(dict(state_dict=state))

@@ -1,6 +1,6 @@
 # Train a segmentor with EfficientViM-M1 from random weights on the data of `tools/make_shapes.py --label-maps`.
 # `tools/demo.py segmentation` runs it, in minutes on two CPU cores. Also an example of a config for your own data.
-_base_ = '../segmentation/upfpn_evm_m1_ade20k.py'
+_base_ = '../segmentation/fpn-s8_evm_m1_ade20k.py'
 
 data_root = 'work_dirs/demo-segmentation/shapes/'
 metainfo = dict(
@@ -51,7 +51,7 @@ test_dataloader = val_dataloader
 
 max_iters = 1200
 train_cfg = dict(max_iters=max_iters, val_interval=300)
-optim_wrapper = dict(optimizer=dict(lr=1e-3), clip_grad=dict(max_norm=10))
+optim_wrapper = dict(optimizer=dict(lr=1e-3, weight_decay=0.05), clip_grad=dict(max_norm=1))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(type='PolyLR', power=0.9, eta_min=1e-6, by_epoch=False, begin=100, end=max_iters),

@@ -1,6 +1,6 @@
-_base_ = './upfpn_evm_m4_cityscapes.py'
+_base_ = './fpn-s8_evm_m4_ade20k.py'
 
 model = dict(
     backbone=dict(arch='m1', init_cfg=dict(checkpoint='timm://efficientvim_m1.e450_in1k')),
-    neck=dict(in_channels=[128, 192, 320]),
+    neck=dict(in_channels=[64, 128, 192, 320]),
 )

@@ -1,4 +1,0 @@
-# EfficientViM-M4 with mmevm.UpsampleFPN and logits of stride 8 on ADE20K, trained as fpn_evm_m4_ade20k.py.
-_base_ = ['./_base_/upfpn_evm.py', './_base_/ade20k.py', './_base_/schedule_40k.py', './_base_/default_runtime.py']
-
-model = dict(data_preprocessor=dict(size=(512, 512)), decode_head=dict(num_classes=150))
