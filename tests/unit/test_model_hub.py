@@ -151,7 +151,7 @@ def test_parameters_and_flops_equal_the_model(name):
 def image(tmp_path):
     """A lossless image, which all decoders read alike."""
     path = tmp_path / 'picture.png'
-    with Image.open(ROOT / 'docs/pictures/demo.jpg') as picture:
+    with Image.open(ROOT / 'docs/pictures/photos.jpg') as picture:
         picture.convert('RGB').crop((0, 0, 500, 330)).save(path)
     with DefaultScope.overwrite_default_scope('mmpretrain'):  # earlier tests change it
         yield path
