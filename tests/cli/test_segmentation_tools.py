@@ -179,7 +179,7 @@ def test_flops_and_latency(monkeypatch, capfd, tmp_path):
 def test_missing_mmseg_is_explained(monkeypatch, trained):
     monkeypatch.setattr('mmevm.distributions.find_spec', lambda name: None if name == 'mmseg' else find_spec(name))
     with pytest.raises(SystemExit, match=r"ConfigError: default_scope='mmseg' needs MMSegmentation; .* pip install "):
-        run_here(monkeypatch, ROOT / 'tools/infer.py', CONFIG, trained / 'iter_4.pth', ROOT / 'docs/pictures/photos.jpg')
+        run_here(monkeypatch, ROOT / 'tools/infer.py', CONFIG, trained / 'iter_4.pth', 'photo.jpg')
 
 
 def test_class_map_is_for_segmentors():
