@@ -29,6 +29,10 @@ from mmevm.analysis.latency import Result, environment
 
 CONFIGS = Path('configs/bccd')
 RESULTS = Path('docs/benchmarks/bccd')
+# AP of all classes, AP50, and AP of each class.
+METRICS = dict(
+    AP='bbox_mAP', AP50='bbox_mAP_50', RBC='RBC_precision', WBC='WBC_precision', Platelets='Platelets_precision'
+)
 LATENCY = Path('docs/benchmarks/bccd_latency.json')
 
 
@@ -84,7 +88,7 @@ def table(configs: Sequence[Path]) -> str:
         for row in json.loads(LATENCY.read_text())['results']:
             latencies[Path(row['model']).stem, row['engine']] = Result(**row).milliseconds
             engines = [*engines, row['engine']] if row['engine'] not in engines else engines
-    header = ['config', 'seeds', 'AP', 'AP50', 'AP small', 'parameters (M)', 'GMACs', *(f'{e} (ms)' for e in engines)]
+    header = ['config', 'seeds', *METRICS, 'parameters (M)', 'GMACs', *(f'{engine} (ms)' for engine in engines)]
     lines = ['| ' + ' | '.join(header) + ' |', '|---' + '|---:' * (len(header) - 1) + '|']
     for config in configs:
         tests = [json.loads(file.read_text())['test'] for file in sorted(RESULTS.glob(f'{config.stem}_seed*.json'))]
@@ -94,8 +98,7 @@ def table(configs: Sequence[Path]) -> str:
         model = build_without_weights(cfg)
         complexity = measure_complexity(model, (1, 3, *padded_size(model, default_input_size(cfg)[0])))
         cells = [f'{complexity.params / 1e6:.2f}', f'{complexity.flops / 1e9:.2f}']
-        metrics = ('coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/bbox_mAP_s')
-        aps = [mean_and_spread([test[metric] for test in tests]) for metric in metrics]
+        aps = [mean_and_spread([test[f'coco/{metric}'] for test in tests]) for metric in METRICS.values()]
         times = [latencies.get((config.stem, engine)) for engine in engines]
         cells += ['–' if milliseconds is None else f'{milliseconds:.1f}' for milliseconds in times]
         lines.append('| ' + ' | '.join([config.stem, str(len(tests)), *aps, *cells]) + ' |')

@@ -49,11 +49,11 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-max_iters = 1200
-train_cfg = dict(max_iters=max_iters, val_interval=300)
+max_iters = 1600
+train_cfg = dict(max_iters=max_iters, val_interval=400)
 optim_wrapper = dict(optimizer=dict(lr=1e-3, weight_decay=0.05), clip_grad=dict(max_norm=1))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(type='PolyLR', power=0.9, eta_min=1e-6, by_epoch=False, begin=100, end=max_iters),
 ]
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=300, max_keep_ckpts=2))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=400, max_keep_ckpts=2))

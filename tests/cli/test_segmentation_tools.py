@@ -178,8 +178,9 @@ def test_flops_and_latency(monkeypatch, capfd, tmp_path):
 
 def test_missing_mmseg_is_explained(monkeypatch, trained):
     monkeypatch.setattr('mmevm.distributions.find_spec', lambda name: None if name == 'mmseg' else find_spec(name))
+    photo = ROOT / 'docs/pictures/photos.jpg'
     with pytest.raises(SystemExit, match=r"ConfigError: default_scope='mmseg' needs MMSegmentation; .* pip install "):
-        run_here(monkeypatch, ROOT / 'tools/infer.py', CONFIG, trained / 'iter_4.pth', 'photo.jpg')
+        run_here(monkeypatch, ROOT / 'tools/infer.py', CONFIG, trained / 'iter_4.pth', photo)
 
 
 def test_class_map_is_for_segmentors():
