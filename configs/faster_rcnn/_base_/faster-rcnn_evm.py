@@ -12,8 +12,8 @@ model = dict(
         _delete_=True,
         type='mmevm.EfficientViM',
         arch='m4',
-        # Two maps of the stem and those of the three stages: the strides of the stock FPN and anchors. On BCCD, maps of
-        # the stem are far better than levels upsampled from stride 16 (docs/results.md).
+        # Two maps of the stem and those of the three stages: the strides of the stock FPN and anchors. On BCCD small
+        # objects were learned with maps of the stem, and not with levels upsampled from stride 16 (docs/results.md).
         out_strides=(4, 8, 16, 32, 64),
         norm_eval=True,  # BatchNorm keeps ImageNet's statistics; its weights and biases are trained
         init_cfg=dict(type='Pretrained', checkpoint='timm://efficientvim_m4.e450_in1k'),

@@ -15,9 +15,9 @@ evm = dict(
             _delete_=True,
             type='mmevm.EfficientViM',
             arch='m4',
-            # The stem's map of stride 8, and those of two stages. On BCCD this is far better than a level of stride 8
-            # upsampled from stride 16 (docs/results.md). RTMDet has no level for the third stage, of stride 64: it is
-            # not built.
+            # The stem's map of stride 8, and those of two stages. On BCCD small objects were learned with it, and not
+            # with a level of stride 8 upsampled from stride 16 (docs/results.md). RTMDet has no level for the third
+            # stage, of stride 64: it is not built.
             out_strides=(8, 16, 32),
             norm_eval=False,  # trained, as the BatchNorm of RTMDet's own backbone
             init_cfg=dict(type='Pretrained', checkpoint='timm://efficientvim_m4.e450_in1k'),
