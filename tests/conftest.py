@@ -3,6 +3,7 @@ import sys
 
 import model_index
 import pytest
+from mmengine.logging import MMLogger
 from mmengine.runner import set_random_seed
 
 import mmevm  # noqa: F401 - registers the fallback operators before other modules import mmcv.ops
@@ -14,6 +15,12 @@ model_index.read_once()
 def seed():
     """Make random numbers independent of the order of the tests."""
     set_random_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def new_loggers():
+    """Let no training get the logger of an earlier test, as one does that starts within the same second."""
+    MMLogger._instance_dict.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -265,9 +265,10 @@ def _expected_neck(state: StateDict, arch: str) -> Shapes:
         return max(indices, default=-1) + 1
 
     channels = _channels(arch)
-    if any(name.startswith('decode_head.') for name in state) and not any(
-        name.startswith('neck.pre_norms.') for name in state
-    ):  # the authors' segmentors have a stock FPN; coarser levels are max-pooled
+    if not any(name.startswith('neck.pre_norms.') for name in state):
+        # The stock FPN of the authors' segmentors, or one that also has maps of the stem; coarser levels are max-pooled.
+        stem = count('lateral_convs') - len(channels)
+        channels = [*(channels[0] // 2**i for i in range(stem, 0, -1)), *channels]
         width = _size(state, 'neck.lateral_convs.0.conv.bias', default=256)
         return _build_shapes(
             'neck.', type='mmdet.FPN', in_channels=channels, out_channels=width, num_outs=len(channels)

@@ -108,7 +108,7 @@ def test_check_prints_pixels_and_strides(monkeypatch, capfd, shapes, tmp_path):
     labels = read_all(shapes / 'labels/train')
     counts = ', '.join(f'{CLASSES[i]} {np.sum(labels == i)}' for i in np.argsort(-np.bincount(labels.ravel())))
     assert f'per class: {counts}' in printed
-    assert 'model.backbone (EfficientViM) returns 128, 192, 320 channels at stride 16, 32, 64' in printed
+    assert 'model.backbone (EfficientViM) returns 64, 128, 192, 320 channels at stride 8, 16, 32, 64' in printed
     assert 'model.decode_head (FPNHead) takes 128 channels at stride 8, 16, 32, 64' in printed
     assert not (tmp_path / 'work_dirs').exists()
 

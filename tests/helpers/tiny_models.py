@@ -69,6 +69,8 @@ def write_small(folder: Path, config: str, score_thr: float) -> tuple[Path, Path
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and 'head' in name:  # clear scores, and boxes that move
             torch.nn.init.normal_(parameter, 0, 0.3 if 'cls' in name else 0.05)
+        elif 'rtm_reg' in name:  # distances to the sides of a box, of which the negative ones become 0
+            torch.nn.init.uniform_(parameter, 1, 3)
     cfg.dump(folder / 'small.py')
     torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=metainfo)), folder / 'small.pth')
     return folder / 'small.py', folder / 'small.pth'
@@ -84,7 +86,8 @@ def shrink(model: ConfigDict) -> ConfigDict:
         model.backbone = ConfigDict(type='mmevm.EfficientViM')
         model.neck = ConfigDict(type='mmevm.UpsampleFPN', in_channels=[16, 32, 48], num_outs=5, num_upsamples=2)
     model.backbone.update(arch=ConfigDict(ARCH), init_cfg=None)
-    model.neck.update(in_channels=[16, 32, 48][: len(model.neck.in_channels)], out_channels=24)
+    maps = [8, 16, 32] if 'out_strides' in model.backbone else [16, 32, 48]
+    model.neck.update(in_channels=maps, out_channels=24)
     if not with_rois:
         model.bbox_head.update(in_channels=24, feat_channels=24, stacked_convs=1, num_classes=3)
         model.test_cfg.update(nms_pre=200, max_per_img=20)

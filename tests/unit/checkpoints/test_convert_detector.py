@@ -4,7 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoint_formats import assert_same, authors_detector, authors_layout, detector_state, timm_state
+from command_line import ROOT
+from mmengine.config import Config
 
+from mmevm.analysis import build_without_weights
 from mmevm.checkpoints import (
     CheckpointError,
     convert_checkpoint,
@@ -109,6 +112,15 @@ def test_missing_output_convolution_is_named_by_its_new_index():
 def test_convert_faster_rcnn_without_mask_head():
     state = {k: v for k, v in authors_detector('mask-rcnn')['state_dict'].items() if 'mask_head' not in k}
     assert len(convert_checkpoint({'state_dict': state})[0]['state_dict']) == len(state)
+
+
+@pytest.mark.parametrize('arch', ['m1', 'm4'])
+def test_stock_neck_with_maps_of_the_stem_is_recognized(arch):
+    cfg = Config.fromfile(ROOT / f'configs/faster_rcnn/faster-rcnn_evm_{arch}.py')
+    state = build_without_weights(cfg).state_dict()
+    converted, report = convert_checkpoint(dict(state_dict=state))
+    assert set(converted['state_dict']) == set(state)
+    assert report.source == "a checkpoint of mmevm's"
 
 
 @pytest.mark.parametrize(

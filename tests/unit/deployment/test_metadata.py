@@ -22,7 +22,7 @@ PAD = dict(size_divisor=None, pad_to_square=False)
         ('retinanet_evm_m1.py', '32', [dict(type='Resize', scale=[1333, 800], keep_ratio=True, **CV2)]),
         (
             'rtmdet/rtmdet_evm_m1.py',
-            '1',
+            '32',
             [
                 dict(type='Resize', scale=[640, 640], keep_ratio=True, **CV2),
                 dict(type='Pad', size=[640, 640], pad_val=[114, 114, 114], **PAD),
