@@ -266,7 +266,7 @@ def _expected_neck(state: StateDict, arch: str) -> Shapes:
 
     channels = _channels(arch)
     if not any(name.startswith('neck.pre_norms.') for name in state):
-        # The stock FPN of the authors' segmentors, or one that also has maps of the stem; coarser levels are max-pooled.
+        # The stock FPN of the authors' segmentors, or one with maps of the stem; coarser levels are max-pooled.
         stem = count('lateral_convs') - len(channels)
         channels = [*(channels[0] // 2**i for i in range(stem, 0, -1)), *channels]
         width = _size(state, 'neck.lateral_convs.0.conv.bias', default=256)
