@@ -46,8 +46,7 @@ def parse_args() -> tuple[argparse.Namespace, list[ModelSpec]]:
         '--part',
         choices=latency.PARTS,
         default='backbone',
-        help="part of a config's model: the model of a detector ends at the outputs of its heads, its detections "
-        'include post-processing (default: backbone)',
+        help="part of a config's model; a whole detector is timed without post-processing (default: backbone)",
     )
     what.add_argument('--no-deploy', dest='deploy', action='store_false', help='do not switch models to deploy mode')
     what.add_argument(

@@ -64,7 +64,7 @@ def prepare(
     if not onnx_file.exists():
         from mmevm.deployment.export import export_onnx  # imports onnx
 
-        export_onnx(model, onnx_file, x, dynamic=False, compare=getattr(model, 'compare', None))
+        export_onnx(model, onnx_file, x, dynamic=False)
     return _ONNX_ENGINES[engine](onnx_file)
 
 

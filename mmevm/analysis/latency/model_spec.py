@@ -13,12 +13,11 @@ from torch import nn
 from mmevm.analysis.build import build_without_weights
 from mmevm.cli import read_config
 from mmevm.deployment import deploy
-from mmevm.deployment.model_part import ModelPart
 from mmevm.errors import ConfigError
 from mmevm.models import EfficientViM
 from mmevm.tensors import DETECTORS, TensorFunction
 
-PARTS = ('backbone', 'model', 'detections')
+PARTS = ('backbone', 'model')
 
 # mmevm's M4, timm's port of it, and the peers of the paper's Table B that have maintained code.
 DEFAULT_MODELS = (
@@ -34,9 +33,8 @@ class ModelSpec:
         name: 'm1' to 'm4' for mmevm's backbones; a timm model, of which the feature maps are used; or a config of
             mmevm, MMDetection or MMPretrain, as a path or in a package (``mmdet::…``). The suffix '@trained' excludes
             the model from deploy mode.
-        part: Part of a config's model: 'backbone'; the whole 'model', which is a classifier with its head, or a
-            detector up to the outputs of its heads; or the 'detections' of a detector, with post-processing as in an
-            exported file.
+        part: Part of a config's model: 'backbone', or the whole 'model', which is a classifier with its head, or a
+            detector up to the outputs of its heads, without post-processing.
 
     Raises:
         ValueError: If the name or the part is unknown.
@@ -103,8 +101,6 @@ class ModelSpec:
         model = build_without_weights(self._read_config())
         if self.part == 'backbone':
             return model.get_submodule('backbone')
-        if self.part == 'detections':
-            return ModelPart(model, self.part)
         return TensorFunction(model) if isinstance(model, DETECTORS) else model
 
     def _read_config(self) -> Config:
