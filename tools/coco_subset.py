@@ -25,7 +25,9 @@ def write_label_maps(ann_file: Path, folder: Path) -> None:
         for ann in sorted(anns, key=lambda ann: (not ann['iscrowd'], -ann['area'])):
             labels[coco.annToMask(ann) > 0] = 255 if ann['iscrowd'] else label_of[ann['category_id']]
         names.append(Path(image['file_name']).stem)
-        cv2.imwrite(str(folder / 'labels' / f'{names[-1]}.png'), labels)
+        path = folder / 'labels' / f'{names[-1]}.png'
+        if not cv2.imwrite(str(path), labels):
+            raise OSError(f'Cannot write {path}. Check that the disk is not full.')
     classes = ['background', *(category['name'] for category in coco.loadCats(list(label_of)))]
     (folder / 'images.txt').write_text('\n'.join(names) + '\n')
     (folder / 'classes.txt').write_text('\n'.join(classes) + '\n')

@@ -20,32 +20,15 @@ train_pipeline = [
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')]
+dataset = dict(_delete_=True, type='BaseSegDataset', data_root=data_root, img_suffix='.png', metainfo=metainfo)
+loader = dict(num_workers=0, persistent_workers=False)
 train_dataloader = dict(
+    loader,
     batch_size=8,
-    num_workers=0,
-    persistent_workers=False,
-    dataset=dict(
-        _delete_=True,
-        type='BaseSegDataset',
-        data_root=data_root,
-        data_prefix=dict(img_path='train', seg_map_path='labels/train'),
-        img_suffix='.png',
-        metainfo=metainfo,
-        pipeline=train_pipeline,
-    ),
+    dataset=dict(dataset, data_prefix=dict(img_path='train', seg_map_path='labels/train'), pipeline=train_pipeline),
 )
 val_dataloader = dict(
-    num_workers=0,
-    persistent_workers=False,
-    dataset=dict(
-        _delete_=True,
-        type='BaseSegDataset',
-        data_root=data_root,
-        data_prefix=dict(img_path='val', seg_map_path='labels/val'),
-        img_suffix='.png',
-        metainfo=metainfo,
-        pipeline=test_pipeline,
-    ),
+    loader, dataset=dict(dataset, data_prefix=dict(img_path='val', seg_map_path='labels/val'), pipeline=test_pipeline)
 )
 test_dataloader = val_dataloader
 
