@@ -4,8 +4,8 @@ _base_ = '../rtmdet/rtmdet_evm_m1.py'
 data_root = 'work_dirs/demo-photos/bccd/'
 metainfo = dict(classes=('RBC', 'WBC', 'Platelets'), palette=[(220, 20, 60), (60, 100, 240), (250, 170, 30)])
 image_size = (320, 240)
-batch_size = 8
-epochs = 12
+batch_size = 4  # with 8, half of the runs did not learn platelets (docs/results.md)
+epochs = 16
 
 model = dict(backbone=dict(init_cfg=None), bbox_head=dict(num_classes=3))
 
@@ -47,18 +47,18 @@ test_dataloader = dict(loader, dataset=dict(test_dataset, ann_file='ImageSets/Ma
 val_evaluator = dict(_delete_=True, type='CocoMetric', metric='bbox', classwise=True)
 test_evaluator = val_evaluator
 
-train_cfg = dict(_delete_=True, type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=3)
+train_cfg = dict(_delete_=True, type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=4)
 auto_scale_lr = dict(base_batch_size=batch_size)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(type='CosineAnnealingLR', eta_min=1e-5, begin=0, end=epochs, T_max=epochs, convert_to_iter_based=True),
 ]
-# COCO's momentum, 2e-4, would average over the 5,000 last iterations; there are 312.
+# COCO's momentum, 2e-4, would average over the 5,000 last iterations; there are 832.
 custom_hooks = [
     dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=2e-3, gamma=100, update_buffers=True, priority=49),
 ]
 default_hooks = dict(
-    logger=dict(interval=13),
-    checkpoint=dict(interval=3, max_keep_ckpts=1),
+    logger=dict(interval=26),
+    checkpoint=dict(interval=4, max_keep_ckpts=1),
     visualization=dict(score_thr=0.4),  # of drawn objects
 )
