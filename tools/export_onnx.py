@@ -3,30 +3,34 @@
 The input of the file, `image`, is a batch of preprocessed images: (B, C, H, W) in float32, channels in the order of
 `channel_order`, minus `image_mean`, divided by `image_std`; the metadata of the file contains these values. The file is
 compared with PyTorch in ONNX Runtime before it is written, on noise of three sizes unless --shape gives one, and with
---verify-images on real images. The metadata also contains class names, colors, thresholds, and how images are resized
-and padded.
+--verify-images on real images; of an int8 file, the float32 file that it is made from is compared. The metadata also
+contains class names, colors, thresholds, and how images are resized and padded.
 """
 
 import argparse
 import copy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from mmengine.config import DictAction
+from mmengine.config import Config, DictAction
 from torch import nn
 
 from mmevm import __version__
 from mmevm.analysis import build_without_weights
+from mmevm.analysis.latency.results import format_table
 from mmevm.checkpoints import load_pretrained, load_strict
-from mmevm.cli import read_config, run
+from mmevm.cli import read_config, replace_data_root, run
 from mmevm.deployment import deploy
-from mmevm.deployment.export import OPSET, TOLERANCE, export_onnx
+from mmevm.deployment.export import OPSET, TOLERANCE, check_folder, export_onnx
 from mmevm.deployment.metadata import describe_preprocessing
 from mmevm.deployment.model_part import EXAMPLE_SIZE, PARTS, ModelPart
+from mmevm.deployment.session import describe_missing_instructions
 from mmevm.errors import ConfigError
 from mmevm.inference import build_inferencer, check_images, find_inputs
 from mmevm.inference.model import describe_classes
+from mmevm.inference.quantization import MAX_IMAGES, quantize_file
 
 
 def parse_args() -> argparse.Namespace:
@@ -67,6 +71,33 @@ def parse_args() -> argparse.Namespace:
         metavar='IMAGE',
         help='images, folders or glob patterns on which the file must give the results of tools/infer.py',
     )
+    parser.add_argument(
+        '--precision',
+        choices=['float32', 'int8'],
+        default='float32',
+        help='int8: convolutions and fully connected layers compute in int8, all else in float32 (default: float32)',
+    )
+    parser.add_argument(
+        '--calibration',
+        nargs='+',
+        metavar='IMAGE',
+        help='for int8, images on which the ranges of values are found: train, val or test for those of the config, or '
+        f'images, folders or glob patterns; at most {MAX_IMAGES} are used',
+    )
+    parser.add_argument(
+        '--max-drop',
+        type=float,
+        metavar='POINTS',
+        help='for int8, write no file that loses more points of AP or top-1 accuracy on the test split of the config',
+    )
+    parser.add_argument(
+        '--float-layers',
+        nargs='+',
+        default=[],
+        metavar='NAME',
+        help='for int8, layers to keep in float32; * is allowed',
+    )
+    parser.add_argument('--data-root', help='folder of the data; replaces data_root in all paths of the config')
     parser.add_argument('--opset', type=int, default=OPSET, help=f"version of ONNX's operators (default: {OPSET})")
     parser.add_argument(
         '--cfg-options',
@@ -82,6 +113,10 @@ def parse_args() -> argparse.Namespace:
         parser.error('--verify-images needs a checkpoint: random weights find nothing.')
     if args.shape and (len(args.shape) > 2 or min(args.shape) < 1):
         parser.error(f'--shape {args.shape}: expected a height and a width, or one side, in pixels.')
+    if args.precision == 'int8' and not args.calibration:
+        parser.error('--precision int8 needs --calibration: images to find the ranges of values, such as train.')
+    if args.precision != 'int8' and (args.calibration or args.float_layers or args.max_drop is not None):
+        parser.error('--calibration, --max-drop and --float-layers are for --precision int8.')
     if args.opset < OPSET:
         parser.error(f'--opset {args.opset}: expected {OPSET} or later.')
     return args
@@ -108,9 +143,25 @@ def name_of(source: str) -> str:
     return source if ':' in source else Path(source).name
 
 
+def quantize(source: Path, args: argparse.Namespace, cfg: Config, metadata: dict[str, str]) -> None:
+    """Write the int8 version of a file and print what it cost."""
+    shape = (args.shape[0], args.shape[-1]) if args.shape else (None, None)
+    result = quantize_file(source, args.out, cfg, metadata, args.calibration, shape, args.float_layers, args.max_drop)
+    print(f'{result.layers} layers in int8, calibrated on {result.images} images')
+    print('layers with the largest errors, as signal-to-noise ratio in dB (noise of all layers up to this one):')
+    rows = [(name, f'{ratio:.1f}') for name, ratio in list(result.errors.items())[:10]]
+    print(format_table(('layer', 'dB'), rows))
+    for name, (original, quantized) in result.metrics.items():
+        print(f'{name}: {original:.4g} in float32, {quantized:.4g} in int8')
+    if missing := describe_missing_instructions('int8'):
+        print(f'WARNING: {missing}')
+
+
 def main() -> None:
     args = parse_args()
     cfg = read_config(args.config)
+    if args.data_root:
+        cfg = replace_data_root(cfg, args.data_root)
     cfg.merge_from_dict(args.cfg_options or {})
     torch.manual_seed(0)
     trained = ModelPart(build_without_weights(cfg), args.part)
@@ -125,6 +176,7 @@ def main() -> None:
         'part': trained.part,
         'weights': name_of(args.checkpoint) if args.checkpoint else 'random',
         'deployed': str(args.deploy).lower(),
+        'precision': args.precision,
         'strides': ' '.join(dict.fromkeys(name.partition('stride')[2] for name in names if 'stride' in name)),
         **describe_preprocessing(cfg),
         **trained.describe_results(),
@@ -147,9 +199,12 @@ def main() -> None:
     part = ModelPart(deploy_copy(trained.model), trained.part) if args.deploy else trained
     constants = part.disable_score_threshold()
     trained.disable_score_threshold()
+    folder = TemporaryDirectory(prefix='mmevm-export-')
+    file = args.out if args.precision == 'float32' else Path(folder.name, args.out.name)
+    check_folder(args.out)
     difference = export_onnx(
         part,
-        args.out,
+        file,
         torch.randn(shape),
         dynamic=not args.shape,
         size_divisor=getattr(getattr(trained.model, 'data_preprocessor', None), 'pad_size_divisor', 1),
@@ -170,6 +225,9 @@ def main() -> None:
     compared = ' and '.join(['noise', *found])
     print(f'compared with PyTorch on {compared}')
     print(f'largest difference from PyTorch, relative to the largest value of an output: {difference:.1e}')
+    if args.precision == 'int8':
+        quantize(file, args, cfg, metadata)
+    folder.cleanup()
     if not args.checkpoint:
         print('WARNING: no checkpoint was given, so the weights are random: use the file to measure speed only.')
     print(f'wrote {args.out}')

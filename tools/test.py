@@ -8,13 +8,28 @@ from mmengine.runner import Runner
 
 from mmevm.checks.config import iter_datasets, type_name
 from mmevm.cli import add_common_arguments, load_config, run, start
+from mmevm.deployment.session import ENGINES
 from mmevm.errors import ConfigError
+from mmevm.inference.evaluation import use_onnx_file
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file, a URL or, of a classifier, a timm:// name')
+    parser.add_argument(
+        'checkpoint',
+        help='checkpoint file, a URL or, of a classifier, a timm:// name; or a file exported to ONNX with --part '
+        'detections, of a classifier with --part model',
+    )
+    parser.add_argument(
+        '--engine', choices=ENGINES, default='onnxruntime', help='what runs an exported file (default: onnxruntime)'
+    )
+    parser.add_argument(
+        '--dtype',
+        choices=['float32', 'bfloat16'],
+        default='float32',
+        help='what OpenVINO computes in where the exported file has float32 (default: float32)',
+    )
     parser.add_argument('--out', help='write all predictions to this pickle file')
     parser.add_argument(
         '--show-dir',
@@ -74,8 +89,11 @@ def main() -> None:
         cfg.test_evaluator = [*evaluators, dump]
     if args.show_dir:
         draw(cfg, str(args.show_dir.absolute()))
-    cfg.load_from, cfg.resume = f'safe://{args.checkpoint}', False
-    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='mmevm.CheckpointCheckHook', strict=True)]
+    if args.checkpoint.endswith('.onnx'):
+        use_onnx_file(cfg, args.checkpoint, args.engine, args.dtype)
+    else:
+        cfg.load_from, cfg.resume = f'safe://{args.checkpoint}', False
+        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='mmevm.CheckpointCheckHook', strict=True)]
     start(cfg, ['test'], Runner.test, args.check)
 
 

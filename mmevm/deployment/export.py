@@ -100,7 +100,7 @@ def export_onnx(
             'of at least 2, as the exporter takes a 1 for a constant.'
         )
     file = Path(file)
-    _check_folder(file)
+    check_folder(file)
     import onnx
 
     reference = model if reference is None else reference
@@ -209,8 +209,8 @@ def _check_packages() -> None:
         raise ExportError(f'ONNX export needs PyTorch 2.7 or later; this is {torch.__version__}.')
 
 
-def _check_folder(file: Path) -> None:
-    """Fail before the export, which takes minutes, rather than after it."""
+def check_folder(file: Path) -> None:
+    """Raise an :class:`ExportError` if a file cannot be written, before an export that takes minutes."""
     if file.is_dir():
         raise ExportError(f'{file} is a folder: name a file in it.')
     if not file.parent.is_dir():

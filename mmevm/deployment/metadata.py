@@ -76,7 +76,8 @@ def read_metadata(entries: Mapping[str, str], file: str) -> dict[str, Any]:
         file: Its name, for messages.
 
     Raises:
-        ConfigError: If the file was not exported by mmevm, or holds another part of a model, or lacks an entry.
+        ConfigError: If the file was not exported by mmevm, or holds another part of a model, or does not describe how
+            images are prepared.
     """
     if 'mmevm_version' not in entries:
         raise ConfigError(
@@ -88,13 +89,22 @@ def read_metadata(entries: Mapping[str, str], file: str) -> dict[str, Any]:
             f'{file}: part={entries.get("part")!r}, expected an output that can be drawn. Export it with --part '
             'detections for a detector, or --part model for a classifier.'
         )
+    return parse_metadata(entries, file)
+
+
+def parse_metadata(entries: Mapping[str, str], file: str) -> dict[str, Any]:
+    """Parse the metadata of a file that holds any part of a model.
+
+    Raises:
+        ConfigError: If it does not describe how images are prepared.
+    """
     if 'pipeline' not in entries:
         raise ConfigError(
             f'{file}: pipeline is missing in its metadata, because test_dataloader.dataset.pipeline of the config has '
             f'steps besides {", ".join(_DEFAULTS)}. Export it with --cfg-options for a pipeline of these, or run the '
             'config and its checkpoint.'
         )
-    texts = ('channel_order', 'config', 'mmevm_version', 'part', 'strides', 'task', 'weights')
+    texts = ('channel_order', 'config', 'mmevm_version', 'part', 'precision', 'strides', 'task', 'weights')
     try:
         return {key: value if key in texts else json.loads(value) for key, value in entries.items()}
     except ValueError as error:

@@ -85,7 +85,8 @@ class PostProcessing(nn.Module):
         # Move the boxes of other classes away, so that they do not overlap.
         column = torch.zeros_like(labels) if self.class_agnostic else labels
         shift = column.unsqueeze(-1) * (boxes.max() - boxes.min() + 1)
-        scores = torch.where(nms(boxes + shift, scores, self.iou_threshold), scores, 0)
+        keep = nms(boxes + shift, scores, self.iou_threshold, self.max_per_img)
+        scores = torch.where(keep, scores, 0)
         return select_best(boxes, scores, labels, rows, count=self.max_per_img)
 
     def _priors(self, levels: Sequence[Sequence[Tensor]], **options: Any) -> list[Tensor]:

@@ -94,10 +94,11 @@ class RoIPostProcessing(nn.Module):
         boxes = _decode(head, boxes, deltas, sizes).expand(-1, -1, scores.shape[-1], -1)
         rows = boxes.flatten(1, 2)
         if self.class_agnostic:
-            keep = nms(rows, scores.flatten(1), self.iou_threshold)
+            keep = nms(rows, scores.flatten(1), self.iou_threshold, self.max_per_img)
         else:  # one suppression for each image and class
             per_class = boxes.transpose(1, 2).flatten(0, 1), scores.transpose(1, 2).flatten(0, 1)
-            keep = nms(*per_class, self.iou_threshold).unflatten(0, (batch, -1)).transpose(1, 2).flatten(1)
+            keep = nms(*per_class, self.iou_threshold, self.max_per_img)
+            keep = keep.unflatten(0, (batch, -1)).transpose(1, 2).flatten(1)
         scores = torch.where(keep, scores.flatten(1), 0)
         index = torch.arange(rows.shape[1], device=rows.device).expand_as(scores)
         dets, labels, _ = select_best(rows, scores, index % boxes.shape[2], index, self.max_per_img)

@@ -1,9 +1,7 @@
-"""Run a file of ``tools/export_onnx.py`` in ONNX Runtime: the same results as from its config and checkpoint."""
+"""Run a file of ``tools/export_onnx.py`` on images: the same results as from its config and checkpoint."""
 
 import math
 from collections.abc import Sequence
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import mmcv
@@ -11,56 +9,48 @@ import numpy as np
 
 from mmevm.deployment.masks import paste_masks, resize_masks
 from mmevm.deployment.metadata import read_metadata
+from mmevm.deployment.session import OnnxSession
 from mmevm.errors import ConfigError, ExportError
 
 from .inputs import read_image
 from .predictor import Inferencer, Prediction
 
 
-def build_onnx_inferencer(file: str, device: str | None = None) -> Inferencer:
+def build_onnx_inferencer(
+    file: str, device: str | None = None, engine: str = 'onnxruntime', dtype: str = 'float32'
+) -> Inferencer:
     """Build the inferencer for the task of a file.
 
     Args:
         file: A file with detections, or the logits of a classifier.
         device: cpu or cuda; None is a GPU if this build of ONNX Runtime supports one.
+        engine: 'onnxruntime' or 'openvino'.
+        dtype: What :class:`OnnxSession` takes.
 
     Raises:
-        ConfigError: If the file cannot be read or has no metadata of mmevm, or the device cannot be used.
+        ConfigError: If the file has no metadata of mmevm.
+        EngineError: If the engine is not installed, or cannot use the file or the device.
     """
-    model = OnnxModel(file, device)
+    model = OnnxModel(file, device, engine, dtype)
     if model.metadata['task'] == 'classification':
         return OnnxClassificationInferencer(model)
     return OnnxDetectionInferencer(model)
 
 
 class OnnxModel:
-    """A session of ONNX Runtime that takes images.
+    """An exported file that takes images.
 
-    Args:
-        file: An exported file.
-        device: cpu or cuda; None is a GPU if this build of ONNX Runtime supports one.
+    Args and errors as for :func:`build_onnx_inferencer`.
 
     Attributes:
         metadata: What :func:`read_metadata` returns.
     """
 
-    def __init__(self, file: str, device: str | None = None) -> None:
-        if find_spec('onnxruntime') is None:
-            raise ConfigError(f"{file} needs onnxruntime: run pip install 'mmevm[export]'.")
-        import onnxruntime
-
-        if not Path(file).is_file():
-            raise ConfigError(f'{file}: there is no such file ({Path(file).resolve()}).')
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # errors are raised; do not log them too
-        providers = _providers(device, onnxruntime.get_available_providers())
-        try:
-            self._session = onnxruntime.InferenceSession(file, options, providers=providers)
-        except Exception as error:  # its error classes have no common base
-            raise ConfigError(f'{file} cannot be loaded by ONNX Runtime: {" ".join(str(error).split())}') from error
-        self.metadata = read_metadata(self._session.get_modelmeta().custom_metadata_map, file)
-        self._input = self._session.get_inputs()[0]
-        self._names = [output.name for output in self._session.get_outputs()]
+    def __init__(
+        self, file: str, device: str | None = None, engine: str = 'onnxruntime', dtype: str = 'float32'
+    ) -> None:
+        self._session = OnnxSession(file, engine, device, dtype)
+        self.metadata = read_metadata(self._session.metadata, file)
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
         """Map prepared images (C, H, W) to the outputs of each, by name. Images of different sizes are padded.
@@ -68,46 +58,66 @@ class OnnxModel:
         Raises:
             ConfigError: If the file was exported for one shape, and an image is larger.
         """
-        batch, _, *fixed = self._input.shape
-        divisor = self.metadata['pad_size_divisor']
-        sides = [max(image.shape[i] for image in images) for i in (1, 2)]
-        sides = [math.ceil(side / divisor) * divisor for side in sides]
-        for i, side in enumerate(fixed):
-            if isinstance(side, int):  # else it is the name of a dynamic one
-                if sides[i] > side:
-                    raise ConfigError(
-                        f'The file was exported for images of {fixed[0]}×{fixed[1]} (height × width), but its '
-                        f'pipeline makes one of {sides[0]}×{sides[1]}. Export it without --shape, or with this size.'
-                    )
-                sides[i] = side
-        x = np.full((len(images), len(images[0]), *sides), self.metadata['pad_value'], np.float32)
-        for row, image in zip(x, images, strict=True):
-            row[:, : image.shape[1], : image.shape[2]] = image
-        step = batch if isinstance(batch, int) else len(x)
-        chunks = [self._session.run(None, {self._input.name: x[i : i + step]}) for i in range(0, len(x), step)]
+        batch, _, *sides = self._session.input_shape
+        x = make_batch(images, self.metadata, sides)
+        step = batch or len(x)
+        chunks = [
+            [output.copy() for output in self._session(x[i : i + step])] if step < len(x) else self._session(x)
+            for i in range(0, len(x), step)
+        ]
         outputs = [np.concatenate(parts) for parts in zip(*chunks, strict=True)]
-        return [dict(zip(self._names, rows, strict=True)) for rows in zip(*outputs, strict=True)]
+        return [dict(zip(self._session.output_names, rows, strict=True)) for rows in zip(*outputs, strict=True)]
 
-    def prepare(self, image: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
-        """Return an image as the model takes it, and by how much its width and height were scaled.
 
-        Args:
-            image: (H, W, 3) uint8 in BGR.
-        """
-        scale = (1.0, 1.0)
-        for step in self.metadata['pipeline']:
-            height, width = image.shape[:2]
-            if step['type'] in ('Resize', 'ResizeEdge'):
-                image = _resize(image, step)
-                scale = (image.shape[1] / width * scale[0], image.shape[0] / height * scale[1])
-            elif step['type'] == 'Pad':
-                image = _pad(image, step)
-            else:
-                image = _center_crop(image, step['crop_size'])
-        if self.metadata['channel_order'] == 'RGB':
-            image = image[..., ::-1]
-        mean, std = (np.array(self.metadata[key], np.float32) for key in ('image_mean', 'image_std'))
-        return ((image.astype(np.float32) - mean) / std).transpose(2, 0, 1), scale
+def prepare_image(image: np.ndarray, metadata: dict[str, Any]) -> tuple[np.ndarray, tuple[float, float]]:
+    """Return an image as an exported file takes it, (3, H', W'), and by how much width and height were scaled.
+
+    Args:
+        image: (H, W, 3) uint8 in BGR.
+        metadata: ``pipeline``, ``channel_order``, ``image_mean`` and ``image_std`` of :func:`read_metadata`.
+    """
+    scale = (1.0, 1.0)
+    for step in metadata['pipeline']:
+        height, width = image.shape[:2]
+        if step['type'] in ('Resize', 'ResizeEdge'):
+            image = _resize(image, step)
+            scale = (image.shape[1] / width * scale[0], image.shape[0] / height * scale[1])
+        elif step['type'] == 'Pad':
+            image = _pad(image, step)
+        else:
+            image = _center_crop(image, step['crop_size'])
+    if metadata['channel_order'] == 'RGB':
+        image = image[..., ::-1]
+    mean, std = (np.array(metadata[key], np.float32) for key in ('image_mean', 'image_std'))
+    return ((image.astype(np.float32) - mean) / std).transpose(2, 0, 1), scale
+
+
+def make_batch(
+    images: Sequence[np.ndarray], metadata: dict[str, Any], sides: Sequence[int | None] = (None, None)
+) -> np.ndarray:
+    """Pad prepared images (C, H, W) at the bottom and on the right to one batch (B, C, H', W').
+
+    Args:
+        images: What :func:`prepare_image` returns.
+        metadata: ``pad_size_divisor`` and ``pad_value`` of :func:`read_metadata`.
+        sides: Height and width for which a file was exported; None if they may vary.
+
+    Raises:
+        ConfigError: If an image is larger than ``sides``.
+    """
+    divisor = metadata['pad_size_divisor']
+    lengths = [max(image.shape[i] for image in images) for i in (1, 2)]
+    lengths = [math.ceil(length / divisor) * divisor for length in lengths]
+    if any(side is not None and length > side for length, side in zip(lengths, sides, strict=True)):
+        raise ConfigError(
+            f'The file was exported for images of {sides[0]}×{sides[1]} (height × width), but its pipeline makes one '
+            f'of {lengths[0]}×{lengths[1]}. Export it without --shape, or with this size.'
+        )
+    height, width = (side or length for side, length in zip(sides, lengths, strict=True))
+    batch = np.full((len(images), len(images[0]), height, width), metadata['pad_value'], np.float32)
+    for row, image in zip(batch, images, strict=True):
+        row[:, : image.shape[1], : image.shape[2]] = image
+    return batch
 
 
 class OnnxDetectionInferencer:
@@ -128,54 +138,30 @@ class OnnxDetectionInferencer:
 
     def infer(self, images: list[np.ndarray], draw: bool = True, score_thr: float = 0.3) -> list[Prediction]:
         """Detect objects in one batch, as ``DetectionInferencer.infer``."""
-        prepared = [self.model.prepare(image) for image in images]
+        prepared = [prepare_image(image, self.model.metadata) for image in images]
         outputs = self.model([x for x, _ in prepared])
         predictions: list[Prediction] = []
         for image, (_, scale), output in zip(images, prepared, outputs, strict=True):
-            found = output['labels'] >= 0
-            dets, labels = output['dets'][found], output['labels'][found]
-            boxes = dets[:, :4] / np.array([*scale, *scale], np.float32)
-            masks = None
-            if 'masks' in output:
-                masks = self._masks(output['masks'][found], boxes, scale, image.shape[:2])
-            picture = self._draw(image, boxes, dets[:, 4], labels, masks, score_thr) if draw else None
-            predictions.append((self._describe(boxes, dets[:, 4], labels, masks), picture))
+            objects = find_objects(output, scale, image.shape[:2], self.model.metadata)
+            picture = self._draw(image, objects, score_thr) if draw else None
+            predictions.append((self._describe(objects), picture))
         return predictions
 
-    def _masks(
-        self, masks: np.ndarray, boxes: np.ndarray, scale: tuple[float, float], size: tuple[int, ...]
-    ) -> np.ndarray:
-        threshold, shape = self.model.metadata['mask_threshold'], (size[0], size[1])
-        if self.model.metadata['mask_stride'] is None:
-            return paste_masks(masks, boxes, shape, threshold)
-        return resize_masks(masks, self.model.metadata['mask_stride'], scale, shape, threshold)
-
-    def _describe(
-        self, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, masks: np.ndarray | None
-    ) -> dict[str, Any]:
+    def _describe(self, objects: dict[str, np.ndarray]) -> dict[str, Any]:
         from mmdet.structures.mask import encode_mask_results
 
-        result = dict(labels=labels.tolist(), scores=scores.tolist(), bboxes=boxes.tolist())
-        if masks is not None:
-            encoded = encode_mask_results(masks)
+        result: dict[str, Any] = {key: objects[key].tolist() for key in ('labels', 'scores', 'bboxes')}
+        if 'masks' in objects:
+            encoded = encode_mask_results(objects['masks'])
             result['masks'] = [mask | dict(counts=mask['counts'].decode()) for mask in encoded]
-        result['class_names'] = [self.classes[i] if self.classes else f'class {i}' for i in labels]
+        result['class_names'] = [self.classes[i] if self.classes else f'class {i}' for i in objects['labels']]
         return result
 
-    def _draw(
-        self,
-        image: np.ndarray,
-        boxes: np.ndarray,
-        scores: np.ndarray,
-        labels: np.ndarray,
-        masks: np.ndarray | None,
-        score_thr: float,
-    ) -> np.ndarray:
+    def _draw(self, image: np.ndarray, objects: dict[str, np.ndarray], score_thr: float) -> np.ndarray:
         import torch
         from mmdet.structures import DetDataSample
         from mmengine.structures import InstanceData
 
-        objects = dict(bboxes=boxes, scores=scores, labels=labels) | ({} if masks is None else dict(masks=masks))
         instances = InstanceData(**{key: torch.from_numpy(value) for key, value in objects.items()})
         sample = DetDataSample(pred_instances=instances)
         self.visualizer.add_datasample('', image[..., ::-1].copy(), sample, draw_gt=False, pred_score_thr=score_thr)
@@ -201,10 +187,9 @@ class OnnxClassificationInferencer:
         from .classification import draw_class
 
         predictions: list[Prediction] = []
-        outputs = self.model([self.model.prepare(image)[0] for image in images])
+        outputs = self.model([prepare_image(image, self.model.metadata)[0] for image in images])
         for image, output in zip(images, outputs, strict=True):
-            exponentials = np.exp(output['logits'] - output['logits'].max())
-            scores = exponentials / exponentials.sum()
+            scores = softmax(output['logits'])
             label = int(scores.argmax())
             result = dict(pred_scores=scores.tolist(), pred_label=label, pred_score=float(scores[label]))
             if self.classes:
@@ -212,6 +197,38 @@ class OnnxClassificationInferencer:
             sample = DataSample().set_pred_score(scores).set_pred_label(label)
             predictions.append((result, draw_class(self.visualizer, image, sample, self.classes) if draw else None))
         return predictions
+
+
+def find_objects(
+    output: dict[str, np.ndarray], scale: tuple[float, float], size: tuple[int, ...], metadata: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    """Return the objects of an image at its original resolution.
+
+    Args:
+        output: Outputs of a file with detections for one image, by name.
+        scale: By how much width and height of the image were scaled.
+        size: Height and width of the original image.
+        metadata: What :func:`read_metadata` returns.
+
+    Returns:
+        ``bboxes`` (N, 4), ``scores`` (N,), ``labels`` (N,) and, if the file has them, boolean ``masks`` (N, H, W).
+    """
+    found = output['labels'] >= 0
+    dets, labels = output['dets'][found], output['labels'][found]
+    objects = dict(bboxes=dets[:, :4] / np.array([*scale, *scale], np.float32), scores=dets[:, 4], labels=labels)
+    if 'masks' in output:
+        masks, threshold, shape = output['masks'][found], metadata['mask_threshold'], (size[0], size[1])
+        if metadata['mask_stride'] is None:
+            objects['masks'] = paste_masks(masks, objects['bboxes'], shape, threshold)
+        else:
+            objects['masks'] = resize_masks(masks, metadata['mask_stride'], scale, shape, threshold)
+    return objects
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Return probabilities of classes (N,)."""
+    exponentials = np.exp(logits - logits.max())
+    return exponentials / exponentials.sum()
 
 
 def check_images(file: str, reference: Inferencer, sources: Sequence[str], tolerance: float) -> tuple[int, float]:
@@ -265,18 +282,6 @@ def _difference(result: dict[str, Any], expected: dict[str, Any]) -> float:
         return 0.0 if expected['labels'] == result['labels'] else math.inf
     differences = compare_detections(sides[0][:2], sides[1][:2])
     return max(differences + ([compare_masks(*sides)] if expected.get('masks') else []))
-
-
-def _providers(device: str | None, available: list[str]) -> list[str]:
-    kinds = dict(cpu='CPUExecutionProvider', cuda='CUDAExecutionProvider')
-    if device is None:
-        return [provider for provider in reversed(kinds.values()) if provider in available]
-    if kinds.get(device) not in available:
-        raise ConfigError(
-            f'--device {device}: expected one of {", ".join(k for k, v in kinds.items() if v in available)} for an '
-            'ONNX file in this build of ONNX Runtime. For an NVIDIA GPU, install onnxruntime-gpu in its place.'
-        )
-    return [kinds[device]]
 
 
 def _resize(image: np.ndarray, step: dict[str, Any]) -> np.ndarray:

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mmevm.deployment import session
 from mmevm.errors import EngineError
 from mmevm.tensors import flatten_tensors
 
@@ -38,8 +38,9 @@ def prepare(
         engine: One of ``ENGINES``: 'eager'; 'compile' (torch.compile); 'cudagraph' (eager mode captured as a CUDA
             graph); 'onnxruntime'; 'openvino'.
         model: A model with the device and dtype of ``x``, in training mode if ``training``.
-        x: Input of the calls, (B, C, H, W). Only eager mode accepts other shapes later.
-        dtype: One of ``DTYPES``.
+        x: Input of the calls, (B, C, H, W). Only eager mode accepts other shapes later. For ONNX Runtime and OpenVINO
+            it is in float32 whatever the ``dtype``.
+        dtype: One of ``DTYPES``. OpenVINO computes in bfloat16 for both 'bfloat16' and 'autocast-bfloat16'.
         training: Whether a call runs forward and backward (of the sum of all outputs).
         onnx_file: ONNX file for ONNX Runtime and OpenVINO, exported if it does not exist.
 
@@ -55,17 +56,18 @@ def prepare(
         raise EngineError(f'{engine} supports inference only. Use eager or compile for training.')
     if engine in _TORCH_ENGINES:
         return _TORCH_ENGINES[engine](model, x, DTYPES[dtype][1], training)
-    if dtype != 'float32' or x.is_cuda:
-        raise EngineError(f'{engine} supports float32 on the CPU only, not {dtype} on {x.device}.')
-    if find_spec(engine) is None:
-        raise EngineError(f"{engine} is not installed. Run pip install 'mmevm[export]'.")
+    if x.is_cuda:
+        raise EngineError(f'{engine} is timed on the CPU only, not on {x.device}.')
+    onnx_dtype = dtype.removeprefix('autocast-')
+    session.check_engine(engine, onnx_dtype)
     if onnx_file is None:
         raise ValueError(f'onnx_file=None, but {engine} needs the path of an ONNX file.')
     if not onnx_file.exists():
         from mmevm.deployment.export import export_onnx  # imports onnx
 
         export_onnx(model, onnx_file, x, dynamic=False)
-    return _ONNX_ENGINES[engine](onnx_file)
+    onnx_session = session.OnnxSession(onnx_file, engine, 'cpu', onnx_dtype, torch.get_num_threads())
+    return lambda x: onnx_session(x.numpy(force=True))
 
 
 def _eager(model: Callable, x: Tensor, autocast: torch.dtype | None, training: bool) -> Call:
@@ -127,31 +129,5 @@ def _cudagraph(model: nn.Module, x: Tensor, autocast: torch.dtype | None, traini
     return replay
 
 
-def _onnxruntime(onnx_file: Path) -> Call:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # Otherwise its threads keep spinning after a call and slow down the next model.
-    options.add_session_config_entry('session.force_spinning_stop', '1')
-    session = onnxruntime.InferenceSession(onnx_file, options, providers=['CPUExecutionProvider'])
-    name = session.get_inputs()[0].name
-    return lambda x: session.run(None, {name: x.numpy(force=True)})
-
-
-def _openvino(onnx_file: Path) -> Call:
-    import openvino
-
-    # By default OpenVINO computes in bfloat16 on CPUs that support it.
-    options = {
-        'PERFORMANCE_HINT': 'LATENCY',
-        'INFERENCE_PRECISION_HINT': 'f32',
-        'INFERENCE_NUM_THREADS': torch.get_num_threads(),
-    }
-    request = openvino.compile_model(onnx_file, 'CPU', options).create_infer_request()
-    return lambda x: request.infer([x.numpy(force=True)], share_inputs=True, share_outputs=True).to_tuple()
-
-
 _TORCH_ENGINES: dict[str, Callable[..., Call]] = dict(eager=_eager, compile=_compile, cudagraph=_cudagraph)
-_ONNX_ENGINES: dict[str, Callable[..., Call]] = dict(onnxruntime=_onnxruntime, openvino=_openvino)
-ENGINES = (*_TORCH_ENGINES, *_ONNX_ENGINES)
+ENGINES = (*_TORCH_ENGINES, *session.ENGINES)

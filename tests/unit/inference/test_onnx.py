@@ -14,7 +14,7 @@ from pycocotools import mask as rle
 from tiny_models import write_classifier, write_small
 from versions import EXPORTS_ONNX
 
-from mmevm.errors import ConfigError, ExportError
+from mmevm.errors import EngineError, ExportError, UserError
 from mmevm.inference import build_inferencer, build_onnx_inferencer, check_images
 
 if not EXPORTS_ONNX:
@@ -180,7 +180,7 @@ def test_files_that_cannot_be_used(classifier, tmp_path):
     for name, message in dict(
         plain='there is no metadata of mmevm', text='cannot be loaded by ONNX Runtime', none='there is no such file'
     ).items():
-        with pytest.raises(ConfigError, match=rf'{name}\.onnx.*{message}'):
+        with pytest.raises(UserError, match=rf'{name}\.onnx.*{message}'):
             build_onnx_inferencer(str(tmp_path / f'{name}.onnx'))
-    with pytest.raises(ConfigError, match='--device cuda: expected one of cpu'):
+    with pytest.raises(EngineError, match='--device cuda: expected one of cpu'):
         build_onnx_inferencer(classifier.file, 'cuda')

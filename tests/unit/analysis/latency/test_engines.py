@@ -114,6 +114,15 @@ def test_an_existing_onnx_file_is_used(engine, model, x, tmp_path):
 
 
 @needs_export
+def test_openvino_computes_in_bfloat16_if_asked(model, x, tmp_path):
+    pytest.importorskip('openvino')
+    call = prepare('openvino', model, x, 'bfloat16', onnx_file=tmp_path / 'model.onnx')
+    assert_same(call(x), model, x, tolerance=2e-2)
+    with pytest.raises(AssertionError):
+        assert_same(call(x), model, x, tolerance=1e-5)
+
+
+@needs_export
 def test_onnx_runtime_uses_as_many_threads_as_pytorch(model, x, tmp_path):
     pytest.importorskip('onnxruntime')
     tasks = Path('/proc/self/task')
@@ -144,8 +153,9 @@ def test_a_missing_package_is_reported(engine, model, x, tmp_path, monkeypatch):
         ('cudagraph', dict(), 'needs a GPU'),
         ('onnxruntime', dict(training=True), 'supports inference only'),
         ('openvino', dict(training=True), 'supports inference only'),
-        ('onnxruntime', dict(dtype='float16'), 'supports float32 on the CPU only, not float16'),
-        ('openvino', dict(dtype='autocast-bfloat16'), 'supports float32 on the CPU only'),
+        ('onnxruntime', dict(dtype='float16'), 'onnxruntime supports float32, not float16'),
+        ('onnxruntime', dict(dtype='autocast-bfloat16'), 'onnxruntime supports float32, not bfloat16'),
+        ('openvino', dict(dtype='float16'), 'openvino supports float32 and bfloat16, not float16'),
     ],
 )
 def test_unsupported_settings_are_reported(engine, kwargs, message, model, x, tmp_path):

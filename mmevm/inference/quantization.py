@@ -1,0 +1,142 @@
+"""Quantize an exported file with images of a config, and compare its metrics with those of the original."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine.config import Config
+from mmengine.registry import DATASETS, init_default_scope
+
+from mmevm.checks.config import iter_datasets
+from mmevm.deployment.metadata import parse_metadata
+from mmevm.deployment.quantize import layer_errors, quantize_onnx
+from mmevm.errors import ConfigError, ExportError
+
+from .inputs import find_inputs, read_image
+from .onnx import make_batch, prepare_image
+
+SPLITS = ('train', 'val', 'test')
+MAX_IMAGES = 128  # for calibration
+# Metrics that a file may lose some of, and what a point of them is.
+_METRICS = {'bbox_mAP': 0.01, 'segm_mAP': 0.01, 'mAP': 0.01, 'top1': 1.0}
+
+
+@dataclass
+class Quantized:
+    """What a quantization has done.
+
+    Attributes:
+        images: Number of calibration images.
+        layers: Number of layers in int8.
+        errors: What :func:`layer_errors` returns.
+        metrics: Metrics of the original and of the quantized file by name; empty without ``max_drop``.
+    """
+
+    images: int
+    layers: int
+    errors: dict[str, float]
+    metrics: dict[str, tuple[float, float]]
+
+
+def quantize_file(
+    source: Path,
+    target: Path,
+    cfg: Config,
+    metadata: Mapping[str, str],
+    calibration: Sequence[str],
+    shape: Sequence[int | None] = (None, None),
+    float_layers: Sequence[str] = (),
+    max_drop: float | None = None,
+) -> Quantized:
+    """Write an int8 version of an exported file.
+
+    Args:
+        source: The exported file.
+        target: Where to write. If anything fails, it stays as it was.
+        cfg: The config that the file was exported with.
+        metadata: That of the file.
+        calibration: Images, folders and glob patterns, or one of ``SPLITS`` for the images of the config's data loader.
+            Of more than ``MAX_IMAGES``, so many are taken at equal distances.
+        shape: Height and width for which the file was exported; None if they may vary.
+        float_layers: Names of layers to keep in float32, or patterns with ``*``.
+        max_drop: How many points of box AP, mask AP or top-1 accuracy on the config's test split the file may lose;
+            None does not evaluate it.
+
+    Raises:
+        ConfigError: If there are no images, or the config has steps that a file does not describe or no such metric.
+        ExportError: If a layer of ``float_layers`` does not exist, or the file loses more than ``max_drop``.
+    """
+    paths = _find_images(cfg, calibration)
+    paths = [paths[i] for i in np.linspace(0, len(paths) - 1, min(len(paths), MAX_IMAGES)).astype(int)]
+    values = parse_metadata(metadata, str(source))
+    batches = _Batches(paths, values, shape)
+    temporary = target.with_name(f'.{os.getpid()}.{target.name}')
+    try:
+        layers = quantize_onnx(source, temporary, batches, float_layers)
+        errors = layer_errors(source, temporary, list(batches)[:4])
+        metrics = {} if max_drop is None else _compare_metrics(cfg, source, temporary)
+        _check_drop(metrics, max_drop, errors)
+        shutil.move(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return Quantized(len(paths), layers, errors, metrics)
+
+
+@dataclass
+class _Batches:
+    """Prepared images, one by one; they are read again in each iteration."""
+
+    paths: Sequence[str]
+    metadata: dict[str, Any]
+    shape: Sequence[int | None]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for path in self.paths:
+            yield make_batch([prepare_image(read_image(path), self.metadata)[0]], self.metadata, self.shape)
+
+
+def _find_images(cfg: Config, calibration: Sequence[str]) -> list[str]:
+    if not (len(calibration) == 1 and calibration[0] in SPLITS):
+        return find_inputs(calibration).images
+    (split,) = calibration
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    paths = []
+    for key, dataset in iter_datasets(cfg, split):
+        try:
+            built = DATASETS.build(dict(dataset, pipeline=[]))
+        except OSError as error:
+            raise ConfigError(f'--calibration {split}: {key} cannot be read: {error}. Check its paths.') from error
+        paths += [built.get_data_info(i)['img_path'] for i in range(len(built))]
+    if not paths:
+        raise ConfigError(f'--calibration {split}: {split}_dataloader of the config has no images.')
+    return paths
+
+
+def _compare_metrics(cfg: Config, source: Path, target: Path) -> dict[str, tuple[float, float]]:
+    from .evaluation import evaluate  # imports the runner
+
+    original, quantized = (evaluate(cfg, str(file)) for file in (source, target))
+    names = [name for name in original if name.rpartition('/')[2] in _METRICS]
+    if not names:
+        raise ConfigError(
+            f'--max-drop: test_evaluator of the config has none of the metrics {", ".join(_METRICS)}, but '
+            f'{", ".join(original) or "none"}.'
+        )
+    return {name: (original[name], quantized[name]) for name in names}
+
+
+def _check_drop(
+    metrics: Mapping[str, tuple[float, float]], max_drop: float | None, errors: Mapping[str, float]
+) -> None:
+    for name, (original, quantized) in metrics.items():
+        drop = (original - quantized) / _METRICS[name.rpartition('/')[2]]
+        if max_drop is not None and drop > max_drop:
+            raise ExportError(
+                f'{name} falls from {original:.4g} to {quantized:.4g}, by {drop:.2f} points, more than --max-drop '
+                f'{max_drop}: the file was not written. Keep the layers with the largest errors in float32: '
+                f'--float-layers {" ".join(list(errors)[:5])}.'
+            )
