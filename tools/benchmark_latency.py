@@ -9,7 +9,6 @@ import argparse
 import sys
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -23,6 +22,12 @@ from mmevm.analysis.latency.results import summarize_error
 from mmevm.analysis.latency.timing import enlarge_kernel_cache
 from mmevm.cli import run
 from mmevm.errors import ConfigError
+
+
+def image_size(text: str) -> tuple[int, int | None]:
+    """Return height, and width or None for a square."""
+    height, _, width = text.partition('x')
+    return positive(height), positive(width) if width else None
 
 
 def positive(text: str) -> int:
@@ -39,14 +44,16 @@ def parse_args() -> tuple[argparse.Namespace, list[ModelSpec]]:
         nargs='+',
         default=list(latency.DEFAULT_MODELS),
         metavar='NAME',
-        help="m1 to m4 for mmevm's backbones, any timm model, or a config as a path or a name such as mmdet::…; the "
-        f'suffix @trained excludes a model from deploy mode (default: {" ".join(latency.DEFAULT_MODELS)})',
+        help="m1 to m4 for mmevm's backbones, any timm model, a config as a path or a name such as mmdet::…, or an "
+        'ONNX file for the engines that run one; the suffix @trained excludes a model from deploy mode '
+        f'(default: {" ".join(latency.DEFAULT_MODELS)})',
     )
     what.add_argument(
         '--part',
         choices=latency.PARTS,
         default='backbone',
-        help="part of a config's model; a whole detector is timed without post-processing (default: backbone)",
+        help="part of a config's model: the backbone; the whole model, of a detector without post-processing; or a "
+        'detector from an image in memory to its objects, with the time of each stage (default: backbone)',
     )
     what.add_argument('--no-deploy', dest='deploy', action='store_false', help='do not switch models to deploy mode')
     what.add_argument(
@@ -59,7 +66,12 @@ def parse_args() -> tuple[argparse.Namespace, list[ModelSpec]]:
     how.add_argument('--device', choices=['cpu', 'cuda'], default=device, help='(default: cuda if there is a GPU)')
     how.add_argument('--engine', nargs='+', choices=latency.ENGINES, default=['eager'], help='(default: eager)')
     how.add_argument(
-        '--resolution', nargs='+', type=positive, default=[512], metavar='PIXELS', help='image sides (default: 512)'
+        '--resolution',
+        nargs='+',
+        type=image_size,
+        default=[(512, None)],
+        metavar='PIXELS',
+        help='image sides, or height and width as in 800x1344 (default: 512)',
     )
     how.add_argument(
         '--batch-size',
@@ -95,6 +107,8 @@ def parse_args() -> tuple[argparse.Namespace, list[ModelSpec]]:
         parser.error(f'--device cuda: PyTorch {torch.__version__} finds no GPU. Use --device cpu.')
     if args.train and args.breakdown:
         parser.error('--breakdown supports inference only. Remove --breakdown or --train.')
+    if args.part == 'detector' and args.breakdown:
+        parser.error('--breakdown is for --part backbone or model.')
     if args.reference is None:
         args.reference = 'efficientvim_m4' if 'efficientvim_m4' in args.models else args.models[0]
     elif args.reference not in args.models:
@@ -112,7 +126,7 @@ def break_down_all(specs: list[ModelSpec], setting: latency.Setting, results: li
     for spec in specs:
         batch_size = next(result.batch_size for result in results if result.model == spec.name)
         setting = replace(setting, batch_size=batch_size)
-        print(f'\n{spec.name}, {setting.resolution}×{setting.resolution}, batch {batch_size}, {setting.dtype}')
+        print(f'\n{spec.name}, {"×".join(map(str, setting.size))}, batch {batch_size}, {setting.dtype}')
         try:
             model, x = latency.build(spec, setting)
             with cudnn_settings(), torch.autocast(setting.device, autocast, enabled=autocast is not None):
@@ -151,9 +165,10 @@ def main() -> None:
     parts = dict(arguments=arguments, environment=machine)
     device = machine['gpu'] or f'{machine["cpu"]} ({machine["cpu_capability"]})'
     settings = [
-        latency.Setting(resolution, batch_size, dtype, args.device, args.deploy, args.channels_last, args.train)
-        for resolution, dtype in product(args.resolution, args.dtype)
-        for batch_size in args.batch_size or [default_batch_size(args.device, resolution)]
+        latency.Setting(height, batch_size, dtype, args.device, args.deploy, args.channels_last, args.train, width)
+        for height, width in args.resolution
+        for batch_size in args.batch_size or [default_batch_size(args.device, height, width or height)]
+        for dtype in args.dtype
     ]
     title = f'{device}, {machine["threads"]} threads, PyTorch {torch.__version__}'
 

@@ -157,12 +157,15 @@ class ModelPart(nn.Module):
         """
         if self.post_processing is None:
             return {}
-        threshold = self.post_processing.score_thr
-        constants = {'post_processing.score_thr': threshold.item()}
-        threshold.fill_(2.0**-100)  # not 0, which the exporter would merge with other zeros of the file
-        head = self.model.roi_head if self.has_rois else self.model.bbox_head
-        head.test_cfg.score_thr = threshold.item()  # of ``reference``
+        constants = {'post_processing.score_thr': self.post_processing.score_thr.item()}
+        self.set_score_threshold(2.0**-100)  # not 0, which the exporter would merge with other zeros of the file
         return constants
+
+    def set_score_threshold(self, value: float) -> None:
+        """Set the lowest score of objects, also of :meth:`reference`."""
+        self.post_processing.score_thr.fill_(value)
+        head = self.model.roi_head if self.has_rois else self.model.bbox_head
+        head.test_cfg.score_thr = self.post_processing.score_thr.item()
 
     def output_names(self, channels: int = 3) -> list[str]:
         """Return the names of the outputs: the kind of an output and the stride of a map, as in ``cls_scores_stride8``.
@@ -199,9 +202,10 @@ def image_sizes(image: Tensor, zeros_are_padding: bool) -> Tensor:
     if not zeros_are_padding:
         sides = [torch.scalar_tensor(side, dtype=image.dtype, device=image.device) for side in (height, width)]
         return torch.stack(sides).expand(batch, 2)
-    content = (image != 0).any(1)
+    # The first column and the first row are not padding, so they show where it begins.
     numbers = [torch.arange(1, side + 1, dtype=image.dtype, device=image.device) for side in (height, width)]
-    return torch.stack([(content.any(dim) * n).amax(1) for dim, n in zip((2, 1), numbers, strict=True)], 1)
+    edges = image[..., 0], image[..., 0, :]
+    return torch.stack([((x != 0).any(1) * n).amax(1) for x, n in zip(edges, numbers, strict=True)], 1)
 
 
 def _zeros_are_padding(model: Any) -> bool:

@@ -104,7 +104,7 @@ class PostProcessing(nn.Module):
         classes = scores.shape[-1]
         scores = torch.where(scores > self.score_thr, scores, 0).flatten(1)
         count = torch.sym_min(self.nms_pre, scores.shape[1]) if self.nms_pre > 0 else scores.shape[1]
-        scores, index = scores.topk(count)
+        scores, index = scores.topk(count, sorted=False)  # the suppression sorts
         row = index // classes  # index of the prior
         bbox_pred = _rows(bbox_pred, self.bbox_coder.encode_size)
         boxes = self.bbox_coder.decode(priors[row].flatten(0, 1), gather_rows(bbox_pred, row).flatten(0, 1))

@@ -36,6 +36,19 @@ def write_detector(folder: Path, **meta) -> tuple[Path, Path]:
     return _write(folder, 'detector', DETECTOR.format(root=ROOT), meta)
 
 
+def write_shape_detector(folder: Path, data_root: Path) -> tuple[Path, Path]:
+    """Write a Mask R-CNN for the data of ``tools/make_shapes.py``."""
+    text = DETECTOR.format(root=ROOT).replace("'disc', 'box'", "'shape',").replace('num_classes=2', 'num_classes=1')
+    text += f"""
+data = dict(data_root='{data_root}/')
+test_dataloader['dataset'].update(data)
+test_evaluator = dict(ann_file='{data_root}/annotations/instances_val.json')
+"""
+    return _write(
+        folder, 'shape_detector', text.replace(', (20, 60, 220)', ''), dict(dataset_meta=dict(classes=('shape',)))
+    )
+
+
 def write_classifier(folder: Path, **meta) -> tuple[Path, Path]:
     """Write a classifier of ten classes; ``meta`` goes into the checkpoint."""
     return _write(folder, 'classifier', CLASSIFIER.format(root=ROOT, classes=DIGITS), meta)

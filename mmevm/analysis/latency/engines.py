@@ -1,6 +1,7 @@
 """Inference engines: turn a model into a function to time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ Call = Callable[[Tensor], Any]
 
 def prepare(
     engine: str,
-    model: nn.Module,
+    model: nn.Module | None,
     x: Tensor,
     dtype: str = 'float32',
     training: bool = False,
@@ -37,7 +38,8 @@ def prepare(
     Args:
         engine: One of ``ENGINES``: 'eager'; 'compile' (torch.compile); 'cudagraph' (eager mode captured as a CUDA
             graph); 'onnxruntime'; 'openvino'.
-        model: A model with the device and dtype of ``x``, in training mode if ``training``.
+        model: A model with the device and dtype of ``x``, in training mode if ``training``; None if ``onnx_file``
+            exists.
         x: Input of the calls, (B, C, H, W). Only eager mode accepts other shapes later. For ONNX Runtime and OpenVINO
             it is in float32 whatever the ``dtype``.
         dtype: One of ``DTYPES``. OpenVINO computes in bfloat16 for both 'bfloat16' and 'autocast-bfloat16'.
@@ -54,7 +56,7 @@ def prepare(
         raise EngineError(f'engine={engine!r} is not one of {", ".join(ENGINES)}.')
     if training and engine not in ('eager', 'compile'):
         raise EngineError(f'{engine} supports inference only. Use eager or compile for training.')
-    if engine in _TORCH_ENGINES:
+    if engine in _TORCH_ENGINES and model is not None:
         return _TORCH_ENGINES[engine](model, x, DTYPES[dtype][1], training)
     if x.is_cuda:
         raise EngineError(f'{engine} is timed on the CPU only, not on {x.device}.')
@@ -62,7 +64,7 @@ def prepare(
     session.check_engine(engine, onnx_dtype)
     if onnx_file is None:
         raise ValueError(f'onnx_file=None, but {engine} needs the path of an ONNX file.')
-    if not onnx_file.exists():
+    if model is not None and not onnx_file.exists():
         from mmevm.deployment.export import export_onnx  # imports onnx
 
         export_onnx(model, onnx_file, x, dynamic=False)
@@ -89,7 +91,9 @@ def _forward_and_backward(model: Any, precision: Callable, x: Tensor) -> None:
         loss.backward()
 
 
-def _compile(model: nn.Module, x: Tensor, autocast: torch.dtype | None, training: bool) -> Call:
+@contextmanager
+def compile_settings(training: bool = False) -> Iterator[None]:
+    """Set how torch.compile works in the calls that compile a model."""
     import torch._dynamo
     import torch._inductor.config
 
@@ -99,6 +103,11 @@ def _compile(model: nn.Module, x: Tensor, autocast: torch.dtype | None, training
         torch._dynamo.config.patch({limit: 1000}),
         torch._inductor.config.patch(freezing=not training),  # treat weights as constants
     ):
+        yield
+
+
+def _compile(model: nn.Module, x: Tensor, autocast: torch.dtype | None, training: bool) -> Call:
+    with compile_settings(training):
         # without CUDA graphs, which the engine 'cudagraph' measures
         compiled = torch.compile(model, dynamic=False, mode='max-autotune-no-cudagraphs' if x.is_cuda else None)
         call = _eager(compiled, x, autocast, training)

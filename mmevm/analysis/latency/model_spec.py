@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -13,11 +14,11 @@ from torch import nn
 from mmevm.analysis.build import build_without_weights
 from mmevm.cli import read_config
 from mmevm.deployment import deploy
-from mmevm.errors import ConfigError
+from mmevm.errors import ConfigError, EngineError
 from mmevm.models import EfficientViM
 from mmevm.tensors import DETECTORS, TensorFunction
 
-PARTS = ('backbone', 'model')
+PARTS = ('backbone', 'model', 'detector')
 
 # mmevm's M4, timm's port of it, and the peers of the paper's Table B that have maintained code.
 DEFAULT_MODELS = (
@@ -31,10 +32,11 @@ class ModelSpec:
 
     Args:
         name: 'm1' to 'm4' for mmevm's backbones; a timm model, of which the feature maps are used; or a config of
-            mmevm, MMDetection or MMPretrain, as a path or in a package (``mmdet::…``). The suffix '@trained' excludes
-            the model from deploy mode.
-        part: Part of a config's model: 'backbone', or the whole 'model', which is a classifier with its head, or a
-            detector up to the outputs of its heads, without post-processing.
+            mmevm, MMDetection or MMPretrain, as a path or in a package (``mmdet::…``); or an ONNX file, which ONNX
+            Runtime and OpenVINO run. The suffix '@trained' excludes the model from deploy mode.
+        part: Part of a config's model: 'backbone'; the whole 'model', which is a classifier with its head, or a
+            detector up to the outputs of its heads, without post-processing; or a whole 'detector' from an image in
+            memory to its objects.
 
     Raises:
         ValueError: If the name or the part is unknown.
@@ -54,8 +56,13 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.part not in PARTS:
             raise ValueError(f'part={self.part!r} is not one of {", ".join(PARTS)}.')
-        if self._is_config:
+        if self.file is not None:
+            if not self.file.is_file():
+                raise ValueError(f'{self.name}: there is no such file ({self.file.resolve()}).')
+        elif self._is_config:
             self._read_config()
+        elif self.part == 'detector':
+            raise ValueError(f'{self.name} is no detector: with part=detector, expected configs of detectors.')
         elif self._base not in EfficientViM.arch_settings and not timm.is_model(self._base):
             known = [*EfficientViM.arch_settings, *timm.list_models()]
             similar = ', '.join(difflib.get_close_matches(self._base.lower(), known, n=10))
@@ -63,6 +70,11 @@ class ModelSpec:
                 f'{self._base} is not a model of mmevm or timm {timm.__version__} (similar names: {similar}). '
                 'For a config, pass a path that ends with .py, or a name such as mmdet::….'
             )
+
+    @property
+    def file(self) -> Path | None:
+        """The ONNX file that is the model; None if it is built in PyTorch."""
+        return Path(self.name) if self.name.endswith('.onnx') else None
 
     @property
     def _base(self) -> str:
@@ -73,7 +85,13 @@ class ModelSpec:
         return '::' in self._base or self._base.endswith('.py')
 
     def build(self) -> nn.Module:
-        """Build the model in eval mode, with the same random weights in each call."""
+        """Build the model in eval mode, with the same random weights in each call.
+
+        Raises:
+            EngineError: If it is an ONNX file.
+        """
+        if self.file is not None:
+            raise EngineError(f'{self.name} is an ONNX file, which only onnxruntime and openvino run.')
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = self._build()
@@ -101,7 +119,7 @@ class ModelSpec:
         model = build_without_weights(self._read_config())
         if self.part == 'backbone':
             return model.get_submodule('backbone')
-        return TensorFunction(model) if isinstance(model, DETECTORS) else model
+        return TensorFunction(model) if isinstance(model, DETECTORS) and self.part == 'model' else model
 
     def _read_config(self) -> Config:
         cfg = read_config(self._base)
@@ -109,4 +127,9 @@ class ModelSpec:
             raise ConfigError(f'{self._base} has no `model`, so there is nothing to measure. Pass a complete config.')
         if self.part == 'backbone' and 'backbone' not in cfg.model:
             raise ConfigError(f'{self._base}: {cfg.model.type} has no backbone. Use --part model for the whole model.')
+        if self.part == 'detector' and cfg.get('default_scope') != 'mmdet':
+            raise ConfigError(
+                f'{self._base}: default_scope={cfg.get("default_scope")!r}, but --part detector is for detectors '
+                '(mmdet). Use --part model.'
+            )
         return cfg

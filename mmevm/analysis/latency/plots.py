@@ -32,7 +32,7 @@ BOX_AP = {
 _SETTINGS: dict[str, Callable[[Result], str]] = {
     'engine': lambda row: row.engine,
     'batch_size': lambda row: f'batch {row.asked_batch_size or row.batch_size}',
-    'resolution': lambda row: f'{row.resolution}²',
+    'resolution': lambda row: row.size if row.width else f'{row.resolution}²',
     'dtype': lambda row: row.dtype,
     'training': lambda row: 'forward and backward' if row.training else 'forward',
     'deployed': lambda row: 'deploy mode' if row.deployed else 'not in deploy mode',

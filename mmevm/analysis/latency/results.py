@@ -31,13 +31,15 @@ class Result:
 
     Attributes:
         deployed: Whether models were switched to deploy mode.
-        resolution: Side of the images in pixels.
+        resolution: Height of the images in pixels.
+        width: Width of the images in pixels; None if they are square.
         batch_size: Images per call, after any halving.
         training: Whether a call was forward and backward.
         params: Parameters, before deploy mode.
         flops: Multiply-accumulates per image, before deploy mode.
         peak_memory: Bytes for weights, batch and activations.
         seconds: Times of single calls, in the order of measurement.
+        stages: The same of the stages 'preprocessing' and 'network' of a whole detector by name.
         error: Why there are no times.
         asked_batch_size: The requested images per call, if they did not fit into memory.
         notes: Remarks for the reader.
@@ -58,11 +60,27 @@ class Result:
     error: str | None = None
     asked_batch_size: int | None = None
     notes: list[str] = field(default_factory=list)
+    width: int | None = None
+    stages: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def size(self) -> str:
+        """Height and width of the images, for messages."""
+        return f'{self.resolution}×{self.width or self.resolution}'
 
     @property
     def milliseconds(self) -> float | None:
         """Median time per image in milliseconds; None without times."""
         return 1e3 * statistics.median(self.seconds) / self.batch_size if self.seconds else None
+
+    @property
+    def stage_milliseconds(self) -> dict[str, float]:
+        """Median times per image in milliseconds of the stages of a detector. Post-processing is the rest of a call."""
+        if not (self.seconds and self.stages):
+            return {}
+        rest = [whole - sum(parts) for whole, *parts in zip(self.seconds, *self.stages.values(), strict=True)]
+        stages = {**self.stages, 'post-processing': rest}
+        return {name: 1e3 * statistics.median(times) / self.batch_size for name, times in stages.items()}
 
     @property
     def spread(self) -> float | None:
@@ -76,7 +94,7 @@ class Result:
     def setting(self) -> tuple:
         """What rows must share to be compared."""
         batch_size = self.asked_batch_size or self.batch_size
-        return self.engine, self.resolution, batch_size, self.dtype, self.training
+        return self.engine, self.size, batch_size, self.dtype, self.training
 
 
 def relative_times(results: Sequence[Result], reference: str) -> list[float | None]:
@@ -95,18 +113,23 @@ def table(results: Sequence[Result], reference: str) -> str:
 
     The column ``relative`` divides by the times of the reference model.
     """
-    header = ('model', 'engine', 'ms/image', '± %', 'images/s', 'relative', 'params (M)', 'MFLOPs', 'memory (MB)')
+    stages = list(dict.fromkeys(name for result in results for name in result.stage_milliseconds))
+    header = (
+        *('model', 'engine', 'ms/image', '± %', 'images/s', 'relative', *stages),
+        *('params (M)', 'MFLOPs', 'memory (MB)'),
+    )
     tables: dict[str, list[tuple[str, ...]]] = defaultdict(list)
     remarks: dict[str, list[str]] = defaultdict(list)
     for result, ratio in zip(results, relative_times(results, reference), strict=True):
-        _, resolution, batch_size, dtype, training = result.setting
+        _, size, batch_size, dtype, training = result.setting
         task = 'forward+backward' if training else 'forward'
-        title = f'{resolution}×{resolution}, batch {batch_size}, {dtype}, {task}'
+        title = f'{size}, batch {batch_size}, {dtype}, {task}'
         columns = [
             (result.milliseconds, 1, 2),  # value, unit, decimals
             (result.spread, 1e-2, 1),
             (result.milliseconds and 1e3 / result.milliseconds, 1, 1),
             (ratio, 1, 2),
+            *((result.stage_milliseconds.get(name), 1, 2) for name in stages),
             (result.params, 1e6, 2),
             (result.flops, 1e6, 0),
             (result.peak_memory, 1e6, 0),

@@ -74,7 +74,7 @@ def test_size_of_each_image_without_its_padding():
     x[0, :, 4:] = x[0, :, :, 5:] = 0
     x[1, :, 2] = x[1, :, :, 3] = 0  # within the image
     x[2] = 0
-    x[2, 1, 3, 6] = 1
+    x[2, 1, :4, :7] = 1  # zero in the other channels only
     assert image_sizes(x, True).tolist() == [[4, 5], [6, 8], [4, 7]]
     assert image_sizes(x, False).tolist() == [[6, 8]] * 3
 

@@ -106,6 +106,21 @@ def test_there_is_a_row_for_each_combination_ordered_by_setting():
     assert all(row.engine == 'eager' and row.deployed and row.channels_last for row in rows)
 
 
+def test_dtypes_and_models_of_one_size_are_interleaved():
+    order = []
+    specs = [custom(name, lambda x, name=name: order.append((name, str(x.dtype)))) for name in 'ab']
+    measure(*specs, dtypes=['float32', 'bfloat16'], rounds=5)
+    rounds = [set(order[i : i + 4]) for i in range(len(order) - 20, len(order), 4)]
+    assert all(len(each) == 4 for each in rounds)
+
+
+def test_images_need_not_be_square():
+    shapes = set()
+    (row,) = measure(custom('a', lambda x: shapes.add(tuple(map(int, x.shape)))), width=24, batch_sizes=[2])
+    assert shapes == {(1, 3, 8, 24), (2, 3, 8, 24)}  # the first to count FLOPs
+    assert row.size == '8×24'
+
+
 @pytest.mark.parametrize('channels_last', [False, True])
 def test_all_models_get_the_same_images_in_the_requested_format(channels_last):
     seen = {'a': [], 'b': []}
@@ -164,8 +179,8 @@ def test_training_includes_the_backward_pass():
 def test_progress_reports_warm_ups_and_rounds():
     texts = []
     measure(custom('a', lambda x: None), custom('b', lambda x: None), rounds=3, progress=texts.append)
-    setting = '8², batch 1, float32: '
-    steps = ['warm-up of a, eager', 'warm-up of b, eager', *(f'round {i} of 3' for i in (1, 2, 3))]
+    setting = '8×8, batch 1: '
+    steps = ['warm-up of a, eager, float32', 'warm-up of b, eager, float32', *(f'round {i} of 3' for i in (1, 2, 3))]
     assert texts == [setting + step for step in steps]
 
 
@@ -174,7 +189,8 @@ def test_progress_reports_warm_ups_and_rounds():
     [('cpu', 512, 16), ('cuda', 512, 256), ('cpu', 224, 16), ('cpu', 1024, 4), ('cpu', 4096, 1), ('cuda', 4096, 4)],
 )
 def test_default_batches_of_large_images_have_as_many_pixels(device, resolution, expected):
-    assert default_batch_size(device, resolution) == expected
+    assert default_batch_size(device, resolution, resolution) == expected
+    assert default_batch_size(device, resolution // 2, resolution * 2) == expected
 
 
 def test_unknown_names_are_reported():
