@@ -83,8 +83,12 @@ def use_onnx_file(cfg: Config, file: str, engine: str = 'onnxruntime', dtype: st
             'file was exported with.'
         )
     kind = 'OnnxClassifier' if task == 'classification' else 'OnnxDetector'
-    preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor')
-    cfg.model = dict(type=f'mmevm.{kind}', file=str(file), engine=engine, dtype=dtype, data_preprocessor=preprocessor)
+    preprocessor = dict(cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {})
+    if scope == 'mmpretrain':
+        preprocessor.setdefault('type', 'ClsDataPreprocessor')  # as in MMPretrain's classifiers
+    cfg.model = dict(
+        type=f'mmevm.{kind}', file=str(file), engine=engine, dtype=dtype, data_preprocessor=preprocessor or None
+    )
     imports = cfg.get('custom_imports') or dict(imports=[])
     cfg.custom_imports = dict(imports, imports=[*imports['imports'], 'mmevm.inference.evaluation'])
     cfg.load_from, cfg.resume = None, False
