@@ -8,7 +8,7 @@ from mmengine.runner import Runner
 
 from mmevm.checks.config import iter_datasets, type_name
 from mmevm.cli import add_common_arguments, load_config, run, start
-from mmevm.deployment.session import ENGINES
+from mmevm.deployment.session import ENGINES, describe_missing_instructions
 from mmevm.errors import ConfigError
 from mmevm.inference.evaluation import use_onnx_file
 
@@ -91,6 +91,9 @@ def main() -> None:
         draw(cfg, str(args.show_dir.absolute()))
     if args.checkpoint.endswith('.onnx'):
         use_onnx_file(cfg, args.checkpoint, args.engine, args.dtype)
+        missing = describe_missing_instructions('bfloat16') if args.dtype == 'bfloat16' else None
+        if missing:
+            print(f'WARNING: {missing}')
     else:
         cfg.load_from, cfg.resume = f'safe://{args.checkpoint}', False
         cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='mmevm.CheckpointCheckHook', strict=True)]
