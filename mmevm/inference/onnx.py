@@ -9,6 +9,7 @@ import numpy as np
 
 from mmevm.deployment.masks import paste_masks, resize_masks
 from mmevm.deployment.metadata import read_metadata
+from mmevm.deployment.preprocessing import normalize
 from mmevm.deployment.session import OnnxSession
 from mmevm.errors import ConfigError, ExportError
 
@@ -86,10 +87,7 @@ def prepare_image(image: np.ndarray, metadata: dict[str, Any]) -> tuple[np.ndarr
             image = _pad(image, step)
         else:
             image = _center_crop(image, step['crop_size'])
-    if metadata['channel_order'] == 'RGB':
-        image = image[..., ::-1]
-    mean, std = (np.array(metadata[key], np.float32) for key in ('image_mean', 'image_std'))
-    return ((image.astype(np.float32) - mean) / std).transpose(2, 0, 1), scale
+    return normalize(image, metadata['image_mean'], metadata['image_std'], metadata['channel_order'] == 'RGB'), scale
 
 
 def make_batch(

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from mmevm.deployment.model_part import ModelPart
+from mmevm.deployment.preprocessing import normalize
 from mmevm.errors import EngineError
 
 from .engines import compile_settings, prepare
 
 IMAGE_SIZE = (480, 640)  # height and width of the image in memory: the most frequent size in COCO
 OBJECTS = 100
-_MEAN, _STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
+_MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
 def make_image() -> np.ndarray:
@@ -38,9 +39,10 @@ def make_image() -> np.ndarray:
 def preprocess(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize an image (H, W, 3) to fit into a height and width, normalize and pad it: (3, height, width)."""
     height, width = size
-    image = mmcv.imnormalize(mmcv.imrescale(image, (height, width)), _MEAN, _STD)
-    image = image[:height, :width]
-    return mmcv.impad(image, shape=size).transpose(2, 0, 1)
+    image = mmcv.imrescale(image, (height, width))[:height, :width]
+    result = np.zeros((3, *size), np.float32)
+    result[:, : image.shape[0], : image.shape[1]] = normalize(image, _MEAN, _STD, to_rgb=True)
+    return result
 
 
 def preprocess_batch(image: np.ndarray, size: tuple[int, int], batch_size: int) -> np.ndarray:
