@@ -78,7 +78,7 @@ def measure_precisions(config: Path, data_root: Path, work_dir: Path) -> list[di
     rows = []
     for engine, precision, model, arguments in [
         ('pytorch', 'float32', checkpoint, []),
-        ('pytorch', 'bfloat16', checkpoint, ['--cfg-options', 'test_cfg.fp16=True']),  # autocast to bfloat16 on a CPU
+        ('pytorch', 'bfloat16', checkpoint, ['--dtype', 'bfloat16']),
         ('onnxruntime', 'float32', files['float32'], []),
         ('onnxruntime', 'int8', files['int8'], []),
         ('openvino', 'float32', files['float32'], ['--engine', 'openvino']),

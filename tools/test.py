@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.runner import Runner
 
 from mmevm.checks.config import iter_datasets, type_name
@@ -28,7 +29,8 @@ def parse_args() -> argparse.Namespace:
         '--dtype',
         choices=['float32', 'bfloat16'],
         default='float32',
-        help='what OpenVINO computes in where the exported file has float32 (default: float32)',
+        help='what convolutions and matrix products compute in, by autocast in PyTorch; an exported file also needs '
+        '--engine openvino (default: float32)',
     )
     parser.add_argument('--out', help='write all predictions to this pickle file')
     parser.add_argument(
@@ -91,12 +93,14 @@ def main() -> None:
         draw(cfg, str(args.show_dir.absolute()))
     if args.checkpoint.endswith('.onnx'):
         use_onnx_file(cfg, args.checkpoint, args.engine, args.dtype)
-        missing = describe_missing_instructions('bfloat16') if args.dtype == 'bfloat16' else None
-        if missing:
-            print(f'WARNING: {missing}')
     else:
         cfg.load_from, cfg.resume = f'safe://{args.checkpoint}', False
         cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='mmevm.CheckpointCheckHook', strict=True)]
+        if args.dtype != 'float32':
+            cfg.custom_hooks.append(dict(type='mmevm.AutocastHook', dtype=args.dtype))
+    missing = describe_missing_instructions(args.dtype) if args.dtype != 'float32' and get_device() == 'cpu' else None
+    if missing:
+        print(f'WARNING: {missing}')
     start(cfg, ['test'], Runner.test, args.check)
 
 
