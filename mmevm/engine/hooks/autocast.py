@@ -5,15 +5,17 @@ from typing import Any
 import torch
 from mmengine.hooks import Hook
 from mmengine.structures import BaseDataElement
+from torch import nn
 
 from mmevm.registry import HOOKS
 
 
 @HOOKS.register_module()
 class AutocastHook(Hook):
-    """Test a model under ``torch.autocast``, and convert its predictions to float32.
+    """Test a model under ``torch.autocast``, but compute boxes and scores from the outputs of its heads in float32.
 
-    MMEngine's ``test_cfg.fp16`` does not convert them, and MMDetection's metrics do not accept bfloat16.
+    MMEngine's ``test_cfg.fp16`` leaves all in the low precision: coordinates of more than 256 pixels are rounded to two
+    pixels in bfloat16, and MMDetection's metrics do not accept it.
 
     Args:
         dtype: 'bfloat16' or 'float16'.
@@ -26,6 +28,9 @@ class AutocastHook(Hook):
         """Wrap ``test_step`` of the model."""
         test_step = runner.model.test_step
         device = next(runner.model.parameters()).device.type
+        for name, module in runner.model.named_modules():
+            if name.endswith('head'):
+                module.register_forward_hook(_convert_outputs)
 
         def test_step_in_mixed_precision(data: Any) -> Any:
             with torch.autocast(device, self.dtype):
@@ -35,6 +40,13 @@ class AutocastHook(Hook):
             return samples
 
         runner.model.test_step = test_step_in_mixed_precision
+
+
+def _convert_outputs(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    if isinstance(outputs, (list, tuple)):
+        return type(outputs)(_convert_outputs(module, inputs, output) for output in outputs)
+    is_float = isinstance(outputs, torch.Tensor) and outputs.is_floating_point()
+    return outputs.float() if is_float else outputs
 
 
 def _to_float(element: BaseDataElement) -> None:

@@ -26,6 +26,33 @@ class Model(nn.Module):
         return [sample]
 
 
+class Head(nn.Linear):
+    def forward(self, x):
+        self.computed = super().forward(x)
+        return (self.computed, [self.computed])
+
+
+class Detector(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bbox_head = Head(4, 4)
+
+    def test_step(self, x):
+        boxes, (others,) = self.bbox_head(x)
+        self.dtypes = boxes.dtype, others.dtype
+        return [InstanceData(bboxes=boxes + 256)]
+
+
+def test_boxes_are_computed_in_float32_from_the_outputs_of_heads():
+    model, x = Detector(), torch.rand(3, 4)
+    expected = model.bbox_head(x)[0] + 256
+    HOOKS.build(dict(type='AutocastHook')).before_test(SimpleNamespace(model=model))
+    (sample,) = model.test_step(x)
+    assert model.bbox_head.computed.dtype == torch.bfloat16
+    assert model.dtypes == (torch.float32, torch.float32)
+    assert (sample.bboxes - expected).abs().max() < 0.02  # bfloat16 has steps of 2 here
+
+
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_predictions_are_computed_in_low_precision_and_returned_in_float32(dtype):
     model, x = Model(), torch.rand(3, 4)
