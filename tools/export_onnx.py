@@ -9,6 +9,7 @@ contains class names, colors, thresholds, and how images are resized and padded.
 
 import argparse
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,7 +31,7 @@ from mmevm.deployment.session import describe_missing_instructions
 from mmevm.errors import ConfigError
 from mmevm.inference import build_inferencer, check_images, find_inputs
 from mmevm.inference.model import describe_classes
-from mmevm.inference.quantization import MAX_IMAGES, quantize_file
+from mmevm.inference.quantization import MAX_IMAGES, find_calibration_images, quantize_file
 
 
 def parse_args() -> argparse.Namespace:
@@ -143,10 +144,12 @@ def name_of(source: str) -> str:
     return source if ':' in source else Path(source).name
 
 
-def quantize(source: Path, args: argparse.Namespace, cfg: Config, metadata: dict[str, str]) -> None:
+def quantize(
+    source: Path, args: argparse.Namespace, cfg: Config, metadata: dict[str, str], images: Sequence[str]
+) -> None:
     """Write the int8 version of a file and print what it cost."""
     shape = (args.shape[0], args.shape[-1]) if args.shape else (None, None)
-    result = quantize_file(source, args.out, cfg, metadata, args.calibration, shape, args.float_layers, args.max_drop)
+    result = quantize_file(source, args.out, cfg, metadata, images, shape, args.float_layers, args.max_drop)
     print(f'{result.layers} layers in int8, calibrated on {result.images} images')
     print('layers with the largest errors, as signal-to-noise ratio in dB (noise of all layers up to this one):')
     rows = [(name, f'{ratio:.1f}') for name, ratio in list(result.errors.items())[:10]]
@@ -163,6 +166,10 @@ def main() -> None:
     if args.data_root:
         cfg = replace_data_root(cfg, args.data_root)
     cfg.merge_from_dict(args.cfg_options or {})
+    if args.precision == 'int8':  # report missing data before the export, which takes minutes
+        calibration = find_calibration_images(cfg, args.calibration)
+        if args.max_drop is not None:
+            find_calibration_images(cfg, ['test'])
     torch.manual_seed(0)
     trained = ModelPart(build_without_weights(cfg), args.part)
     content = load(trained, args.checkpoint)
@@ -226,7 +233,7 @@ def main() -> None:
     print(f'compared with PyTorch on {compared}')
     print(f'largest difference from PyTorch, relative to the largest value of an output: {difference:.1e}')
     if args.precision == 'int8':
-        quantize(file, args, cfg, metadata)
+        quantize(file, args, cfg, metadata, calibration)
     folder.cleanup()
     if not args.checkpoint:
         print('WARNING: no checkpoint was given, so the weights are random: use the file to measure speed only.')

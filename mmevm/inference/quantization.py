@@ -25,6 +25,32 @@ MAX_IMAGES = 128  # for calibration
 _METRICS = {'bbox_mAP': 0.01, 'segm_mAP': 0.01, 'mAP': 0.01, 'top1': 1.0}
 
 
+def find_calibration_images(cfg: Config, names: Sequence[str]) -> list[str]:
+    """Return paths of images.
+
+    Args:
+        cfg: A config.
+        names: Images, folders and glob patterns, or one of ``SPLITS`` for the images of the config's data loader.
+
+    Raises:
+        ConfigError: If there are no images, or the dataset of the config cannot be read.
+    """
+    if not (len(names) == 1 and names[0] in SPLITS):
+        return find_inputs(names).images
+    (split,) = names
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    paths = []
+    for key, dataset in iter_datasets(cfg, split):
+        try:
+            built = DATASETS.build(dict(dataset, pipeline=[]))
+        except OSError as error:
+            raise ConfigError(f'{key} cannot be read: {error}. Check its paths, or give --data-root.') from error
+        paths += [built.get_data_info(i)['img_path'] for i in range(len(built))]
+    if not paths:
+        raise ConfigError(f'{split}_dataloader of the config has no images.')
+    return paths
+
+
 @dataclass
 class Quantized:
     """What a quantization has done.
@@ -47,7 +73,7 @@ def quantize_file(
     target: Path,
     cfg: Config,
     metadata: Mapping[str, str],
-    calibration: Sequence[str],
+    images: Sequence[str],
     shape: Sequence[int | None] = (None, None),
     float_layers: Sequence[str] = (),
     max_drop: float | None = None,
@@ -59,19 +85,17 @@ def quantize_file(
         target: Where to write. If anything fails, it stays as it was.
         cfg: The config that the file was exported with.
         metadata: That of the file.
-        calibration: Images, folders and glob patterns, or one of ``SPLITS`` for the images of the config's data loader.
-            Of more than ``MAX_IMAGES``, so many are taken at equal distances.
+        images: Paths of calibration images. Of more than ``MAX_IMAGES``, so many are taken at equal distances.
         shape: Height and width for which the file was exported; None if they may vary.
         float_layers: Names of layers to keep in float32, or patterns with ``*``.
         max_drop: How many points of box AP, mask AP or top-1 accuracy on the config's test split the file may lose;
             None does not evaluate it.
 
     Raises:
-        ConfigError: If there are no images, or the config has steps that a file does not describe or no such metric.
+        ConfigError: If the config has steps that a file does not describe, or no such metric.
         ExportError: If a layer of ``float_layers`` does not exist, or the file loses more than ``max_drop``.
     """
-    paths = _find_images(cfg, calibration)
-    paths = [paths[i] for i in np.linspace(0, len(paths) - 1, min(len(paths), MAX_IMAGES)).astype(int)]
+    paths = [images[i] for i in np.linspace(0, len(images) - 1, min(len(images), MAX_IMAGES)).astype(int)]
     values = parse_metadata(metadata, str(source))
     batches = _Batches(paths, values, shape)
     temporary = target.with_name(f'.{os.getpid()}.{target.name}')
@@ -97,23 +121,6 @@ class _Batches:
     def __iter__(self) -> Iterator[np.ndarray]:
         for path in self.paths:
             yield make_batch([prepare_image(read_image(path), self.metadata)[0]], self.metadata, self.shape)
-
-
-def _find_images(cfg: Config, calibration: Sequence[str]) -> list[str]:
-    if not (len(calibration) == 1 and calibration[0] in SPLITS):
-        return find_inputs(calibration).images
-    (split,) = calibration
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
-    paths = []
-    for key, dataset in iter_datasets(cfg, split):
-        try:
-            built = DATASETS.build(dict(dataset, pipeline=[]))
-        except OSError as error:
-            raise ConfigError(f'--calibration {split}: {key} cannot be read: {error}. Check its paths.') from error
-        paths += [built.get_data_info(i)['img_path'] for i in range(len(built))]
-    if not paths:
-        raise ConfigError(f'--calibration {split}: {split}_dataloader of the config has no images.')
-    return paths
 
 
 def _compare_metrics(cfg: Config, source: Path, target: Path) -> dict[str, tuple[float, float]]:
