@@ -60,7 +60,7 @@ class OnnxSession:
             self._run = self._load_openvino(file, dtype, threads)
 
     def __call__(self, x: np.ndarray) -> list[np.ndarray]:
-        """Return the outputs for a batch. OpenVINO overwrites them in the next call."""
+        """Return the outputs for a batch (B, C, H, W)."""
         return self._run(x)
 
     def _load_onnxruntime(self, file: str | os.PathLike, device: str | None, threads: int | None) -> Callable:
@@ -103,7 +103,7 @@ class OnnxSession:
         self.output_names = [output.name for output in proto.graph.output]
         self.metadata = {entry.key: entry.value for entry in proto.metadata_props}
         request = compiled.create_infer_request()
-        return lambda x: list(request.infer([x], share_inputs=True, share_outputs=True).to_tuple())
+        return lambda x: [output.copy() for output in request.infer([x]).to_tuple()]
 
 
 def check_engine(engine: str, dtype: str = 'float32') -> None:

@@ -7,7 +7,7 @@ import torch
 from mmengine.structures import BaseDataElement, InstanceData
 from torch import nn
 
-from mmevm.registry import HOOKS
+from mmevm.engine.hooks import AutocastHook
 
 
 class Model(nn.Module):
@@ -46,7 +46,7 @@ class Detector(nn.Module):
 def test_boxes_are_computed_in_float32_from_the_outputs_of_heads():
     model, x = Detector(), torch.rand(3, 4)
     expected = model.bbox_head(x)[0] + 256
-    HOOKS.build(dict(type='AutocastHook')).before_test(SimpleNamespace(model=model))
+    AutocastHook().before_test(SimpleNamespace(model=model))
     (sample,) = model.test_step(x)
     assert model.bbox_head.computed.dtype == torch.bfloat16
     assert model.dtypes == (torch.float32, torch.float32)
@@ -57,7 +57,7 @@ def test_boxes_are_computed_in_float32_from_the_outputs_of_heads():
 def test_predictions_are_computed_in_low_precision_and_returned_in_float32(dtype):
     model, x = Model(), torch.rand(3, 4)
     expected = model.layer(x)
-    HOOKS.build(dict(type='AutocastHook', dtype=dtype)).before_test(SimpleNamespace(model=model))
+    AutocastHook(dtype).before_test(SimpleNamespace(model=model))
     (sample,) = model.test_step(x)
     instances = sample.pred_instances
     assert model.computed == getattr(torch, dtype)
