@@ -8,7 +8,8 @@ import cv2
 import numpy as np
 import onnxruntime
 
-TEXTS = ('channel_order', 'config', 'mmevm_version', 'part', 'strides', 'task', 'weights')  # other metadata is JSON
+# other metadata is JSON
+TEXTS = ('channel_order', 'config', 'mmevm_version', 'part', 'precision', 'strides', 'task', 'weights')
 
 
 def prepare(image, meta):
