@@ -62,10 +62,7 @@ class OnnxModel:
         batch, _, *sides = self._session.input_shape
         x = make_batch(images, self.metadata, sides)
         step = batch or len(x)
-        chunks = [
-            [output.copy() for output in self._session(x[i : i + step])] if step < len(x) else self._session(x)
-            for i in range(0, len(x), step)
-        ]
+        chunks = [self._session(x[i : i + step]) for i in range(0, len(x), step)]
         outputs = [np.concatenate(parts) for parts in zip(*chunks, strict=True)]
         return [dict(zip(self._session.output_names, rows, strict=True)) for rows in zip(*outputs, strict=True)]
 
