@@ -224,12 +224,12 @@ def tiny(cwd, *flags, count=2, text=TINY, options=('--standalone',), start=subpr
     return torchrun(count, TRAIN, 'config.py', '--work-dir', 'here', *flags, cwd=cwd, options=options, start=start)
 
 
-def assert_ended_soon(result, cwd, *words):
+def assert_ended_soon(result, cwd, *words, section='Root Cause'):
     assert result.returncode == 1
     assert time.time() - float((cwd / 'here/fault_time').read_text()) < 60
-    cause = result.stdout[result.stdout.rindex('Root Cause') :]
+    summary = result.stdout[result.stdout.rindex(section) :]
     for word in words:
-        assert word in cause
+        assert word in summary
 
 
 def test_error_of_one_process_ends_all_and_is_printed_last(tmp_path):
@@ -238,7 +238,9 @@ def test_error_of_one_process_ends_all_and_is_printed_last(tmp_path):
 
 
 def test_killed_process_ends_all(tmp_path):
-    assert_ended_soon(tiny(tmp_path, fault='killed'), tmp_path, 'rank      : 1', 'Signal 9 (SIGKILL) received')
+    # The root cause may be the error of process 0, which notices the lost connection before torchrun notices the signal.
+    words = 'rank      : 1', 'Signal 9 (SIGKILL) received'
+    assert_ended_soon(tiny(tmp_path, fault='killed'), tmp_path, *words, section='Failures:')
 
 
 def test_process_that_exits_during_evaluation_ends_all(tmp_path):
