@@ -20,7 +20,6 @@ from torch import nn
 
 from mmevm import __version__
 from mmevm.analysis import build_without_weights
-from mmevm.analysis.latency.results import format_table
 from mmevm.checkpoints import load_pretrained, load_strict
 from mmevm.cli import read_config, replace_data_root, run
 from mmevm.deployment import deploy
@@ -32,6 +31,7 @@ from mmevm.errors import ConfigError
 from mmevm.inference import build_inferencer, check_images, find_inputs
 from mmevm.inference.model import describe_classes
 from mmevm.inference.quantization import MAX_IMAGES, find_calibration_images, quantize_file
+from mmevm.tables import format_table
 
 
 def parse_args() -> argparse.Namespace:

@@ -6,7 +6,7 @@ import torch
 from mmengine.runner import Runner
 
 from mmevm.cli import add_common_arguments, load_config, run, start
-from mmevm.engine import load_from_safely, make_resumable, resume
+from mmevm.engine import load_from_safely, make_resumable, resume, use_fused_optimizer
 from mmevm.errors import ConfigError
 
 
@@ -45,6 +45,7 @@ def main() -> None:
             )
         cfg.auto_scale_lr.enable = True
     make_resumable(cfg)
+    use_fused_optimizer(cfg)
     if args.resume:
         resume(cfg, None if args.resume == 'auto' else args.resume)
     elif cfg.get('resume'):

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-from mmevm.errors import ExportError
+from mmevm.errors import EngineError, ExportError
 from mmevm.tensors import TensorFunction
 
 from . import nms
+from .session import OnnxSession
 
 if TYPE_CHECKING:
     import onnx
@@ -154,34 +155,29 @@ def verify_onnx(
             ``tolerance``; the message says for which images.
     """
     _check_packages()
-    import onnxruntime
-
     name = f'The ONNX file of {type(reference).__name__}'
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # errors are raised; do not log them too
     try:
-        session = onnxruntime.InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
-    except Exception as error:  # its error classes have no common base
-        raise ExportError(f'{name} cannot be loaded by ONNX Runtime: {_shorten(error)}') from error
+        session = OnnxSession(file, device='cpu')
+    except EngineError as error:
+        raise ExportError(f'{name}: {_shorten(error)}') from error
     largest = 0.0
     for x in images:
         for_images = f'for images of {_size(x)}'
         expected = [ref.cpu() for ref in _run(reference, x)]
         try:
-            arrays = session.run(None, {session.get_inputs()[0].name: x.cpu().numpy()})
+            arrays = session(x.cpu().numpy())
         except Exception as error:
             raise ExportError(f'{name} fails {for_images}: {_shorten(error)}') from error
         if len(arrays) != len(expected):
             raise ExportError(f'{name} has {len(arrays)} outputs, expected {len(expected)}.')
         outputs = [torch.from_numpy(array) for array in arrays]
-        output_names = [output.name for output in session.get_outputs()]
-        for output_name, out, ref in zip(output_names, outputs, expected, strict=True):
+        for output_name, out, ref in zip(session.output_names, outputs, expected, strict=True):
             if compare is None and out.shape != ref.shape:
                 raise ExportError(
                     f'{name}: {output_name} has shape {tuple(out.shape)} {for_images}, expected {tuple(ref.shape)}.'
                 )
         differences = (compare or compare_tensors)(outputs, expected)
-        for output_name, difference in zip(output_names, differences, strict=True):
+        for output_name, difference in zip(session.output_names, differences, strict=True):
             if not difference <= tolerance:  # also if it is NaN
                 raise ExportError(
                     f'{name}: {output_name} differs from PyTorch {for_images} by {difference:.1e} of its largest '

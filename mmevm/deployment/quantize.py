@@ -31,6 +31,24 @@ if TYPE_CHECKING:
 _OPERATORS = ('Conv', 'Gemm', 'Relu')
 
 
+def fuse_layers(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Fold the BatchNorms that deploy mode leaves: those of convolutions that several levels of a pyramid share.
+
+    Args:
+        source: A file in float32.
+        target: Where to write the same function, with the same metadata.
+    """
+    import onnx
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with _quiet():
+        quant_pre_process(os.fspath(source), os.fspath(target), skip_symbolic_shape=True)
+    fused = onnx.load(target)
+    metadata = {entry.key: entry.value for entry in onnx.load(source, load_external_data=False).metadata_props}
+    onnx.helper.set_model_props(fused, metadata)
+    onnx.save(fused, target)
+
+
 def quantize_onnx(
     source: str | os.PathLike,
     target: str | os.PathLike,
@@ -40,39 +58,32 @@ def quantize_onnx(
     """Write an int8 version of an ONNX file.
 
     Args:
-        source: A file in float32 with one input.
+        source: A file in float32 with one input, after :func:`fuse_layers`.
         target: Where to write. It gets the metadata of the source.
-        batches: Calibration images as the file takes them, (B, C, H, W) each.
+        batches: Calibration images as the file takes them, (B, C, H, W) each, at least one.
         float_layers: Names of layers to keep in float32, or patterns with ``*``.
 
     Returns:
         The number of quantized layers.
 
     Raises:
-        ExportError: If there is no calibration image, or a name in ``float_layers`` fits no layer.
+        ExportError: If a name in ``float_layers`` fits no layer.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    with TemporaryDirectory(prefix='mmevm-quantize-') as folder, _quiet():
-        # Folds BatchNorms that deploy mode leaves: those of convolutions that several levels of a pyramid share.
-        fused = Path(folder, 'fused.onnx')
-        quant_pre_process(os.fspath(source), str(fused), skip_symbolic_shape=True)
-        proto = onnx.load(fused)
-        layers = layer_names(proto)
-        for pattern in float_layers:
-            if not any(fnmatch(name, pattern) for name in layers.values()):
-                names = ', '.join(dict.fromkeys(layers.values()))
-                raise ExportError(f'--float-layers {pattern}: no layer has such a name. Layers: {names}.')
-        excluded = [node for node, name in layers.items() if any(fnmatch(name, pattern) for pattern in float_layers)]
-        reader = _reader(proto, batches)
-        if reader.first is None:
-            raise ExportError('--calibration: there are no images to find the ranges of the values.')
+    proto = onnx.load(source)
+    layers = layer_names(proto)
+    for pattern in float_layers:
+        if not any(fnmatch(name, pattern) for name in layers.values()):
+            names = ', '.join(dict.fromkeys(layers.values()))
+            raise ExportError(f'--float-layers {pattern}: no layer has such a name. Layers: {names}.')
+    excluded = [node for node, name in layers.items() if any(fnmatch(name, pattern) for pattern in float_layers)]
+    with _quiet():
         quantize_static(
-            str(fused),
+            os.fspath(source),
             os.fspath(target),
-            reader,
+            _reader(proto, batches),
             per_channel=True,
             op_types_to_quantize=list(_OPERATORS),
             nodes_to_exclude=excluded,
@@ -81,9 +92,7 @@ def quantize_onnx(
             weight_type=QuantType.QInt8,
         )
     quantized = onnx.load(target)
-    metadata = {entry.key: entry.value for entry in onnx.load(source, load_external_data=False).metadata_props}
-    del quantized.metadata_props[:]
-    onnx.helper.set_model_props(quantized, metadata)
+    onnx.helper.set_model_props(quantized, {entry.key: entry.value for entry in proto.metadata_props})
     onnx.save(quantized, target)
     return len(layers) - len(excluded)
 
@@ -94,8 +103,8 @@ def layer_errors(
     """Compare the output of each quantized layer with that of the file in float32.
 
     Args:
-        source: The file in float32.
-        target: What :func:`quantize_onnx` wrote.
+        source: What :func:`fuse_layers` wrote.
+        target: What :func:`quantize_onnx` made of it.
         batches: A few images, (B, C, H, W) each.
 
     Returns:
@@ -104,14 +113,11 @@ def layer_errors(
     """
     import onnx
     from onnxruntime.quantization import qdq_loss_debug as debug
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    proto, found = onnx.load(source), []
     with TemporaryDirectory(prefix='mmevm-quantize-') as folder, _quiet():
-        fused = Path(folder, 'fused.onnx')
-        quant_pre_process(os.fspath(source), str(fused), skip_symbolic_shape=True)
-        proto, found = onnx.load(fused), []
-        for name, file in (('float.onnx', fused), ('int8.onnx', Path(target))):
-            debug.modify_model_output_intermediate_tensors(file, Path(folder, name))
+        for name, file in (('float.onnx', source), ('int8.onnx', target)):
+            debug.modify_model_output_intermediate_tensors(Path(file), Path(folder, name))
             found.append(debug.collect_activations(str(Path(folder, name)), _reader(proto, batches)))
         matches = debug.create_activation_matching(found[1], found[0])
     layers = layer_names(proto)
@@ -146,18 +152,10 @@ def _reader(proto: 'onnx.ModelProto', batches: Iterable[np.ndarray]) -> Any:
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self.name, self.batches = proto.graph.input[0].name, iter(batches)
-            self.first = next(self.batches, None)
-            self.following = self._follow()
-
-        def _follow(self) -> Iterator[dict[str, np.ndarray]]:
-            if self.first is not None:
-                yield {self.name: self.first}
-            for batch in self.batches:
-                yield {self.name: batch}
+            self.inputs = ({proto.graph.input[0].name: batch} for batch in batches)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(self.following, None)
+            return next(self.inputs, None)
 
     return Reader()
 

@@ -17,22 +17,18 @@ from .inputs import read_image
 from .predictor import Inferencer, Prediction
 
 
-def build_onnx_inferencer(
-    file: str, device: str | None = None, engine: str = 'onnxruntime', dtype: str = 'float32'
-) -> Inferencer:
+def build_onnx_inferencer(file: str, device: str | None = None) -> Inferencer:
     """Build the inferencer for the task of a file.
 
     Args:
         file: A file with detections, or the logits of a classifier.
         device: cpu or cuda; None is a GPU if this build of ONNX Runtime supports one.
-        engine: 'onnxruntime' or 'openvino'.
-        dtype: What :class:`OnnxSession` takes.
 
     Raises:
         ConfigError: If the file has no metadata of mmevm.
-        EngineError: If the engine is not installed, or cannot use the file or the device.
+        EngineError: If ONNX Runtime is not installed, or cannot use the file or the device.
     """
-    model = OnnxModel(file, device, engine, dtype)
+    model = OnnxModel(file, device)
     if model.metadata['task'] == 'classification':
         return OnnxClassificationInferencer(model)
     return OnnxDetectionInferencer(model)
@@ -41,7 +37,7 @@ def build_onnx_inferencer(
 class OnnxModel:
     """An exported file that takes images.
 
-    Args and errors as for :func:`build_onnx_inferencer`.
+    Arguments and errors are those of :class:`OnnxSession`.
 
     Attributes:
         metadata: What :func:`read_metadata` returns.

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from mmengine.registry import DATASETS, init_default_scope
 
 from mmevm.checks.config import iter_datasets
 from mmevm.deployment.metadata import parse_metadata
-from mmevm.deployment.quantize import layer_errors, quantize_onnx
+from mmevm.deployment.quantize import fuse_layers, layer_errors, quantize_onnx
 from mmevm.errors import ConfigError, ExportError
 
 from .inputs import find_inputs, read_image
@@ -100,8 +101,11 @@ def quantize_file(
     batches = _Batches(paths, values, shape)
     temporary = target.with_name(f'.{os.getpid()}.{target.name}')
     try:
-        layers = quantize_onnx(source, temporary, batches, float_layers)
-        errors = layer_errors(source, temporary, list(batches)[:4])
+        with TemporaryDirectory(prefix='mmevm-quantize-') as folder:
+            fused = Path(folder, 'fused.onnx')
+            fuse_layers(source, fused)
+            layers = quantize_onnx(fused, temporary, batches, float_layers)
+            errors = layer_errors(fused, temporary, list(batches)[:4])
         metrics = {} if max_drop is None else _compare_metrics(cfg, source, temporary)
         _check_drop(metrics, max_drop, errors)
         shutil.move(temporary, target)

@@ -1,5 +1,8 @@
 """RoIAlign (average and maximum) and RoIPool."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 import torch.nn.functional as F
 import torchvision  # noqa: F401 - registers torch.ops.torchvision
@@ -8,6 +11,53 @@ from torch import Tensor
 from .determinism import allow_nondeterministic
 from .grids import align_grids, chunk_by_grid
 from .precision import widen
+
+# torch 2.1 has only the latter.
+_is_compiling = torch.compiler.is_compiling if hasattr(torch.compiler, 'is_compiling') else torch._utils.is_compiling
+
+
+# Elements of the pooled maps from which threads save more time than they take to start.
+_MIN_ELEMENTS = 2**20
+
+
+def _in_threads(function: Callable[[Tensor], Tensor], x: Tensor, dim: int, elements: int) -> Tensor:
+    """Call a function with parts of a tensor, and concatenate the results.
+
+    torchvision's RoIAlign uses one thread on a CPU. The parts are independent of each other: the result is the same.
+
+    Args:
+        function: Maps a part to its result.
+        x: The tensor.
+        dim: Dimension in which ``x`` and the result are split.
+        elements: Elements of the pooled maps.
+    """
+    threads = min(torch.get_num_threads(), x.shape[dim])
+    is_small = threads < 2 or elements < _MIN_ELEMENTS
+    if x.device.type != 'cpu' or is_small or torch.jit.is_tracing() or _is_compiling():
+        return function(x)
+
+    @torch.no_grad()  # each thread has a grad mode of its own
+    def call(part: Tensor) -> Tensor:
+        return function(part.contiguous())
+
+    with ThreadPoolExecutor(threads) as pool:
+        return torch.cat(list(pool.map(call, x.chunk(threads, dim))), dim)
+
+
+def _roi_align(input: Tensor, rois: Tensor, scale: float, height: int, width: int, *args: float) -> Tensor:
+    elements = len(rois) * input.shape[1] * height * width
+    roi_align = torch.ops.torchvision.roi_align
+    return _in_threads(lambda part: roi_align(input, part, scale, height, width, *args), rois, 0, elements)
+
+
+def _roi_align_backward(
+    grad_output: Tensor, rois: Tensor, scale: float, height: int, width: int, shape: torch.Size, *args: float
+) -> Tensor:
+    def backward(part: Tensor) -> Tensor:
+        size = (shape[0], part.shape[1], *shape[2:])
+        return torch.ops.torchvision._roi_align_backward(part, rois, scale, height, width, *size, *args)
+
+    return _in_threads(backward, grad_output, 1, grad_output.numel())
 
 
 def roi_align_forward(
@@ -30,16 +80,15 @@ def roi_align_forward(
     """
     input = widen(input)
     rois = rois.to(input.dtype)
-    roi_align = torch.ops.torchvision.roi_align
     if pool_mode == 1:
-        output.copy_(roi_align(input, rois, spatial_scale, aligned_height, aligned_width, sampling_ratio, aligned))
+        output.copy_(_roi_align(input, rois, spatial_scale, aligned_height, aligned_width, sampling_ratio, aligned))
         return
 
     grids = align_grids(rois, aligned_height, aligned_width, spatial_scale, sampling_ratio, aligned)
     for chunk, rows, columns in chunk_by_grid(grids, aligned_height * aligned_width * input.shape[1]):
         # One sample per bin of a `rows` × `columns` finer grid gives exactly the samples of the coarse bins.
         fine_height, fine_width = aligned_height * rows, aligned_width * columns
-        samples = roi_align(input, rois[chunk], spatial_scale, fine_height, fine_width, 1, aligned)
+        samples = _roi_align(input, rois[chunk], spatial_scale, fine_height, fine_width, 1, aligned)
         maximum, index = F.max_pool2d(samples, (rows, columns), return_indices=True)
         output[chunk] = maximum.to(output.dtype)
         argmax_y[chunk] = (index // fine_width % rows).to(argmax_y.dtype)
@@ -63,11 +112,10 @@ def roi_align_backward(
     """Write the gradient of :func:`roi_align_forward` with respect to the feature map to ``grad_input``."""
     grad_output = widen(grad_output)
     rois = rois.to(grad_output.dtype)
-    roi_align_backward = torch.ops.torchvision._roi_align_backward
     if pool_mode == 1:
         bins = (aligned_height, aligned_width)
         grad_input.copy_(
-            roi_align_backward(grad_output, rois, spatial_scale, *bins, *grad_input.shape, sampling_ratio, aligned)
+            _roi_align_backward(grad_output, rois, spatial_scale, *bins, grad_input.shape, sampling_ratio, aligned)
         )
         return
 
@@ -80,8 +128,8 @@ def roi_align_backward(
         grad_samples = grad_output.new_zeros(len(chunk), grad_input.shape[1], fine_height * fine_width)
         grad_samples.scatter_(2, (y * fine_width + x).flatten(2), grad_output[chunk].flatten(2))
         grad_samples = grad_samples.unflatten(2, (fine_height, fine_width))
-        total += roi_align_backward(
-            grad_samples, rois[chunk], spatial_scale, fine_height, fine_width, *grad_input.shape, 1, aligned
+        total += _roi_align_backward(
+            grad_samples, rois[chunk], spatial_scale, fine_height, fine_width, grad_input.shape, 1, aligned
         )
     grad_input.copy_(total)
 

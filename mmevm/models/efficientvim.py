@@ -212,6 +212,8 @@ class EfficientViM(BaseModule):
         deploy: Whether to build the backbone in deploy mode, for weights saved after :meth:`switch_to_deploy`.
         init_cfg: mmengine's initialization config. With ``type='Pretrained'`` the checkpoint must contain every tensor
             of the backbone. It may be a ``timm://`` name, or a file of the authors, of timm or of mmevm.
+        channels_last: Whether to convert images to channels_last, which the maps and the modules after the backbone
+            then follow. None converts them on a CPU, where training is faster so. Deploy mode always converts them.
 
     Attributes:
         out_channels: Channels of each returned tensor.
@@ -263,6 +265,7 @@ class EfficientViM(BaseModule):
         deploy: bool = False,
         init_cfg: dict | list[dict] | None = None,
         out_strides: Sequence[int] | None = None,
+        channels_last: bool | None = None,
     ) -> None:
         super().__init__(init_cfg)
         settings = self._parse_arch(arch)
@@ -293,6 +296,7 @@ class EfficientViM(BaseModule):
             self.out_channels = (*embed_dims[: last + 1], *self.out_channels)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
+        self.channels_last = channels_last
 
         stem_indices = [i for i, stride in enumerate(_STEM_STRIDES) if stride in self.out_strides]
         self.patch_embed: Stem | DeployStem = Stem(in_channels, embed_dims[0], norm_cfg, stem_indices)
@@ -328,6 +332,8 @@ class EfficientViM(BaseModule):
         """
         if not torch.jit.is_tracing() and not is_compiling():
             self._check_images(x)
+        if self.channels_last or (self.channels_last is None and x.device.type == 'cpu'):
+            x = x.contiguous(memory_format=torch.channels_last)
         x = self._call(self.patch_embed, x, stride=16)
         hidden_states, maps = [], []
         if self.out_strides[0] in _STEM_STRIDES:

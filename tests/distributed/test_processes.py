@@ -238,7 +238,7 @@ def test_error_of_one_process_ends_all_and_is_printed_last(tmp_path):
 
 
 def test_killed_process_ends_all(tmp_path):
-    # The root cause may be the error of process 0, which notices the lost connection before torchrun notices the signal.
+    # The root cause may be the error of process 0, which notices the lost connection before torchrun does the signal.
     words = 'rank      : 1', 'Signal 9 (SIGKILL) received'
     assert_ended_soon(tiny(tmp_path, fault='killed'), tmp_path, *words, section='Failures:')
 

@@ -13,7 +13,7 @@ import mmevm
 # From bottom to top. A module may import those of its own level and of the levels before it.
 LEVELS = [
     {'mmevm.errors', 'mmevm.version', 'mmevm.compat', 'mmevm.distributions', 'mmevm.registry', 'mmevm.mmcv_ops'},
-    {'mmevm.tensors', 'mmevm.env', 'mmevm.import_hooks', 'mmevm.download'},
+    {'mmevm.tensors', 'mmevm.tables', 'mmevm.env', 'mmevm.import_hooks', 'mmevm.download'},
     {'mmevm.config_path', 'mmevm.checkpoint_schemes', 'mmevm.model_hub'},
     {'mmevm.models'},
     {'mmevm.checkpoints'},

@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from mmevm.analysis.complexity import measure_complexity
 from mmevm.analysis.operators import OTHER, operator_group
+from mmevm.tables import format_table
 
-from .results import format_table
 from .timing import synchronize, time_call
 
 # Time on the CPU that no operator takes: Python code and PyTorch's calls of operators.

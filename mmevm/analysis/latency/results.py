@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import MARKDOWN
-from rich.console import Console
-from rich.table import Table
 
 from mmevm.distributions import DISTRIBUTIONS, installed_version
+from mmevm.tables import format_table
 
 from .timing import is_cuda
 
@@ -148,19 +146,6 @@ def table(results: Sequence[Result], reference: str) -> str:
         blocks.append(format_table(header, rows, text_columns=2))
         blocks.append('\n'.join(remarks[title]))
     return '\n\n'.join(filter(None, blocks))
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
-    """Return a Markdown table; the columns after the first ``text_columns`` are aligned to the right."""
-    grid = Table(box=MARKDOWN)
-    for i, title in enumerate(header):
-        grid.add_column(title, justify='left' if i < text_columns else 'right', no_wrap=True)
-    for row in rows:
-        grid.add_row(*row)
-    console = Console(width=1000, markup=False, emoji=False, highlight=False, color_system=None)
-    with console.capture() as capture:
-        console.print(grid)
-    return capture.get().strip()
 
 
 def write_json(file: Path, results: Sequence[Result], **parts: Any) -> None:

@@ -8,6 +8,7 @@ from mmcv.ops import RoIAlign, RoIPool, roi_align, roi_pool
 from torch import Tensor
 
 from mmevm.mmcv_ops import grids
+from mmevm.mmcv_ops import roi as roi_operators
 from mmevm.mmcv_ops.ext import roi_pool_forward
 
 pytestmark = pytest.mark.usefixtures('each_device')
@@ -97,6 +98,22 @@ def test_roi_align_does_not_depend_on_chunk_size(monkeypatch: pytest.MonkeyPatch
         pooled = roi_align(maps, rois, (3, 2), SCALE, 0, 'max', True)
         results.append((pooled, *torch.autograd.grad((pooled**2).sum(), maps)))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize('mode', ['avg', 'max'])
+def test_roi_align_does_not_depend_on_threads(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roi_operators, '_MIN_ELEMENTS', 0)
+    maps, rois = torch.rand(2, 5, 10, 14).requires_grad_(), make_rois().float()
+    threads, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 4):
+            torch.set_num_threads(number)
+            pooled = roi_align(maps, rois, (3, 2), SCALE, 0, mode, True)
+            results.append((pooled, *torch.autograd.grad((pooled**2).sum(), maps)))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0)
 
 
 def test_gradients_of_many_grids_are_summed_in_single_precision() -> None:

@@ -148,11 +148,24 @@ class TestOutput:
         alone = torch.cat([tiny(x[i : i + 1])[2] for i in range(3)])
         torch.testing.assert_close(tiny(x)[2], alone, rtol=1e-4, atol=1e-5)
 
-    def test_channels_last_input_returns_the_same(self, tiny):
-        tiny.eval()
-        x = torch.randn(2, 3, 64, 48)
-        expected = tiny(x)
-        torch.testing.assert_close(tiny(x.to(memory_format=torch.channels_last)), expected, rtol=1e-4, atol=1e-5)
+    @pytest.mark.parametrize('norm_eval', [False, True])
+    @pytest.mark.parametrize('channels_last', [None, True])
+    def test_channels_last(self, norm_eval, channels_last):
+        """The same features and gradients; the maps keep the memory format."""
+
+        def run(channels_last, x):
+            settings = dict(norm_eval=norm_eval, channels_last=channels_last, out_strides=(4, 16, 32, 64))
+            torch.manual_seed(0)
+            model = randomize(EfficientViM(TINY, **settings)).double().train()
+            return features_and_gradients(model, x)
+
+        x = torch.randn(2, 3, 96, 80, dtype=torch.double)
+        expected, expected_gradients = run(False, x)
+        assert not any(map.is_contiguous(memory_format=torch.channels_last) for map in expected)
+        for images in (x, x.to(memory_format=torch.channels_last)):
+            maps, gradients = run(channels_last, images)
+            assert all(map.is_contiguous(memory_format=torch.channels_last) for map in maps)
+            torch.testing.assert_close((maps, gradients), (expected, expected_gradients), rtol=1e-9, atol=1e-9)
 
 
 class TestHiddenStates:
