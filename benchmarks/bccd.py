@@ -3,18 +3,14 @@
     python benchmarks/bccd.py train --data-root data/bccd       # all configs and seeds without a result
     python benchmarks/bccd.py train --data-root data/bccd --configs configs/bccd/rtmdet_evm_m1_bccd.py --seeds 0
     python benchmarks/bccd.py table
-    python benchmarks/bccd.py precision --data-root data/bccd --configs configs/bccd/rtmdet_evm_m[14]_bccd.py
 
 `train` writes one JSON file for each training to docs/benchmarks/bccd/: metrics on the test split, losses, metrics on
 the validation split, and the machine. If it is interrupted, the next call resumes the training. `table` also reads
 docs/benchmarks/bccd_latency.json, which tools/benchmark_latency.py writes:
 
-    python tools/benchmark_latency.py --models configs/bccd/*.py --part model --engine eager onnxruntime openvino \\
-        --resolution 320 --batch-size 1 --reference configs/bccd/rtmdet_tiny_bccd.py \\
-        --json docs/benchmarks/bccd_latency.json
-
-`precision` exports the detectors that `train` has trained with seed 0, and writes their AP in float32, bfloat16 and
-int8 to docs/benchmarks/bccd_precision.json. The exported files stay in the folders of the trainings.
+    python tools/benchmark_latency.py --threads 2 --models configs/bccd/*.py --part detector --engine eager \\
+        onnxruntime openvino --resolution 256x320 --batch-size 1 --rounds 25 --no-memory \\
+        --reference configs/bccd/rtmdet_tiny_bccd.py --json docs/benchmarks/bccd_latency.json
 """
 
 import argparse
@@ -38,7 +34,6 @@ METRICS = dict(
     AP='bbox_mAP', AP50='bbox_mAP_50', RBC='RBC_precision', WBC='WBC_precision', Platelets='Platelets_precision'
 )
 LATENCY = Path('docs/benchmarks/bccd_latency.json')
-PRECISION = Path('docs/benchmarks/bccd_precision.json')
 
 
 def train(config: Path, seed: int, data_root: Path, work_dir: Path) -> dict:
@@ -49,46 +44,17 @@ def train(config: Path, seed: int, data_root: Path, work_dir: Path) -> dict:
     command = ['tools/train.py', str(config), '--work-dir', str(work_dir), '--resume', *common]
     subprocess.run([sys.executable, *command], check=True)
     seconds = time.time() - start
+    checkpoint = (work_dir / 'last_checkpoint').read_text()
+    command = ['tools/test.py', str(config), checkpoint, '--work-dir', str(work_dir / 'test'), *common]
+    subprocess.run([sys.executable, *command], check=True)
     return dict(
         config=str(config),
         seed=seed,
-        test=evaluate(config, (work_dir / 'last_checkpoint').read_text(), data_root, work_dir / 'test'),
+        test=json.loads(latest(work_dir / 'test', '*/*.json').read_text()),
         training=[json.loads(line) for line in latest(work_dir, '*/vis_data/scalars.json').read_text().splitlines()],
         seconds=seconds,  # of the last call only, if the training was interrupted
         environment=environment('cpu'),
     )
-
-
-def evaluate(config: Path, model: str, data_root: Path, work_dir: Path, *arguments: str) -> dict:
-    """Return the metrics of a checkpoint or an exported file on the test split."""
-    command = ['tools/test.py', str(config), model, '--work-dir', str(work_dir), '--data-root', str(data_root)]
-    subprocess.run([sys.executable, *command, *arguments], check=True)
-    return json.loads(latest(work_dir, '*/*.json').read_text())
-
-
-def measure_precisions(config: Path, data_root: Path, work_dir: Path) -> list[dict]:
-    """Export a trained detector in float32 and int8, and return the metrics of each engine and precision."""
-    folder = work_dir / f'{config.stem}_seed0'
-    checkpoint = (folder / 'last_checkpoint').read_text()
-    files = {name: str(folder / f'{name}.onnx') for name in ('float32', 'int8')}
-    for name, file in files.items():
-        command = ['tools/export_onnx.py', str(config), checkpoint, file, '--part', 'detections', '--precision', name]
-        calibration = ['--calibration', 'train', '--data-root', str(data_root)] if name == 'int8' else []
-        subprocess.run([sys.executable, *command, *calibration], check=True)
-    rows = []
-    for engine, precision, model, arguments in [
-        ('pytorch', 'float32', checkpoint, []),
-        ('pytorch', 'bfloat16', checkpoint, ['--dtype', 'bfloat16']),
-        ('onnxruntime', 'float32', files['float32'], []),
-        ('onnxruntime', 'int8', files['int8'], []),
-        ('openvino', 'float32', files['float32'], ['--engine', 'openvino']),
-        ('openvino', 'bfloat16', files['float32'], ['--engine', 'openvino', '--dtype', 'bfloat16']),
-        ('openvino', 'int8', files['int8'], ['--engine', 'openvino']),
-    ]:
-        test = evaluate(config, model, data_root, folder / 'precision', *arguments)
-        rows.append(dict(config=str(config), engine=engine, precision=precision, test=test))
-        print(f'{config.stem}, {engine}, {precision}: AP {test["coco/bbox_mAP"]:.3f}')
-    return rows
 
 
 def latest(folder: Path, pattern: str) -> Path:
@@ -141,17 +107,13 @@ def table(configs: Sequence[Path]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('command', choices=['train', 'table', 'precision'])
+    parser.add_argument('command', choices=['train', 'table'])
     parser.add_argument('--configs', type=Path, nargs='+', help='default: configs/bccd/*.py')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='default: 0 1 2')
     parser.add_argument('--data-root', type=Path, default=Path('data/bccd'), help='folder of BCCD (default: data/bccd)')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/bccd'), help='default: work_dirs/bccd')
     args = parser.parse_args()
     configs = args.configs or sorted(CONFIGS.glob('*.py'))
-    if args.command == 'precision':
-        results = [row for config in configs for row in measure_precisions(config, args.data_root, args.work_dir)]
-        PRECISION.write_text(json.dumps(dict(results=results, environment=environment('cpu')), indent=1) + '\n')
-        return
     if args.command == 'train':
         train_all(configs, args.seeds, args.data_root, args.work_dir)
     print(table(configs))
