@@ -172,15 +172,15 @@ def training(arch: str) -> dict[str, tuple]:
     for module in peer.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
-    ours = EfficientViM(arch, norm_eval=True).train()
+    ours = EfficientViM(arch, norm_eval=True, channels_last=False).train()
     apart = partial(mock.patch.object, ConvNorm, '_has_fixed_statistics', lambda self: False)
     return {
         'norm_eval': (ours,),
         'timm': (peer,),
         'timm, channels_last': (copy.deepcopy(peer).to(memory_format=torch.channels_last),),
         'norm_eval, BatchNorm apart': (ours, apart),
-        'norm_eval, channels_last': (copy.deepcopy(ours).to(memory_format=torch.channels_last),),
-        'norm_eval, with_cp': (EfficientViM(arch, norm_eval=True, with_cp=True).train(),),
+        'norm_eval, channels_last': (EfficientViM(arch, norm_eval=True, channels_last=True).train(),),
+        'norm_eval, with_cp': (EfficientViM(arch, norm_eval=True, with_cp=True, channels_last=False).train(),),
     }
 
 

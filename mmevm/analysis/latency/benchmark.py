@@ -33,6 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmevm.analysis.complexity import measure_complexity
 from mmevm.deployment.session import ENGINES as ONNX_ENGINES
 from mmevm.errors import EngineError
+from mmevm.models import EfficientViM
 
 from .engines import DTYPES, prepare
 from .memory import peak_cpu_memory
@@ -96,6 +97,10 @@ def build(spec: ModelSpec, setting: Setting, engine: str = 'eager') -> tuple[nn.
                 module.eval()
     elif setting.deploy:
         model = spec.deploy(model)
+    if not setting.channels_last:
+        for module in model.modules():
+            if isinstance(module, EfficientViM):
+                module.channels_last = False
     form = setting.form(engine)
     return model.to(**form), _make_images(setting).to(**form)
 

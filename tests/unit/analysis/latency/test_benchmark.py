@@ -139,6 +139,13 @@ def test_all_models_get_the_same_images_in_the_requested_format(channels_last):
     assert a.float().std() == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.parametrize('channels_last', [False, True])
+def test_maps_of_the_backbone_have_the_requested_format(channels_last):
+    setting = Setting(64, 1, 'float32', 'cpu', channels_last=channels_last)
+    model, x = build(ModelSpec('m1@trained'), setting)
+    assert model(x)[0].is_contiguous(memory_format=torch.channels_last) is channels_last
+
+
 def test_parameters_and_flops_are_those_of_one_image_before_deploy_mode():
     (row,) = measure('m1', resolutions=[64], batch_sizes=[2])
     complexity = measure_complexity(EfficientViM('m1'), (1, 3, 64, 64))
