@@ -6,8 +6,8 @@
     python benchmarks/training.py configs/demo/maskrcnn_evm_m1_shapes.py --data-root data/shapes \\
         --json docs/benchmarks/training_shapes.json
 
-Variants without one of the options train in turns, one iteration each per round, on the same batches. The first table
-contains the median milliseconds per iteration of each stage:
+Variants that each lack one option train in turn, one iteration per round, on the same batches. The first table contains
+the median milliseconds per iteration and the share of each stage, with all options:
 
 - load: read and decode the images, and make their annotations.
 - augment: the other steps of the pipeline.
@@ -17,7 +17,8 @@ contains the median milliseconds per iteration of each stage:
 - backward of heads (with RoIAlign and the losses), neck and backbone.
 - update: the optimizer, and the average of the weights.
 
-The second one contains the time of each variant, and the median of its ratios to all options by round.
+The second table contains, for each variant, milliseconds per iteration, images per second, and the median over rounds
+of its time relative to all options.
 """
 
 import argparse
@@ -47,6 +48,7 @@ from mmevm.analysis.latency.timing import enlarge_kernel_cache
 from mmevm.cli import read_config, replace_data_root
 from mmevm.engine import use_fused_optimizer
 from mmevm.mmcv_ops import roi
+from mmevm.tables import format_table
 
 WARM_UP = 3  # rounds
 
@@ -99,10 +101,10 @@ class Training:
 
     def _after(self, stage: str, outputs: Any) -> None:
         self.watch.lap(stage)
-        # The backward pass of the modules after this one ends when the gradient of the first output is known.
+        # Autograd calls the first of these hooks after the backward pass of all later modules.
         after = dict(backbone='backward of neck', neck='backward of heads').get(stage)
         if after:
-            for output in outputs:
+            for output in [output for output in outputs if output.requires_grad]:
                 output.register_hook(lambda gradient: self._after_backward(after))
 
     def _after_backward(self, stage: str) -> None:
@@ -193,15 +195,18 @@ def main() -> None:
 
     totals = {name: [sum(row.values()) for row in rows] for name, rows in results.items()}
     reference = totals['all options']
-    rows = results['all options']
+    stages, rows = [], results['all options']
     for stage in rows[0]:
         milliseconds = 1e3 * statistics.median(row[stage] for row in rows)
         share = statistics.median(row[stage] / total for row, total in zip(rows, reference, strict=True))
-        print(f'| {stage} | {milliseconds:.1f} | {100 * share:.0f} % |')
+        stages.append((stage, f'{milliseconds:.1f}', f'{share:.0%}'))
+    variants = []
     for name, total in totals.items():
         ratio = statistics.median(a / b for a, b in zip(total, reference, strict=True))
-        milliseconds = 1e3 * statistics.median(total)
-        print(f'| {name} | {milliseconds:.0f} | {1e3 * batch_size / milliseconds:.1f} | {ratio:.2f} |')
+        seconds = statistics.median(total)
+        variants.append((name, f'{1e3 * seconds:.0f}', f'{batch_size / seconds:.1f}', f'{ratio:.2f}'))
+    print(format_table(('stage', 'ms', 'share'), stages))
+    print(format_table(('variant', 'ms', 'images/s', 'relative'), variants))
     if args.json:
         arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         parts = dict(arguments=arguments, environment=environment('cpu'), batch_size=batch_size, seconds=results)

@@ -83,7 +83,10 @@ def parse_args() -> tuple[argparse.Namespace, list[ModelSpec]]:
     )
     how.add_argument('--dtype', nargs='+', choices=list(latency.DTYPES), default=['float32'], help='(default: float32)')
     how.add_argument(
-        '--no-channels-last', dest='channels_last', action='store_false', help='do not use channels_last in PyTorch'
+        '--no-channels-last',
+        dest='channels_last',
+        action='store_false',
+        help='do not use channels_last in PyTorch, except in deploy mode',
     )
     how.add_argument('--threads', type=positive, help="CPU threads of every engine (default: PyTorch's number)")
     how.add_argument('--rounds', type=positive, help='calls to time (default: 7 on the CPU, 50 on CUDA)')

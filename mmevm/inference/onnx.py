@@ -37,10 +37,16 @@ def build_onnx_inferencer(file: str, device: str | None = None) -> Inferencer:
 class OnnxModel:
     """An exported file that takes images.
 
-    Arguments and errors are those of :class:`OnnxSession`.
+    Args:
+        file: An ONNX file.
+        device, engine, dtype: As for :class:`OnnxSession`.
 
     Attributes:
         metadata: What :func:`read_metadata` returns.
+
+    Raises:
+        ConfigError: If the file has no metadata of mmevm.
+        EngineError: As for :class:`OnnxSession`.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,7 +38,12 @@ def find_calibration_images(cfg: Config, names: Sequence[str]) -> list[str]:
         ConfigError: If there are no images, or the dataset of the config cannot be read.
     """
     if not (len(names) == 1 and names[0] in SPLITS):
-        return find_inputs(names).images
+        images = find_inputs(names).images
+        if not images:
+            raise ConfigError(
+                f'--calibration {" ".join(names)}: there are only videos. Give images or folders of images.'
+            )
+        return images
     (split,) = names
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     paths = []
@@ -105,7 +111,7 @@ def quantize_file(
             fused = Path(folder, 'fused.onnx')
             fuse_layers(source, fused)
             layers = quantize_onnx(fused, temporary, batches, float_layers)
-            errors = layer_errors(fused, temporary, list(batches)[:4])
+            errors = layer_errors(fused, temporary, list(islice(batches, 4)))
         metrics = {} if max_drop is None else _compare_metrics(cfg, source, temporary)
         _check_drop(metrics, max_drop, errors)
         shutil.move(temporary, target)

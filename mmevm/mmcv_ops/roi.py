@@ -12,28 +12,28 @@ from .determinism import allow_nondeterministic
 from .grids import align_grids, chunk_by_grid
 from .precision import widen
 
-# torch 2.1 has only the latter.
+# torch.compiler.is_compiling is missing in torch 2.1.
 _is_compiling = torch.compiler.is_compiling if hasattr(torch.compiler, 'is_compiling') else torch._utils.is_compiling
 
+# Number of pooled elements for each thread, below which starting it takes more time than it saves.
+_MIN_ELEMENTS = 2**19
 
-# Elements of the pooled maps from which threads save more time than they take to start.
-_MIN_ELEMENTS = 2**20
 
+def _in_threads(function: Callable[[Tensor], Tensor], x: Tensor, dim: int, elements: Callable[[], int]) -> Tensor:
+    """Call a function with parts of a tensor, each in a thread, and concatenate the results.
 
-def _in_threads(function: Callable[[Tensor], Tensor], x: Tensor, dim: int, elements: int) -> Tensor:
-    """Call a function with parts of a tensor, and concatenate the results.
-
-    torchvision's RoIAlign uses one thread on a CPU. The parts are independent of each other: the result is the same.
+    torchvision's RoIAlign uses one thread on a CPU. The result does not depend on the number of threads.
 
     Args:
         function: Maps a part to its result.
         x: The tensor.
         dim: Dimension in which ``x`` and the result are split.
-        elements: Elements of the pooled maps.
+        elements: Returns the number of pooled elements.
     """
-    threads = min(torch.get_num_threads(), x.shape[dim])
-    is_small = threads < 2 or elements < _MIN_ELEMENTS
-    if x.device.type != 'cpu' or is_small or torch.jit.is_tracing() or _is_compiling():
+    if x.device.type != 'cpu' or torch.jit.is_tracing() or _is_compiling():
+        return function(x)
+    threads = min(torch.get_num_threads(), x.shape[dim], elements() // _MIN_ELEMENTS)
+    if threads < 2:
         return function(x)
 
     @torch.no_grad()  # each thread has a grad mode of its own
@@ -45,9 +45,10 @@ def _in_threads(function: Callable[[Tensor], Tensor], x: Tensor, dim: int, eleme
 
 
 def _roi_align(input: Tensor, rois: Tensor, scale: float, height: int, width: int, *args: float) -> Tensor:
-    elements = len(rois) * input.shape[1] * height * width
-    roi_align = torch.ops.torchvision.roi_align
-    return _in_threads(lambda part: roi_align(input, part, scale, height, width, *args), rois, 0, elements)
+    def forward(part: Tensor) -> Tensor:
+        return torch.ops.torchvision.roi_align(input, part, scale, height, width, *args)
+
+    return _in_threads(forward, rois, 0, lambda: len(rois) * input.shape[1] * height * width)
 
 
 def _roi_align_backward(
@@ -57,7 +58,7 @@ def _roi_align_backward(
         size = (shape[0], part.shape[1], *shape[2:])
         return torch.ops.torchvision._roi_align_backward(part, rois, scale, height, width, *size, *args)
 
-    return _in_threads(backward, grad_output, 1, grad_output.numel())
+    return _in_threads(backward, grad_output, 1, grad_output.numel)
 
 
 def roi_align_forward(
@@ -78,7 +79,7 @@ def roi_align_forward(
     ``argmax_y`` and ``argmax_x`` receive the row and column of the largest sample in the grid of its bin, for the
     backward pass. The maximum of a bin without samples stays 0, the initial value of ``output``.
     """
-    input = widen(input)
+    input = widen(input).contiguous()  # torchvision copies it otherwise, in each thread
     rois = rois.to(input.dtype)
     if pool_mode == 1:
         output.copy_(_roi_align(input, rois, spatial_scale, aligned_height, aligned_width, sampling_ratio, aligned))

@@ -212,8 +212,8 @@ class EfficientViM(BaseModule):
         deploy: Whether to build the backbone in deploy mode, for weights saved after :meth:`switch_to_deploy`.
         init_cfg: mmengine's initialization config. With ``type='Pretrained'`` the checkpoint must contain every tensor
             of the backbone. It may be a ``timm://`` name, or a file of the authors, of timm or of mmevm.
-        channels_last: Whether to convert images to channels_last, which the maps and the modules after the backbone
-            then follow. None converts them on a CPU, where training is faster so. Deploy mode always converts them.
+        channels_last: Whether to convert images to channels_last. The returned maps then have this format too. None
+            converts them on a CPU, where it makes training faster. Deploy mode always converts them.
 
     Attributes:
         out_channels: Channels of each returned tensor.
@@ -300,7 +300,7 @@ class EfficientViM(BaseModule):
 
         stem_indices = [i for i, stride in enumerate(_STEM_STRIDES) if stride in self.out_strides]
         self.patch_embed: Stem | DeployStem = Stem(in_channels, embed_dims[0], norm_cfg, stem_indices)
-        drop_paths = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        drop_paths = iter(torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist())
         self.stages = nn.ModuleList(
             Stage(
                 blocks=[

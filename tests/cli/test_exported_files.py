@@ -124,6 +124,13 @@ def test_missing_data_is_reported_before_the_export(detector, tmp_path, monkeypa
         run_here(monkeypatch, EXPORT, *detector, tmp_path / 'int8.onnx', *arguments, *missing)
 
 
+def test_calibration_needs_images(detector, tmp_path, monkeypatch):
+    (tmp_path / 'a.mp4').touch()
+    arguments = ['--part', 'detections', '--precision', 'int8', '--calibration', tmp_path]
+    with pytest.raises(SystemExit, match='ConfigError: --calibration .*: there are only videos'):
+        run_here(monkeypatch, EXPORT, *detector, tmp_path / 'int8.onnx', *arguments)
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [

@@ -13,6 +13,7 @@ import torch
 from command_line import ROOT, error_line, run, scalars, succeed
 from pycocotools.coco import COCO
 from safetensors.torch import save_file
+from torch.torch_version import TorchVersion
 
 CONFIG = ROOT / 'configs' / 'demo' / 'maskrcnn_evm_m1_shapes.py'
 SIZE = 96
@@ -94,7 +95,10 @@ def test_train_resume(shapes, trained, tmp_path):
     assert 'resumed epoch: 0, iter: 3' in printed
     assert [step['step'] for step in scalars(work_dir)[0]] == [4]
     checkpoint = torch.load(work_dir / 'iter_4.pth', map_location='cpu', weights_only=False)
-    assert {int(state['step']) for state in checkpoint['optimizer']['state'].values()} == {4}
+    optimizer = checkpoint['optimizer']
+    assert {int(state['step']) for state in optimizer['state'].values()} == {4}
+    if TorchVersion(torch.__version__) >= '2.4' and not torch.cuda.is_available():
+        assert all(group['fused'] for group in optimizer['param_groups'])
 
 
 def test_train_resume_from_a_missing_file(shapes, tmp_path):

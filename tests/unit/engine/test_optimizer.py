@@ -42,8 +42,19 @@ def test_others_are_not_changed(optimizer):
     assert cfg.optim_wrapper.optimizer == optimizer
 
 
+@pytest.mark.skipif(not IS_USED, reason='needs torch 2.4 or newer, and no GPU')
+def test_only_on_a_cpu_and_with_torch_2_4(monkeypatch):
+    for target, value in [('mmevm.engine.optimizer.get_device', lambda: 'npu'), ('torch.__version__', '2.3.1')]:
+        cfg = make_config(dict(type='AdamW'))
+        with monkeypatch.context() as patch:
+            patch.setattr(target, value)
+            use_fused_optimizer(cfg)
+        assert cfg.optim_wrapper.optimizer == dict(type='AdamW')
+
+
 def test_several_optimizers_are_not_changed():
     cfg = Config(dict(optim_wrapper=dict(constructor='Mine', one=dict(optimizer=dict(type='AdamW')))))
     expected = cfg.to_dict()
     use_fused_optimizer(cfg)
     assert cfg.to_dict() == expected
+    use_fused_optimizer(Config(dict(optim_wrapper=None)))  # of a config for evaluation

@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -100,20 +101,30 @@ def test_roi_align_does_not_depend_on_chunk_size(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('mode', ['avg', 'max'])
-def test_roi_align_does_not_depend_on_threads(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roi_operators, '_MIN_ELEMENTS', 0)
-    maps, rois = torch.rand(2, 5, 10, 14).requires_grad_(), make_rois().float()
-    threads, results = torch.get_num_threads(), []
+def test_roi_align_does_not_depend_on_threads(
+    mode: str, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = mock.Mock(wraps=roi_operators.ThreadPoolExecutor)
+    monkeypatch.setattr(roi_operators, 'ThreadPoolExecutor', pool)
+    maps, rois = torch.rand(2, 5, 10, 14).to(memory_format=memory_format).requires_grad_(), make_rois().float()
+    threads, results, used = torch.get_num_threads(), [], []
     try:
-        for number in (1, 2, 4):
+        for number, elements in ((1, 1), (2, 1), (4, 1), (2, 1000)):
             torch.set_num_threads(number)
+            monkeypatch.setattr(roi_operators, '_MIN_ELEMENTS', elements)
+            pool.reset_mock()
             pooled = roi_align(maps, rois, (3, 2), SCALE, 0, mode, True)
             results.append((pooled, *torch.autograd.grad((pooled**2).sum(), maps)))
+            used.append(max((call.args[0] for call in pool.call_args_list), default=1))
+            with torch.inference_mode():
+                assert torch.equal(roi_align(maps, rois, (3, 2), SCALE, 0, mode, True), pooled)
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=0, atol=0)
+    assert used == ([1, 2, 4, 1] if maps.device.type == 'cpu' else [1, 1, 1, 1])
 
 
 def test_gradients_of_many_grids_are_summed_in_single_precision() -> None:

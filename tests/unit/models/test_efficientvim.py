@@ -150,22 +150,32 @@ class TestOutput:
 
     @pytest.mark.parametrize('norm_eval', [False, True])
     @pytest.mark.parametrize('channels_last', [None, True])
-    def test_channels_last(self, norm_eval, channels_last):
+    @pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.double, 1e-9), (torch.float, 2e-3)])
+    def test_channels_last(self, norm_eval, channels_last, dtype, tolerance):
         """The same features and gradients; the maps keep the memory format."""
 
         def run(channels_last, x):
             settings = dict(norm_eval=norm_eval, channels_last=channels_last, out_strides=(4, 16, 32, 64))
             torch.manual_seed(0)
-            model = randomize(EfficientViM(TINY, **settings)).double().train()
+            model = randomize(EfficientViM(TINY, **settings)).to(dtype).train()
             return features_and_gradients(model, x)
 
-        x = torch.randn(2, 3, 96, 80, dtype=torch.double)
+        x = torch.randn(2, 3, 96, 80, dtype=dtype)
         expected, expected_gradients = run(False, x)
-        assert not any(map.is_contiguous(memory_format=torch.channels_last) for map in expected)
+        assert not any(feature.is_contiguous(memory_format=torch.channels_last) for feature in expected)
         for images in (x, x.to(memory_format=torch.channels_last)):
             maps, gradients = run(channels_last, images)
-            assert all(map.is_contiguous(memory_format=torch.channels_last) for map in maps)
-            torch.testing.assert_close((maps, gradients), (expected, expected_gradients), rtol=1e-9, atol=1e-9)
+            assert all(feature.is_contiguous(memory_format=torch.channels_last) for feature in maps)
+            tolerances = dict(rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close((maps, gradients), (expected, expected_gradients), **tolerances)
+
+    @pytest.mark.parametrize('channels_last', [None, True])
+    def test_channels_last_on_another_device(self, channels_last):
+        with torch.device('meta'):
+            model, x, seen = EfficientViM(TINY, channels_last=channels_last), torch.empty(2, 3, 96, 80), []
+        model.patch_embed.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        model(x)
+        assert seen[0].is_contiguous(memory_format=torch.channels_last) is bool(channels_last)
 
 
 class TestHiddenStates:
