@@ -127,7 +127,7 @@ def test_missing_data_is_reported_before_the_export(detector, tmp_path, monkeypa
 def test_calibration_needs_images(detector, tmp_path, monkeypatch):
     (tmp_path / 'a.mp4').touch()
     arguments = ['--part', 'detections', '--precision', 'int8', '--calibration', tmp_path]
-    with pytest.raises(SystemExit, match='ConfigError: --calibration .*: there are only videos'):
+    with pytest.raises(SystemExit, match=r'ConfigError: --calibration .*: there are only videos'):
         run_here(monkeypatch, EXPORT, *detector, tmp_path / 'int8.onnx', *arguments)
 
 
