@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Callable
+from functools import lru_cache, partial
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,17 +95,32 @@ class OnnxSession:
             **({'INFERENCE_NUM_THREADS': threads} if threads else {}),
         }
         try:
-            compiled = openvino.compile_model(file, 'CPU', options)
+            model = openvino.Core().read_model(file)
             proto = onnx.load(file, load_external_data=False)
+            self.metadata = {entry.key: entry.value for entry in proto.metadata_props}
+            shape = model.inputs[0].get_partial_shape()
+            self.input_shape = [side.get_length() if side.is_static else None for side in shape]
+            # OpenVINO 2026.4 may add the bias of the first channel to all channels of an int8 layer if the height and
+            # width of the image vary.
+            per_size = self.metadata.get('precision') == 'int8' and None in self.input_shape[2:]
+            load = lru_cache(maxsize=8)(partial(_compile_openvino, model, options))
+            if not per_size:
+                load()  # to see errors now
         except Exception as error:  # openvino raises RuntimeError, onnx protobuf's errors
             raise EngineError(f'{file} cannot be loaded by OpenVINO: {" ".join(str(error).split())}') from error
-        self.input_shape = [
-            side.get_length() if side.is_static else None for side in compiled.inputs[0].get_partial_shape()
-        ]
         self.output_names = [output.name for output in proto.graph.output]
-        self.metadata = {entry.key: entry.value for entry in proto.metadata_props}
-        request = compiled.create_infer_request()
-        return lambda x: [output.copy() for output in request.infer([x]).to_tuple()]
+        return lambda x: [output.copy() for output in load(*x.shape[2:] if per_size else ()).infer([x]).to_tuple()]
+
+
+def _compile_openvino(model: Any, options: dict[str, Any], *size: int) -> Any:
+    """Compile a model of OpenVINO, for images of this height and width if given; return the request that runs it."""
+    import openvino
+
+    if size:
+        model = model.clone()
+        batch, channels, *_ = model.inputs[0].get_partial_shape()
+        model.reshape(openvino.PartialShape([batch, channels, *size]))
+    return openvino.compile_model(model, 'CPU', options).create_infer_request()
 
 
 def check_engine(engine: str, dtype: str = 'float32') -> None:

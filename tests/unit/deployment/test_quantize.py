@@ -75,6 +75,26 @@ def test_metadata_is_kept(source, tmp_path):
     assert OnnxSession(tmp_path / 'int8.onnx').metadata == dict(classes='["a"]')
 
 
+def test_openvino_compiles_for_each_image_size(tmp_path, monkeypatch):
+    """For images of any size, OpenVINO's int8 layers may be wrong (mmevm/deployment/session.py)."""
+    openvino = pytest.importorskip('openvino')
+    export_onnx(Layers().eval(), tmp_path / 'float.onnx', torch.rand(2, 3, 32, 32), metadata=dict(precision='int8'))
+    fuse_layers(tmp_path / 'float.onnx', tmp_path / 'fused.onnx')
+    quantize_onnx(tmp_path / 'fused.onnx', tmp_path / 'int8.onnx', batches())
+    sizes, compile_model = [], openvino.compile_model
+
+    def record(model, *args):
+        sizes.append(str(model.inputs[0].get_partial_shape()))
+        return compile_model(model, *args)
+
+    monkeypatch.setattr(openvino, 'compile_model', record)
+    reference, session = OnnxSession(tmp_path / 'int8.onnx'), OnnxSession(tmp_path / 'int8.onnx', 'openvino')
+    for count, height, width in [(1, 32, 32), (2, 40, 24), (2, 32, 32)]:
+        x = np.random.default_rng(0).normal(size=(count, 3, height, width)).astype(np.float32)
+        np.testing.assert_allclose(session(x)[0], reference(x)[0], atol=0.02)
+    assert sizes == ['[?,3,32,32]', '[?,3,40,24]']
+
+
 def test_layers_stay_in_float_if_asked(source, tmp_path):
     assert quantize_onnx(source, tmp_path / 'int8.onnx', batches(), ['coarse', 'f*c']) == 1
     assert integer_layers(tmp_path / 'int8.onnx') == ['Conv']
