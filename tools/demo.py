@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 SHAPES = 'configs/demo/maskrcnn_evm_m1_shapes.py'
-PHOTOS = 'configs/bccd/rtmdet_evm_m1_bccd.py'
+PHOTOS = 'configs/demo/rtmdet_evm_m1_photos.py'
 DIGITS = 'configs/demo/efficientvim-m1_digits.py'
 LABELS = 'configs/demo/fpn-s8_evm_m1_shapes.py'
 
