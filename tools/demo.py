@@ -1,7 +1,7 @@
 """Train EfficientViM-M1 on a small dataset from random weights, evaluate it and draw its predictions.
 
 ``detection`` trains Mask R-CNN on synthetic shapes (about eight minutes on two CPU cores). ``photos`` downloads BCCD,
-photographs of blood cells, and trains RTMDet on it (a few minutes). ``classification`` trains a classifier on
+photographs of blood cells, and trains RTMDet on it (about nine minutes). ``classification`` trains a classifier on
 handwritten digits (about six minutes) and starts a Mask R-CNN from its weights. ``segmentation`` trains a segmentor on
 synthetic shapes of three classes. The demo prints the command of each step; the same commands work
 with other configs.
