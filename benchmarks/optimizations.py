@@ -179,9 +179,7 @@ def training(arch: str) -> dict[str, tuple]:
         'timm': (peer,),
         'timm, channels_last': (copy.deepcopy(peer).to(memory_format=torch.channels_last),),
         'norm_eval, BatchNorm apart': (ours, apart),
-        'norm_eval, channels_last': (
-            EfficientViM(arch, norm_eval=True, channels_last=True).train().to(memory_format=torch.channels_last),
-        ),
+        'norm_eval, channels_last': (copy.deepcopy(ours).to(memory_format=torch.channels_last),),
         'norm_eval, with_cp': (EfficientViM(arch, norm_eval=True, with_cp=True, channels_last=False).train(),),
     }
 

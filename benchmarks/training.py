@@ -146,19 +146,18 @@ def make_batch(dataset: Any, batch_size: int) -> tuple[Any, dict[str, float]]:
 
 def make_trainings(cfg: Config) -> dict[str, Training]:
     """Return the variants of a training."""
-    fused, contiguous = copy.deepcopy(cfg), copy.deepcopy(cfg)
+    fused = copy.deepcopy(cfg)
     use_fused_optimizer(fused)
-    use_fused_optimizer(contiguous)
+    contiguous = copy.deepcopy(fused)
     contiguous.model.backbone.channels_last = False
-    one_thread = partial(mock.patch.object, roi, '_in_threads', lambda function, x, *args: function(x))
-    settings = {
+    settings: dict[str, tuple] = {
         'all options': (fused, nullcontext),
         'without channels_last': (contiguous, nullcontext),
         'without fused optimizer': (cfg, nullcontext),
-        'RoIAlign in one thread': (fused, one_thread),
     }
-    if 'roi_head' not in cfg.model:
-        del settings['RoIAlign in one thread']
+    if 'roi_head' in cfg.model:
+        one_thread = partial(mock.patch.object, roi, '_in_threads', lambda function, x, *args: function(x))
+        settings['RoIAlign in one thread'] = (fused, one_thread)
     return {name: Training(*setting) for name, setting in settings.items()}
 
 

@@ -36,17 +36,12 @@ def fuse_layers(source: str | os.PathLike, target: str | os.PathLike) -> None:
 
     Args:
         source: A file in float32.
-        target: Where to write the same function, with the same metadata.
+        target: Where to write the same function. ONNX Runtime adds an entry ``onnx.…`` to its metadata.
     """
-    import onnx
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with _quiet():
         quant_pre_process(os.fspath(source), os.fspath(target), skip_symbolic_shape=True)
-    fused = onnx.load(target)
-    metadata = {entry.key: entry.value for entry in onnx.load(source, load_external_data=False).metadata_props}
-    onnx.helper.set_model_props(fused, metadata)
-    onnx.save(fused, target)
 
 
 def quantize_onnx(
@@ -59,7 +54,7 @@ def quantize_onnx(
 
     Args:
         source: A file in float32 with one input, after :func:`fuse_layers`.
-        target: Where to write. It gets the metadata of the source.
+        target: Where to write. It gets the metadata of the source, without ONNX Runtime's entry.
         batches: Calibration images as the file takes them, (B, C, H, W) each, at least one.
         float_layers: Names of layers to keep in float32, or patterns with ``*``.
 
@@ -92,7 +87,8 @@ def quantize_onnx(
             weight_type=QuantType.QInt8,
         )
     quantized = onnx.load(target)
-    onnx.helper.set_model_props(quantized, {entry.key: entry.value for entry in proto.metadata_props})
+    entries = {entry.key: entry.value for entry in proto.metadata_props if not entry.key.startswith('onnx.')}
+    onnx.helper.set_model_props(quantized, entries)
     onnx.save(quantized, target)
     return len(layers) - len(excluded)
 

@@ -109,16 +109,8 @@ def test_no_file_is_written_if_too_much_is_lost(detector, tmp_path, monkeypatch)
 
 
 def test_missing_data_is_reported_before_the_export(detector, tmp_path, monkeypatch):
-    arguments = [
-        '--part',
-        'detections',
-        '--precision',
-        'int8',
-        '--calibration',
-        ROOT / 'docs/pictures',
-        '--max-drop',
-        '1',
-    ]
+    images = ROOT / 'docs/pictures'
+    arguments = ['--part', 'detections', '--precision', 'int8', '--calibration', images, '--max-drop', '1']
     missing = ['--cfg-options', 'test_dataloader.dataset.ann_file=none.json']
     with pytest.raises(SystemExit, match=r'ConfigError: test_dataloader\.dataset cannot be read: .*none\.json'):
         run_here(monkeypatch, EXPORT, *detector, tmp_path / 'int8.onnx', *arguments, *missing)

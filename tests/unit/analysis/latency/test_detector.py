@@ -1,6 +1,7 @@
 """Whole detectors: stages, number of objects, and the same objects in each engine."""
 
 import statistics
+from itertools import product
 
 import numpy as np
 import pytest
@@ -37,9 +38,8 @@ def make_calls(kind, engine, tmp_path, size=(64, 96), batch_size=2):
 @pytest.mark.parametrize(
     ('kind', 'engine'),
     [
-        *((KINDS[0], engine) for engine in ('eager', 'onnxruntime')),
+        *product(KINDS, ('eager', 'onnxruntime')),
         pytest.param(KINDS[0], 'compile', marks=pytest.mark.slow),
-        *((KINDS[1], engine) for engine in ('eager', 'onnxruntime')),
     ],
 )
 def test_calls_compute_the_stages(kind, engine, tmp_path, monkeypatch):
