@@ -102,7 +102,7 @@ def make_detector_calls(
 
     x = make_input()
     part = ModelPart(model, 'detections')
-    _limit_objects(part, x)
+    _limit_objects(part, x[:1])  # all images are the same
     network = Network(model, with_head=not part.has_rois)
     if engine in ('onnxruntime', 'openvino'):
         folder.mkdir(exist_ok=True)
@@ -131,11 +131,11 @@ def _export(model: nn.Module, file: Path, x: Tensor) -> Path:
 
 
 def _limit_objects(part: ModelPart, x: Tensor) -> None:
-    """Set the score threshold such that ``OBJECTS`` objects remain in each of the images."""
+    """Set the score threshold such that ``OBJECTS`` objects remain in an image (1, 3, H, W)."""
     part.set_score_threshold(0.0)
     with torch.no_grad():
-        scores = part(x)[0][..., 4].float()
-    lowest = scores[:, : min(OBJECTS, scores.shape[1])].min().item()
+        scores = part(x)[0][0, :OBJECTS, 4].float()
+    lowest = scores.min().item()
     part.set_score_threshold(lowest * (1 - 1e-6))  # to keep the last one, too
 
 
