@@ -36,7 +36,8 @@ class OnnxSession:
         metadata: Entries of the file's ``metadata_props``.
 
     Raises:
-        EngineError: If the engine is not installed, does not support the arguments, or cannot load the file.
+        EngineError: If the engine is not installed, does not support the arguments, or cannot load the file. OpenVINO
+            compiles int8 files whose image size may vary in the first call of each size, which can raise it, too.
     """
 
     input_shape: list[int | None]
@@ -103,24 +104,28 @@ class OnnxSession:
             # OpenVINO 2026.4 may add the bias of the first channel to all channels of an int8 layer if the height and
             # width of the image vary.
             per_size = self.metadata.get('precision') == 'int8' and None in self.input_shape[2:]
-            load = lru_cache(maxsize=8)(partial(_compile_openvino, model, options))
-            if not per_size:
-                load()  # to see errors now
         except Exception as error:  # openvino raises RuntimeError, onnx protobuf's errors
             raise EngineError(f'{file} cannot be loaded by OpenVINO: {" ".join(str(error).split())}') from error
+        load = lru_cache(maxsize=8)(partial(_compile_openvino, file, model, options))
+        if not per_size:
+            load()  # to see errors now
         self.output_names = [output.name for output in proto.graph.output]
         return lambda x: [output.copy() for output in load(*x.shape[2:] if per_size else ()).infer([x]).to_tuple()]
 
 
-def _compile_openvino(model: Any, options: dict[str, Any], *size: int) -> Any:
+def _compile_openvino(file: str | os.PathLike, model: Any, options: dict[str, Any], *size: int) -> Any:
     """Compile a model of OpenVINO, for images of this height and width if given; return the request that runs it."""
     import openvino
 
-    if size:
-        model = model.clone()
-        batch, channels, *_ = model.inputs[0].get_partial_shape()
-        model.reshape(openvino.PartialShape([batch, channels, *size]))
-    return openvino.compile_model(model, 'CPU', options).create_infer_request()
+    try:
+        if size:
+            model = model.clone()
+            batch, channels, *_ = model.inputs[0].get_partial_shape()
+            model.reshape(openvino.PartialShape([batch, channels, *size]))
+        return openvino.compile_model(model, 'CPU', options).create_infer_request()
+    except RuntimeError as error:
+        images = f' for images of {size[0]}×{size[1]}' if size else ''
+        raise EngineError(f'{file} cannot be compiled by OpenVINO{images}: {" ".join(str(error).split())}') from error
 
 
 def check_engine(engine: str, dtype: str = 'float32') -> None:

@@ -31,6 +31,23 @@ def test_engines_agree_and_describe_the_file(engine, tmp_path):
     np.testing.assert_allclose(session(x.numpy())[0], model(x).detach().numpy(), atol=1e-5)
 
 
+def test_size_that_openvino_cannot_compile_is_named(tmp_path):
+    pytest.importorskip('openvino')
+    onnx = pytest.importorskip('onnx')
+    image = onnx.helper.make_tensor_value_info('x', onnx.TensorProto.FLOAT, ['b', 3, 'h', 'w'])
+    out = onnx.helper.make_tensor_value_info('y', onnx.TensorProto.FLOAT, None)
+    ones = onnx.numpy_helper.from_array(np.ones((1, 3, 8, 16), np.float32), 'ones')
+    graph = onnx.helper.make_graph([onnx.helper.make_node('Add', ['x', 'ones'], ['y'])], 'add', [image], [out], [ones])
+    proto = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid('', 18)])
+    onnx.helper.set_model_props(proto, dict(precision='int8'))
+    onnx.save(proto, tmp_path / 'add.onnx')
+    session = OnnxSession(tmp_path / 'add.onnx', 'openvino')
+    x = np.zeros((1, 3, 8, 16), np.float32)
+    np.testing.assert_array_equal(session(x)[0], x + 1)
+    with pytest.raises(EngineError, match=r'add\.onnx cannot be compiled by OpenVINO for images of 7×16: .*shape'):
+        session(x[:, :, :7])
+
+
 def test_unknown_engines_and_dtypes_are_refused():
     with pytest.raises(EngineError, match="engine='tvm' is not one of onnxruntime, openvino"):
         check_engine('tvm')
