@@ -123,7 +123,7 @@ def _compile_openvino(file: str | os.PathLike, model: Any, options: dict[str, An
             batch, channels, *_ = model.inputs[0].get_partial_shape()
             model.reshape(openvino.PartialShape([batch, channels, *size]))
         return openvino.compile_model(model, 'CPU', options).create_infer_request()
-    except RuntimeError as error:
+    except Exception as error:  # openvino raises RuntimeError
         images = f' for images of {size[0]}×{size[1]}' if size else ''
         raise EngineError(f'{file} cannot be compiled by OpenVINO{images}: {" ".join(str(error).split())}') from error
 
