@@ -47,11 +47,12 @@ def train(config: Path, seed: int, data_root: Path, work_dir: Path) -> dict:
     checkpoint = (work_dir / 'last_checkpoint').read_text()
     command = ['tools/test.py', str(config), checkpoint, '--work-dir', str(work_dir / 'test'), *common]
     subprocess.run([sys.executable, *command], check=True)
+    logs = sorted(work_dir.glob('*/vis_data/scalars.json'))  # one for each call; the folders' names are times
     return dict(
         config=str(config),
         seed=seed,
         test=json.loads(latest(work_dir / 'test', '*/*.json').read_text()),
-        training=[json.loads(line) for line in latest(work_dir, '*/vis_data/scalars.json').read_text().splitlines()],
+        training=[json.loads(line) for log in logs for line in log.read_text().splitlines()],
         seconds=seconds,  # of the last call only, if the training was interrupted
         environment=environment('cpu'),
     )
