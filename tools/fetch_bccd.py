@@ -44,8 +44,8 @@ def fetch(root: Path, url: str) -> None:
         download(url, archive)
     except OSError as error:
         raise SystemExit(
-            f'{url}: download failed ({error}). Try again, which continues an interrupted download, or run '
-            f'`make demo-photos DATA=DIR` with a folder that contains {", ".join(FOLDERS)} of BCCD.'
+            f'{url}: download failed ({error}). Try again, or run `make demo-photos DATA=DIR` with a folder '
+            f'that contains {", ".join(FOLDERS)} of BCCD.'
         ) from error
     try:
         files = read_files(archive)
