@@ -99,7 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.data and args.task != 'photos':
         parser.error('--data is only for the task photos.')
-    if args.data and not (args.data / 'ImageSets').is_dir():
+    if args.data and not all((args.data / name).is_dir() for name in ('Annotations', 'ImageSets', 'JPEGImages')):
         parser.error(f'--data {args.data}: expected a folder that contains Annotations, ImageSets and JPEGImages.')
 
     run_task, name = TASKS[args.task]

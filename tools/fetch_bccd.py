@@ -74,6 +74,9 @@ def main() -> None:
     args = parser.parse_args()
     if not args.root.exists():
         fetch(args.root, args.url)
+    missing = [folder for folder in FOLDERS if not (args.root / folder).is_dir()]
+    if missing:
+        raise SystemExit(f'{args.root}: exists, but has no {missing[0]}. Remove it, or give another folder.')
     print(f'{args.root}: {len(list((args.root / "JPEGImages").iterdir()))} photographs')
 
 

@@ -1,6 +1,6 @@
 # Fine-tune EfficientViM-M1 on your own images, with one folder per class: data/own/{train,val}/CLASS/*.
 # Copy this file and change the first three settings.
-_base_ = '../classification/efficientvim-m1_300e_in1k.py'
+_base_ = 'mmevm::classification/efficientvim-m1_300e_in1k.py'
 
 data_root = 'data/own'
 num_classes = 10

@@ -131,7 +131,7 @@ class Predictor:
                 if self._is_stopped:
                     break
         if not count:
-            self._skip(source, OSError('OpenCV can read no frame of it'))
+            self._skip(source, OSError('OpenCV cannot read any frame of it'))
         return count
 
     def _read(self, source: str) -> np.ndarray | None:

@@ -89,3 +89,8 @@ def test_demo_with_a_wrong_folder(tmp_path):
     result = run(ROOT / 'tools/demo.py', 'photos', '--data', tmp_path, cwd=ROOT)
     assert result.returncode == 2
     assert f'--data {tmp_path}: expected a folder that contains Annotations, ImageSets and' in result.stderr
+
+
+def test_folder_without_photographs_is_refused(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match='exists, but has no Annotations'):
+        run_here(monkeypatch, TOOL, tmp_path)
