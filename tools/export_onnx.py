@@ -193,6 +193,8 @@ def main() -> None:
     if args.verify_images and 'task' not in metadata:
         raise ConfigError(f'--verify-images: part={trained.part} has no results to compare: leave it out.')
     images = find_inputs(args.verify_images).images
+    if args.verify_images and not images:
+        raise ConfigError(f'--verify-images {" ".join(args.verify_images)}: contains no image.')
     found = []
 
     def check(file: Path) -> float:
@@ -200,7 +202,7 @@ def main() -> None:
             return 0.0
         reference = build_inferencer(cfg, args.checkpoint, 'cpu')
         count, largest = check_images(str(file), reference, images, TOLERANCE)
-        found.append(f'{len(images)} images with {count} results')
+        found.append(count)
         return largest
 
     part = ModelPart(deploy_copy(trained.model), trained.part) if args.deploy else trained
@@ -229,12 +231,14 @@ def main() -> None:
     sizes = '×'.join(map(str, shape)) if args.shape else f'batch×{channels}×height×width, any but channels'
     print(f'input: image, {sizes}')
     print(f'outputs: {", ".join(names)}')
-    compared = ' and '.join(['noise', *found])
+    compared = ' and '.join(['noise', *(f'{len(images)} images with {count} results' for count in found)])
     print(f'compared with PyTorch on {compared}')
     print(f'largest difference from PyTorch, relative to the largest value of an output: {difference:.1e}')
     if args.precision == 'int8':
         quantize(file, args, cfg, metadata, calibration)
     folder.cleanup()
+    if found == [0]:
+        print('WARNING: nothing was found in the images of --verify-images, so they have verified little.')
     if not args.checkpoint:
         print('WARNING: no checkpoint was given, so the weights are random: use the file to measure speed only.')
     print(f'wrote {args.out}')

@@ -4,7 +4,7 @@ _base_ = '../rtmdet/rtmdet_evm_m1.py'
 data_root = 'work_dirs/demo-photos/bccd/'
 metainfo = dict(classes=('RBC', 'WBC', 'Platelets'), palette=[(220, 20, 60), (60, 100, 240), (250, 170, 30)])
 image_size = (320, 240)
-batch_size = 4  # with 8, many runs did not learn the platelets (docs/results.md)
+batch_size = 4  # with 8, some runs did not learn the platelets (docs/results.md)
 epochs = 16
 
 model = dict(backbone=dict(init_cfg=None), bbox_head=dict(num_classes=3))

@@ -13,7 +13,7 @@ from mmevm.deployment.preprocessing import normalize
 from mmevm.deployment.session import OnnxSession
 from mmevm.errors import ConfigError, ExportError
 
-from .inputs import read_image
+from .inputs import READ_ERRORS, read_image
 from .predictor import Inferencer, Prediction
 
 
@@ -241,12 +241,15 @@ def check_images(file: str, reference: Inferencer, sources: Sequence[str], toler
         The number of objects (of a classifier: of images), and the largest difference.
 
     Raises:
-        ConfigError: If the file has no metadata of mmevm.
+        ConfigError: If the file has no metadata of mmevm, or an image cannot be read.
         ExportError: If the results of an image differ by more than ``tolerance``.
     """
     inferencer, count, largest = build_onnx_inferencer(file, 'cpu'), 0, 0.0
     for source in sources:
-        image = reference.read(source)
+        try:
+            image = reference.read(source)
+        except READ_ERRORS as error:
+            raise ConfigError(f'{source} cannot be read ({type(error).__name__}: {error}).') from error
         ((expected, _),) = reference.infer([image], draw=False, score_thr=0.0)
         ((result, _),) = inferencer.infer([image], draw=False, score_thr=0.0)
         difference = _difference(result, expected)

@@ -14,7 +14,7 @@ from pycocotools import mask as rle
 from tiny_models import write_classifier, write_small
 from versions import EXPORTS_ONNX
 
-from mmevm.errors import EngineError, ExportError, UserError
+from mmevm.errors import ConfigError, EngineError, ExportError, UserError
 from mmevm.inference import build_inferencer, build_onnx_inferencer, check_images
 
 if not EXPORTS_ONNX:
@@ -118,6 +118,28 @@ def test_another_model_does_not_pass(detector, images, tmp_path):
     count, difference = check_images(detector.file, detector.pytorch, sources, 1e-3)
     assert count > 0
     assert difference < 1e-3
+
+
+def test_damaged_verification_image_is_named(detector, tmp_path):
+    (tmp_path / 'cut.png').write_bytes(b'\x89PNG')
+    with pytest.raises(ConfigError, match=r'cut\.png cannot be read'):
+        check_images(detector.file, detector.pytorch, [str(tmp_path / 'cut.png')], 1e-3)
+
+
+def test_verification_needs_images(detector, tmp_path, monkeypatch):
+    (tmp_path / 'clip.mp4').write_bytes(b'')
+    with pytest.raises(SystemExit, match=r'--verify-images .*: contains no image'):
+        run_here(
+            monkeypatch,
+            EXPORT,
+            detector.config,
+            detector.checkpoint,
+            tmp_path / 'a.onnx',
+            '--part',
+            'detections',
+            '--verify-images',
+            tmp_path,
+        )
 
 
 def load_example():
