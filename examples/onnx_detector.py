@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import onnxruntime
 
-# other metadata is JSON
-TEXTS = ('channel_order', 'config', 'mmevm_version', 'part', 'precision', 'strides', 'task', 'weights')
+TEXTS = ('channel_order', 'config', 'mmevm_version', 'part', 'precision', 'strides', 'task', 'weights')  # others: JSON
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'area', 'lanczos')  # as OpenCV numbers them
 
 
 def prepare(image, meta):
@@ -22,12 +22,13 @@ def prepare(image, meta):
             if step['keep_ratio']:
                 factor = min(max(size) / max(height, width), min(size) / min(height, width))
                 size = int(width * factor + 0.5), int(height * factor + 0.5)
-            image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+            image = cv2.resize(image, size, interpolation=INTERPOLATIONS.index(step['interpolation']))
             scale = image.shape[1] / width, image.shape[0] / height
-        elif step['type'] == 'Pad':
+        else:  # Pad
             value = step['pad_val'] if isinstance(step['pad_val'], list) else [step['pad_val']] * 3
-            right, bottom = step['size'][0] - width, step['size'][1] - height
-            image = cv2.copyMakeBorder(image, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=value)
+            size = step['size'] or ([max(height, width)] * 2 if step['pad_to_square'] else (width, height))
+            right, bottom = (side + -side % (step['size_divisor'] or 1) for side in size)
+            image = cv2.copyMakeBorder(image, 0, bottom - height, 0, right - width, cv2.BORDER_CONSTANT, value=value)
     image = image[..., ::-1] if meta['channel_order'] == 'RGB' else image
     x = (image.astype(np.float32) - np.float32(meta['image_mean'])) / np.float32(meta['image_std'])
     bottom, right = (-side % meta['pad_size_divisor'] for side in x.shape[:2])
@@ -79,8 +80,11 @@ if __name__ == '__main__':
     parser.add_argument('--out', default='detections.png')
     parser.add_argument('--score-thr', type=float, default=0.3)
     args = parser.parse_args()
-    picture = cv2.imread(args.image)
+    if (picture := cv2.imread(args.image)) is None:
+        parser.error(f'{args.image} cannot be read as an image.')
     session = onnxruntime.InferenceSession(args.model, providers=onnxruntime.get_available_providers())
+    if not {'pipeline', 'score_threshold'} <= session.get_modelmeta().custom_metadata_map.keys():
+        parser.error(f'{args.model}: export it with tools/export_onnx.py --part detections.')
     boxes, scores, labels, masks, meta = detect(session, picture)
     for i in np.flatnonzero(scores >= args.score_thr):
         name = meta['classes'][labels[i]] if 'classes' in meta else f'class {labels[i]}'

@@ -71,12 +71,32 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--check', action='store_true', help='stop after the first iteration, print a summary and write nothing'
     )
-    options = 'override config values: key=value, nested keys with dots, lists as key="[a,b]"'
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help=options)
+    add_config_options(parser)
     launchers = ['none', 'pytorch', 'slurm', 'mpi']
     parser.add_argument('--launcher', choices=launchers, default='none', help='use pytorch for torchrun')
     # torch.distributed.launch passes an argument, torchrun an environment variable.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+class _OptionsAction(DictAction):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        for value in values:
+            if '=' not in value:
+                raise argparse.ArgumentError(
+                    self, f'{value}: expected key=value. Put --cfg-options after the other arguments.'
+                )
+        super().__call__(parser, namespace, values, option_string)
+
+
+def add_config_options(parser: argparse.ArgumentParser, note: str = '') -> None:
+    """Add ``--cfg-options``, as in MMDetection."""
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=_OptionsAction,
+        metavar='KEY=VALUE',
+        help=f'override config values: key=value, nested keys with dots, lists as key="[a,b]"{note}',
+    )
 
 
 def read_config(path: str) -> Config:

@@ -7,10 +7,9 @@ Writes pictures with the annotations as they are in the files (left) and as the 
 import argparse
 from pathlib import Path
 
-from mmengine.config import DictAction
 from rich.console import Console
 
-from mmevm.cli import read_config, replace_data_root, run
+from mmevm.cli import add_config_options, read_config, replace_data_root, run
 
 
 def parse_args() -> argparse.Namespace:
@@ -20,9 +19,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out-dir', type=Path, help='folder for pictures (default: browse/CONFIG_NAME/SPLIT)')
     parser.add_argument('--num-images', type=int, default=16, help='number of pictures; 0 for none (default: 16)')
     parser.add_argument('--data-root', help='folder of the data; replaces data_root in all paths of the config')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, help='override entries of the config, as in tools/train.py'
-    )
+    add_config_options(parser)
     args = parser.parse_args()
     if args.num_images < 0:
         parser.error(f'--num-images {args.num_images}: expected 0 or more.')

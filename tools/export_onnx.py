@@ -15,13 +15,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from torch import nn
 
 from mmevm import __version__
 from mmevm.analysis import build_without_weights
 from mmevm.checkpoints import load_pretrained, load_strict
-from mmevm.cli import read_config, replace_data_root, run
+from mmevm.cli import add_config_options, read_config, replace_data_root, run
 from mmevm.deployment import deploy
 from mmevm.deployment.export import OPSET, TOLERANCE, check_folder, export_onnx
 from mmevm.deployment.metadata import describe_preprocessing
@@ -89,7 +89,7 @@ def parse_args() -> argparse.Namespace:
         '--max-drop',
         type=float,
         metavar='POINTS',
-        help='for int8, write no file that loses more points of AP or top-1 accuracy on the test split of the config',
+        help='for int8, write no file that loses more points of AP, top-1 accuracy or mIoU on the test split',
     )
     parser.add_argument(
         '--float-layers',
@@ -100,13 +100,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--data-root', help='folder of the data; replaces data_root in all paths of the config')
     parser.add_argument('--opset', type=int, default=OPSET, help=f"version of ONNX's operators (default: {OPSET})")
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='override entries of the config, as in tools/train.py; use model.backbone.deploy=True for a checkpoint '
-        'saved in deploy mode',
-    )
+    add_config_options(parser, note='; use model.backbone.deploy=True for a checkpoint saved in deploy mode')
     args = parser.parse_intermixed_args()  # options may stand between the three
     if args.out.suffix != '.onnx':
         parser.error(f'out={args.out}: expected a name that ends in .onnx, as the last argument.')
@@ -190,6 +184,11 @@ def main() -> None:
     }
     if 'task' in metadata:
         metadata |= describe_classes(content, cfg, trained.model, args.checkpoint or args.config)
+    if args.verify_images and trained.part == 'class_map':
+        raise ConfigError(
+            '--verify-images: part=class_map cannot give the results of tools/infer.py on images that are resized, '
+            'because logits are resized with interpolation. Verify a file with --part model, or leave it out.'
+        )
     if args.verify_images and 'task' not in metadata:
         raise ConfigError(f'--verify-images: part={trained.part} has no results to compare: leave it out.')
     images = find_inputs(args.verify_images).images
@@ -208,6 +207,7 @@ def main() -> None:
     part = ModelPart(deploy_copy(trained.model), trained.part) if args.deploy else trained
     constants = part.disable_score_threshold()
     trained.disable_score_threshold()
+    size_divisor = getattr(getattr(trained.model, 'data_preprocessor', None), 'pad_size_divisor', 1)
     folder = TemporaryDirectory(prefix='mmevm-export-')
     file = args.out if args.precision == 'float32' else Path(folder.name, args.out.name)
     check_folder(args.out)
@@ -216,7 +216,7 @@ def main() -> None:
         file,
         torch.randn(shape),
         dynamic=not args.shape,
-        size_divisor=getattr(getattr(trained.model, 'data_preprocessor', None), 'pad_size_divisor', 1),
+        size_divisor=size_divisor,
         output_names=names,
         metadata=metadata,
         opset=args.opset,
@@ -229,6 +229,8 @@ def main() -> None:
     for name, value in metadata.items():
         print(f'{name}: {value}')
     sizes = '×'.join(map(str, shape)) if args.shape else f'batch×{channels}×height×width, any but channels'
+    if size_divisor > 1 and not args.shape:
+        sizes += f'; height and width are multiples of {size_divisor}'
     print(f'input: image, {sizes}')
     print(f'outputs: {", ".join(names)}')
     compared = ' and '.join(['noise', *(f'{len(images)} images with {count} results' for count in found)])

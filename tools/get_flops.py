@@ -8,10 +8,9 @@ operations. No weights are loaded or downloaded.
 import argparse
 
 import torch
-from mmengine.config import DictAction
 
 from mmevm.analysis import build_without_weights, default_input_size, measure_complexity, padded_size
-from mmevm.cli import read_config, run
+from mmevm.cli import add_config_options, read_config, run
 from mmevm.errors import ConfigError
 
 
@@ -27,9 +26,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--depth', type=int, default=2, help='levels of nested modules in the table (default: 2)')
     parser.add_argument('--backbone-only', action='store_true', help='leave out neck and heads')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, help='override entries of the config, as in tools/train.py'
-    )
+    add_config_options(parser)
     args = parser.parse_args()
     if args.shape and (len(args.shape) > 2 or min(args.shape) < 1):
         parser.error(f'--shape {args.shape}: pass a height and a width, or one side, in pixels.')

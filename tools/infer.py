@@ -7,9 +7,7 @@ file lists the classes of the image and names a PNG file that holds the class of
 
 import argparse
 
-from mmengine.config import DictAction
-
-from mmevm.cli import read_config, run
+from mmevm.cli import add_config_options, read_config, run
 from mmevm.errors import UserError
 from mmevm.inference import Predictor, build_inferencer, build_onnx_inferencer, find_inputs
 
@@ -24,7 +22,7 @@ def parse_args() -> argparse.Namespace:
         'config',
         metavar='CONFIG CHECKPOINT | MODEL.onnx',
         help='config file, and checkpoint file, a URL or, of a classifier, a timm:// name; or a file exported with '
-        '--part detections, of a classifier with --part model',
+        '--part detections, of a classifier or segmentor with --part model',
     )
     parser.add_argument(
         'inputs',
@@ -44,9 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--no-save-vis', action='store_true', help='write JSON files only')
     parser.add_argument('--deploy', action='store_true', help='fuse layers first: the same results, faster')
     parser.add_argument('--show', action='store_true', help='show pictures in a window (any key: next, q: quit)')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, help='override entries of the config, as in tools/train.py'
-    )
+    add_config_options(parser)
     args = parser.parse_intermixed_args()  # options may stand between inputs
     args.checkpoint = None
     if not args.config.endswith('.onnx'):

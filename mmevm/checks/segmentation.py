@@ -71,7 +71,7 @@ def _check_header(key: str, path: str, image_path: str, stock: bool) -> list[str
         with Image.open(path) as labels:
             mode, size = labels.mode, labels.size
     except UnidentifiedImageError as error:
-        raise ConfigError(f'{key}: the label map {os.path.abspath(path)} is no image, or damaged.') from error
+        raise ConfigError(f'{key}: the label map {os.path.abspath(path)} is not an image, or is damaged.') from error
     if mode not in ('L', 'P', '1'):
         several = 'several channels' if mode in ('RGB', 'RGBA', 'LA', 'CMYK') else 'more than 8 bits'
         raise ConfigError(

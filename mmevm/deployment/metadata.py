@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmevm.errors import ConfigError
 
 # Steps of test pipelines that leave the image as it is.
-_IGNORED = ('LoadImageFromFile', 'LoadAnnotations', 'PackDetInputs', 'PackInputs')
+_IGNORED = ('LoadImageFromFile', 'LoadAnnotations', 'PackDetInputs', 'PackInputs', 'PackSegInputs')
 _DEFAULTS: dict[str, dict[str, Any]] = {
     'Resize': dict(scale=None, keep_ratio=False, interpolation='bilinear', backend='cv2'),
     'ResizeEdge': dict(scale=None, edge='short', interpolation='bilinear', backend='cv2'),
@@ -33,13 +33,14 @@ def describe_preprocessing(cfg: Config) -> dict[str, str]:
     settings = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
     channels = cfg.model.get('backbone', {}).get('in_channels', 3)
     mean, std = settings.get('mean') or [0.0] * channels, settings.get('std') or [1.0] * channels
+    segmentation = settings.get('test_cfg') or {}  # how MMSegmentation pads
     rgb = settings.get('bgr_to_rgb') or settings.get('to_rgb')  # images are read as BGR
     result = {
         'image_mean': json.dumps(list(mean)),
         'image_std': json.dumps(list(std)),
         'channel_order': 'RGB' if rgb else 'BGR',
-        'pad_size_divisor': str(settings.get('pad_size_divisor') or 1),
-        'pad_value': str(settings.get('pad_value') or 0),
+        'pad_size_divisor': str(settings.get('pad_size_divisor') or segmentation.get('size_divisor') or 1),
+        'pad_value': str(settings.get('pad_value') or settings.get('pad_val') or 0),
     }
     steps = _describe_pipeline((cfg.get('test_dataloader') or {}).get('dataset', {}).get('pipeline'))
     return result if steps is None else result | {'pipeline': json.dumps(steps)}
@@ -87,7 +88,7 @@ def read_metadata(entries: Mapping[str, str], file: str) -> dict[str, Any]:
     if 'task' not in entries:
         raise ConfigError(
             f'{file}: part={entries.get("part")!r}, expected an output that can be drawn. Export it with --part '
-            'detections for a detector, or --part model for a classifier.'
+            'detections for a detector, or --part model for a classifier or segmentor.'
         )
     return parse_metadata(entries, file)
 

@@ -137,9 +137,20 @@ class ModelPart(nn.Module):
         """Return what the outputs of an exported file mean, as its metadata; empty for maps and raw outputs of heads.
 
         Returns:
-            ``task``: 'detection', 'instance segmentation' or 'classification'. Of detections also ``score_threshold``,
-            ``mask_threshold`` and ``mask_stride``, in JSON.
+            ``task``: 'detection', 'instance segmentation', 'semantic segmentation' or 'classification'. In JSON, of
+            detections also ``score_threshold``, ``mask_threshold`` and ``mask_stride``, of logits of pixels
+            ``align_corners``, for resizing them, and ``threshold``, the lowest probability of class 1 if there is one
+            logit for two classes.
         """
+        if self.part == 'class_map':
+            return {'task': 'semantic segmentation'}
+        if self.part == 'model' and is_segmentor(self.model):
+            threshold = self.model.decode_head.threshold if self.model.out_channels == 1 else None
+            return {
+                'task': 'semantic segmentation',
+                'align_corners': json.dumps(self.model.align_corners),
+                'threshold': json.dumps(threshold),
+            }
         if self.post_processing is None:
             is_classifier = self.part == 'model' and isinstance(getattr(self.model, 'head', None), CLASS_HEADS)
             return {'task': 'classification'} if is_classifier else {}

@@ -4,19 +4,26 @@ import copy
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
-from mmengine.structures import InstanceData
+from mmengine.structures import InstanceData, PixelData
 from torch import Tensor
 
 from mmevm.errors import ConfigError
 from mmevm.registry import MODELS
 
-from .onnx import OnnxModel, find_objects, softmax
+from .onnx import OnnxModel, find_class_map, find_objects, softmax
 
-_SCOPES = {'detection': 'mmdet', 'instance segmentation': 'mmdet', 'classification': 'mmpretrain'}
+# By task: the scope of the config, and the model that runs the file.
+_MODELS = {
+    'detection': ('mmdet', 'OnnxDetector'),
+    'instance segmentation': ('mmdet', 'OnnxDetector'),
+    'classification': ('mmpretrain', 'OnnxClassifier'),
+    'semantic segmentation': ('mmseg', 'OnnxSegmentor'),
+}
 
 
 class _OnnxRunnerModel(BaseModel):
@@ -63,12 +70,21 @@ class OnnxClassifier(_OnnxRunnerModel):
         sample.set_pred_score(scores).set_pred_label(scores.argmax(0, keepdim=True))
 
 
+@MODELS.register_module()
+class OnnxSegmentor(_OnnxRunnerModel):
+    """A file exported with ``--part model`` or ``--part class_map``, as a segmentor of MMSegmentation."""
+
+    def _add_prediction(self, sample: Any, output: dict) -> None:
+        class_map = find_class_map(output, sample.img_shape, sample.ori_shape, self.onnx.metadata)
+        sample.pred_sem_seg = PixelData(data=torch.from_numpy(class_map.astype(np.int64))[None])
+
+
 def use_onnx_file(cfg: Config, file: str, engine: str = 'onnxruntime', dtype: str = 'float32') -> None:
     """Replace the model of a config by an exported file, in place.
 
     Args:
         cfg: The config that the file was exported with.
-        file: A file with detections, or the logits of a classifier.
+        file: A file with detections, the logits of a classifier, or the logits or the class map of a segmentor.
         engine: 'onnxruntime' or 'openvino'.
         dtype: What :class:`OnnxSession` takes.
 
@@ -76,13 +92,13 @@ def use_onnx_file(cfg: Config, file: str, engine: str = 'onnxruntime', dtype: st
         ConfigError: If the file is for another task than the config, or has no metadata of mmevm.
         EngineError: If the engine is not installed, or cannot use the file.
     """
-    task, scope = OnnxModel(file, 'cpu', engine, dtype).metadata['task'], cfg.get('default_scope')
-    if scope != _SCOPES[task]:
+    task = OnnxModel(file, 'cpu', engine, dtype).metadata['task']
+    scope, kind = _MODELS[task]
+    if cfg.get('default_scope') != scope:
         raise ConfigError(
-            f'{file} is a model for {task}, but default_scope={scope!r} in {cfg.filename}. Give the config that the '
-            'file was exported with.'
+            f'{file} is a model for {task}, but default_scope={cfg.get("default_scope")!r} in {cfg.filename}. Give the '
+            'config that the file was exported with.'
         )
-    kind = 'OnnxClassifier' if task == 'classification' else 'OnnxDetector'
     preprocessor = dict(cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {})
     if scope == 'mmpretrain':
         preprocessor.setdefault('type', 'ClsDataPreprocessor')  # as in MMPretrain's classifiers

@@ -104,7 +104,7 @@ def read_image(source: str) -> np.ndarray:
     """
     image = mmcv.imread(source)
     if image is None:
-        raise OSError('it is not an image, or damaged')
+        raise OSError('it is not an image, or is damaged')
     return image
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import cv2
 import mmcv
 import numpy as np
 
@@ -21,7 +22,7 @@ def build_onnx_inferencer(file: str, device: str | None = None) -> Inferencer:
     """Build the inferencer for the task of a file.
 
     Args:
-        file: A file with detections, or the logits of a classifier.
+        file: A file with detections, the logits of a classifier, or the logits or the class map of a segmentor.
         device: cpu or cuda; None is a GPU if this build of ONNX Runtime supports one.
 
     Raises:
@@ -29,9 +30,11 @@ def build_onnx_inferencer(file: str, device: str | None = None) -> Inferencer:
         EngineError: If ONNX Runtime is not installed, or cannot use the file or the device.
     """
     model = OnnxModel(file, device)
-    if model.metadata['task'] == 'classification':
-        return OnnxClassificationInferencer(model)
-    return OnnxDetectionInferencer(model)
+    kinds: dict[str, Any] = {
+        'classification': OnnxClassificationInferencer,
+        'semantic segmentation': OnnxSegmentationInferencer,
+    }
+    return kinds.get(model.metadata['task'], OnnxDetectionInferencer)(model)
 
 
 class OnnxModel:
@@ -196,6 +199,57 @@ class OnnxClassificationInferencer:
         return predictions
 
 
+class OnnxSegmentationInferencer:
+    """What ``SegmentationInferencer`` finds, from a file exported with ``--part model`` or ``--part class_map``."""
+
+    def __init__(self, model: OnnxModel) -> None:
+        # MMSegmentation takes seconds to import.
+        from .segmentation import ClassMapDescriber
+
+        self.model = model
+        classes = model.metadata.get('classes') or [f'class {label}' for label in range(256)]
+        self.describer = ClassMapDescriber(classes, model.metadata.get('palette'))
+
+    read = staticmethod(read_image)
+
+    def infer(self, images: list[np.ndarray], draw: bool = True, score_thr: float = 0.3) -> list[Prediction]:
+        """Segment one batch, as ``SegmentationInferencer.infer``."""
+        prepared = [prepare_image(image, self.model.metadata)[0] for image in images]
+        # Padding would change the classes near it.
+        batches = [prepared] if len({x.shape for x in prepared}) == 1 else [[x] for x in prepared]
+        outputs = [output for batch in batches for output in self.model(batch)]
+        return [
+            self.describer(image, find_class_map(output, x.shape[1:], image.shape[:2], self.model.metadata), draw)
+            for image, x, output in zip(images, prepared, outputs, strict=True)
+        ]
+
+
+def find_class_map(
+    output: dict[str, np.ndarray], prepared: tuple[int, ...], size: tuple[int, ...], metadata: dict[str, Any]
+) -> np.ndarray:
+    """Return the index of the class of each pixel of an image at its original resolution, (H, W).
+
+    Args:
+        output: Outputs of a file of a segmentor for one image, by name: logits, or the class map. Logits are resized
+            to the image as MMSegmentation does; a class map can only be resized without interpolation.
+        prepared: Height and width of the image as the file took it, without padding.
+        size: Height and width of the original image.
+        metadata: What :func:`read_metadata` returns.
+    """
+    height, width = prepared
+    if 'class_map' in output:
+        class_map = output['class_map'][:height, :width].astype(np.uint16)
+        return cv2.resize(class_map, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+    import torch
+    from torch.nn.functional import interpolate
+
+    logits = torch.from_numpy(output['logits'][None, :, :height, :width])
+    (logits,) = interpolate(logits, tuple(size), mode='bilinear', align_corners=metadata['align_corners'])
+    if metadata['threshold'] is not None:
+        return (logits[0].sigmoid() > metadata['threshold']).numpy().astype(np.uint8)
+    return logits.argmax(0).numpy()
+
+
 def find_objects(
     output: dict[str, np.ndarray], scale: tuple[float, float], size: tuple[int, ...], metadata: dict[str, Any]
 ) -> dict[str, np.ndarray]:
@@ -238,7 +292,8 @@ def check_images(file: str, reference: Inferencer, sources: Sequence[str], toler
         tolerance: How much results may differ, as in :func:`verify_onnx`.
 
     Returns:
-        The number of objects (of a classifier: of images), and the largest difference.
+        The number of objects (of a classifier: of images, of a segmentor: of classes in each image), and the largest
+        difference (of a segmentor: the share of pixels with another class).
 
     Raises:
         ConfigError: If the file has no metadata of mmevm, or an image cannot be read.
@@ -264,6 +319,8 @@ def check_images(file: str, reference: Inferencer, sources: Sequence[str], toler
 
 
 def _difference(result: dict[str, Any], expected: dict[str, Any]) -> float:
+    if 'sem_seg' in expected:
+        return float((result['sem_seg'] != expected['sem_seg']).mean())
     if 'pred_scores' in expected:
         return float(np.abs(np.subtract(result['pred_scores'], expected['pred_scores'])).max())
     import torch

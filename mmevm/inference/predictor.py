@@ -50,6 +50,10 @@ class Predictor:
 
     Attributes:
         skipped: Inputs that could not be read.
+
+    Raises:
+        ConfigError: If ``show`` is set and no window can be opened.
+        UserError: If the folder cannot be created.
     """
 
     def __init__(
@@ -68,6 +72,10 @@ class Predictor:
         self._console = Console(stderr=True)
         self._stems: set[str] = set()
         self._is_stopped = False
+        try:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f'--out-dir {out_dir} cannot be created: {error}. Give another folder.') from error
         if show:
             _check_display()
 
@@ -132,6 +140,8 @@ class Predictor:
                     break
         if not count:
             self._skip(source, OSError('OpenCV cannot read any frame of it'))
+        elif video.total and count < video.total and not self._is_stopped:
+            self._print(f'{source}: it ended after {count} of {video.total} frames. The file may be damaged.')
         return count
 
     def _read(self, source: str) -> np.ndarray | None:

@@ -18,13 +18,13 @@ from mmevm.deployment.metadata import parse_metadata
 from mmevm.deployment.quantize import fuse_layers, layer_errors, quantize_onnx
 from mmevm.errors import ConfigError, ExportError
 
-from .inputs import find_inputs, read_image
+from .inputs import READ_ERRORS, find_inputs, read_image
 from .onnx import make_batch, prepare_image
 
 SPLITS = ('train', 'val', 'test')
 MAX_IMAGES = 128  # for calibration
 # Metrics that a file may lose some of, and what a point of them is.
-_METRICS = {'bbox_mAP': 0.01, 'segm_mAP': 0.01, 'mAP': 0.01, 'top1': 1.0}
+_METRICS = {'bbox_mAP': 0.01, 'segm_mAP': 0.01, 'mAP': 0.01, 'top1': 1.0, 'mIoU': 1.0}
 
 
 def find_calibration_images(cfg: Config, names: Sequence[str]) -> list[str]:
@@ -95,11 +95,12 @@ def quantize_file(
         images: Paths of calibration images. Of more than ``MAX_IMAGES``, so many are taken at equal distances.
         shape: Height and width for which the file was exported; None if they may vary.
         float_layers: Names of layers to keep in float32, or patterns with ``*``.
-        max_drop: How many points of box AP, mask AP or top-1 accuracy on the config's test split the file may lose;
-            None does not evaluate it.
+        max_drop: How many points of box AP, mask AP, top-1 accuracy or mIoU on the config's test split the file may
+            lose; None does not evaluate it.
 
     Raises:
-        ConfigError: If the config has steps that a file does not describe, or no such metric.
+        ConfigError: If the config has steps that a file does not describe, or no such metric, or an image cannot be
+            read.
         ExportError: If a layer of ``float_layers`` does not exist, or the file loses more than ``max_drop``.
     """
     paths = [images[i] for i in np.linspace(0, len(images) - 1, min(len(images), MAX_IMAGES)).astype(int)]
@@ -130,7 +131,14 @@ class _Batches:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for path in self.paths:
-            yield make_batch([prepare_image(read_image(path), self.metadata)[0]], self.metadata, self.shape)
+            try:
+                image = read_image(path)
+            except READ_ERRORS as error:
+                raise ConfigError(
+                    f'Calibration image {path} cannot be read ({type(error).__name__}: {error}). Repair it, or leave '
+                    'it out of --calibration.'
+                ) from error
+            yield make_batch([prepare_image(image, self.metadata)[0]], self.metadata, self.shape)
 
 
 def _compare_metrics(cfg: Config, source: Path, target: Path) -> dict[str, tuple[float, float]]:

@@ -1,15 +1,19 @@
 """The class of each pixel: MMSegmentation's model and pipeline with safe, strict loading and class names."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import mmcv
 import numpy as np
+import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.device import get_device
 from mmengine.model.utils import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
 from mmseg.visualization import SegLocalVisualizer
 
 from mmevm.checkpoints import load_strict
@@ -31,11 +35,9 @@ class SegmentationInferencer:
         self.model = model.to(device or get_device()).eval()
         if deploy_mode:
             switch_to_deploy(self.model)
-        count = len(meta['classes'] or ()) or max(class_counts(model))
-        self.classes = meta['classes'] or [f'class {label}' for label in range(count)]
+        classes = meta['classes'] or [f'class {label}' for label in range(max(class_counts(model)))]
+        self.describer = ClassMapDescriber(classes, meta.get('palette'))
         self.pipeline, self.loader = _pipeline(cfg)
-        self.visualizer = SegLocalVisualizer(alpha=0.5)  # whose constructor confuses classes and palette
-        self.visualizer.dataset_meta = dict(classes=self.classes, palette=_palette(meta.get('palette'), count))
 
     def read(self, source: str) -> np.ndarray:
         """Read an image as the config's test pipeline does, from a path or URL: (H, W, 3) uint8 in BGR."""
@@ -58,24 +60,46 @@ class SegmentationInferencer:
         batches = [data] if same else [[item] for item in data]
         samples = [sample for batch in batches for sample in self.model.test_step(pseudo_collate(batch))]
         return [
-            (self._describe(sample), self._draw(image, sample) if draw else None)
+            self.describer(image, sample.pred_sem_seg.data[0].cpu().numpy(), draw)
             for image, sample in zip(images, samples, strict=True)
         ]
 
-    def _describe(self, sample: Any) -> dict[str, Any]:
-        classes = sample.pred_sem_seg.data[0].cpu().numpy().astype(np.uint16)
-        labels, pixels = np.unique(classes, return_counts=True)
+
+class ClassMapDescriber:
+    """Makes predictions of the classes of pixels.
+
+    Args:
+        classes: Names of the classes.
+        palette: RGB colors; random ones if it has fewer colors than there are classes.
+    """
+
+    def __init__(self, classes: Sequence[str], palette: Any = None) -> None:
+        self.classes = classes
+        self.visualizer = SegLocalVisualizer(alpha=0.5)  # whose constructor confuses classes and palette
+        self.visualizer.dataset_meta = dict(classes=classes, palette=_palette(palette, len(classes)))
+
+    def __call__(self, image: np.ndarray, class_map: np.ndarray, draw: bool) -> Prediction:
+        """Return what :meth:`SegmentationInferencer.infer` returns for one image.
+
+        Args:
+            image: (H, W, 3) uint8 in BGR.
+            class_map: Index of the class of each pixel, (H, W).
+            draw: Whether to draw the classes over the image.
+        """
+        labels, pixels = np.unique(class_map, return_counts=True)
         order = np.argsort(-pixels, kind='stable')
         labels = labels[order].tolist()
-        return dict(
-            sem_seg=classes.astype(np.uint8) if len(self.classes) <= 256 else classes,
+        result = dict(
+            sem_seg=class_map.astype(np.uint8 if len(self.classes) <= 256 else np.uint16),
             labels=labels,
             class_names=[self.classes[label] for label in labels],
             pixels=pixels[order].tolist(),
         )
+        return result, self._draw(image, class_map) if draw else None
 
-    def _draw(self, image: np.ndarray, sample: Any) -> np.ndarray:
-        self.visualizer.add_datasample('', mmcv.bgr2rgb(image), sample.cpu(), draw_gt=False)
+    def _draw(self, image: np.ndarray, class_map: np.ndarray) -> np.ndarray:
+        sample = SegDataSample(pred_sem_seg=PixelData(data=torch.from_numpy(class_map[None].astype(np.int64))))
+        self.visualizer.add_datasample('', mmcv.bgr2rgb(image), sample, draw_gt=False)
         return np.ascontiguousarray(self.visualizer.get_image()[..., ::-1])
 
 

@@ -15,6 +15,9 @@ from tiny_data import make_classifier, make_shapes
 from tiny_models import write_classifier, write_shape_detector
 from versions import EXPORTS_ONNX
 
+from mmevm.errors import ConfigError
+from mmevm.inference.quantization import quantize_file
+
 if not EXPORTS_ONNX:
     pytest.skip('ONNX export needs torch 2.7', allow_module_level=True)
 onnx = pytest.importorskip('onnx')
@@ -121,6 +124,14 @@ def test_calibration_needs_images(detector, tmp_path, monkeypatch):
     arguments = ['--part', 'detections', '--precision', 'int8', '--calibration', tmp_path]
     with pytest.raises(SystemExit, match=r'ConfigError: --calibration .*: there are only videos'):
         run_here(monkeypatch, EXPORT, *detector, tmp_path / 'int8.onnx', *arguments)
+
+
+def test_unreadable_calibration_image_is_named(file, tmp_path):
+    (tmp_path / 'cut.png').write_bytes(b'\x89PNG')
+    entries = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
+    with pytest.raises(ConfigError, match=r'Calibration image .*cut\.png cannot be read'):
+        quantize_file(file, tmp_path / 'int8.onnx', None, entries, [str(tmp_path / 'cut.png')])
+    assert not (tmp_path / 'int8.onnx').exists()
 
 
 @pytest.mark.parametrize(

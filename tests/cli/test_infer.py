@@ -122,6 +122,10 @@ def test_options_out_of_range(options, monkeypatch, capsys):
         (['config.py', 'checkpoint.pth'], 'INPUT is missing'),
         (['model.onnx', 'a.jpg', '--deploy'], '--deploy and --cfg-options: give them to tools/export_onnx.py'),
         (['model.onnx'], 'the following arguments are required'),
+        (
+            ['--cfg-options', 'a=1', 'config.py', 'b.pth', 'a.jpg'],
+            'config.py: expected key=value. Put --cfg-options after',
+        ),
     ],
 )
 def test_wrong_arguments(arguments, message, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from importlib.util import find_spec
 
 import cv2
@@ -12,6 +13,7 @@ import torch
 from command_line import ROOT, run_here, scalars, succeed
 from mmengine.config import Config
 from PIL import Image
+from randomize import randomize
 
 from mmevm.analysis import build_without_weights
 from mmevm.deployment.model_part import ModelPart
@@ -164,6 +166,61 @@ def test_exported_file_equals_the_model(monkeypatch, model, trained, tmp_path, c
     expected = sample.pred_sem_seg.data.numpy()
     assert output.shape == expected.shape == (1, 95, 67)
     assert np.mean(output != expected) < 1e-3
+
+
+@pytest.fixture(scope='module')
+def resized(trained, tmp_path_factory):
+    """A config whose images are resized with the logits resized back, and random weights that find all classes."""
+    folder = tmp_path_factory.mktemp('resized')
+    steps = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(96, 80), keep_ratio=True)]
+    steps += [dict(type='LoadAnnotations'), dict(type='PackSegInputs')]
+    loader = f'test_dataloader = dict(dataset=dict(pipeline={steps!r}))'
+    (folder / 'resized.py').write_text(f'_base_ = {str(CONFIG)!r}\n{loader}\n')
+    model = randomize(build_without_weights(Config.fromfile(CONFIG)))
+    model.decode_head.conv_seg.bias.data.zero_()
+    torch.save(dict(state_dict=model.state_dict()), folder / 'weights.pth')
+    return folder
+
+
+def infer(shapes, folder, name, *model):
+    """Return the label maps of tools/infer.py for the validation images."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        arguments = [shapes / 'val', '--out-dir', folder / name, '--device', 'cpu', '--batch-size', 2]
+        run_here(monkeypatch, ROOT / 'tools/infer.py', *model, *arguments)
+    return read_all(folder / name / 'preds')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('part', ['model', 'class_map'])
+def test_exported_file_is_run_and_evaluated_like_its_checkpoint(part, monkeypatch, shapes, resized, capfd, tmp_path):
+    config, weights, file = resized / 'resized.py', resized / 'weights.pth', tmp_path / 'model.onnx'
+    verify = ['--verify-images', shapes / 'val'] if part == 'model' else []
+    run_here(monkeypatch, ROOT / 'tools/export_onnx.py', config, weights, file, '--part', part, *verify)
+    expected, found = infer(shapes, tmp_path, 'pytorch', config, weights), infer(shapes, tmp_path, 'onnx', file)
+    assert len(np.unique(expected)) > 1
+    # A class map is resized without interpolation.
+    assert np.mean(found != expected) < (1e-3 if part == 'model' else 0.1)
+    result, reference = (
+        json.loads((tmp_path / name / 'preds/000001.json').read_text()) for name in ('onnx', 'pytorch')
+    )
+    assert result['class_names'] == [CLASSES[label] for label in result['labels']]
+    assert result.keys() == reference.keys()
+    pictures = [cv2.imread(str(tmp_path / name / 'vis/000001.png')) for name in ('onnx', 'pytorch')]
+    assert np.mean(pictures[0] != pictures[1]) < (1e-2 if part == 'model' else 0.2)
+    capfd.readouterr()
+    arguments = ['--data-root', shapes, '--work-dir', tmp_path / 'test']
+    run_here(monkeypatch, ROOT / 'tools/test.py', config, file, *arguments)
+    printed = re.search(r'mIoU: ([\d.]+)', ''.join(capfd.readouterr()))
+    mean = intersection_over_union(found, read_all(shapes / 'labels/val'))
+    assert float(printed[1]) == pytest.approx(mean, abs=0.01)
+
+
+def test_class_map_is_not_verified_on_images(monkeypatch, shapes, trained, tmp_path):
+    arguments = ['--part', 'class_map', '--verify-images', shapes / 'val']
+    with pytest.raises(SystemExit, match=r'part=class_map cannot give the results of tools/infer\.py'):
+        run_here(
+            monkeypatch, ROOT / 'tools/export_onnx.py', CONFIG, trained / 'iter_4.pth', tmp_path / 'a.onnx', *arguments
+        )
 
 
 def test_flops_and_latency(monkeypatch, capfd, tmp_path):

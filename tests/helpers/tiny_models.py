@@ -1,12 +1,15 @@
 """Configs and checkpoints of a small detector and a small classifier with random weights."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from command_line import ROOT
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 from randomize import randomize
+
+from mmevm.cli import read_config
 
 DETECTOR = """
 _base_ = '{root}/configs/demo/maskrcnn_evm_m1_shapes.py'
@@ -68,8 +71,8 @@ def _write(folder: Path, name: str, text: str, meta: dict) -> tuple[Path, Path]:
 
 
 def write_small(folder: Path, config: str, score_thr: float) -> tuple[Path, Path]:
-    """Write a small detector of three classes with the heads and the pipeline of one in ``configs/``, for 96 pixels."""
-    cfg = Config.fromfile(ROOT / 'configs' / config)
+    """Write a small detector of three classes with the heads and the pipeline of another config, for 96 pixels."""
+    cfg = read_config(config if '::' in config else str(ROOT / 'configs' / config))
     init_default_scope(cfg.default_scope)
     shrink(cfg.model)
     cfg.model.test_cfg.get('rcnn', cfg.model.test_cfg).score_thr = score_thr
@@ -84,9 +87,23 @@ def write_small(folder: Path, config: str, score_thr: float) -> tuple[Path, Path
             torch.nn.init.normal_(parameter, 0, 0.3 if 'cls' in name else 0.05)
         elif 'rtm_reg' in name:  # distances to the sides of a box, of which the negative ones become 0
             torch.nn.init.uniform_(parameter, 1, 3)
+    normalize_features(model)
     cfg.dump(folder / 'small.py')
     torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=metainfo)), folder / 'small.pth')
     return folder / 'small.py', folder / 'small.pth'
+
+
+@torch.no_grad()
+def normalize_features(model: Any) -> None:
+    """Set the running statistics of BatchNorm to those of noise. Otherwise many scores are equal up to rounding."""
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
+            layer.reset_running_stats()
+            layer.momentum = None  # the average
+            layer.train()
+    maps = model.extract_feat(torch.randn(4, 3, 96, 96))
+    if hasattr(model, 'bbox_head'):
+        model.bbox_head(maps)
 
 
 def shrink(model: ConfigDict) -> ConfigDict:

@@ -136,7 +136,7 @@ def test_other_files_than_indices(root, size, dtype, problem):
 
 def test_damaged_map(root):
     (root / 'labels/2.png').write_bytes(b'text')
-    refuse(root, r'2\.png is no image, or damaged')
+    refuse(root, r'2\.png is not an image, or is damaged')
 
 
 def test_maps_of_another_size(root):

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mmevm.errors import ConfigError
+from mmevm.errors import ConfigError, UserError
 from mmevm.inference import Inputs, Predictor, predictor
 
 
@@ -108,6 +108,26 @@ def test_video(tmp_path, inferencer):
         mean = json.loads((tmp_path / f'out/preds/clip/{i:06d}.json').read_text())['mean']
         assert abs(mean - 40 * i) < 5
     assert not capture.read()[0]
+
+
+def test_video_that_ends_early_is_reported(tmp_path, inferencer, capfd):
+    path = tmp_path / 'clip.avi'
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*'MJPG'), 10, (64, 48))
+    for _ in range(20):
+        writer.write(np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8))
+    writer.release()
+    Predictor(inferencer, tmp_path / 'whole').run(Inputs(videos=[str(path)]))
+    assert 'it ended' not in capfd.readouterr().err
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    count = Predictor(inferencer, tmp_path / 'cut').run(Inputs(videos=[str(path)]))
+    assert 0 < count < 20
+    assert f'{path}: it ended after {count} of 20 frames.' in capfd.readouterr().err
+
+
+def test_folder_that_cannot_be_created(tmp_path, inferencer):
+    (tmp_path / 'file').touch()
+    with pytest.raises(UserError, match=r'--out-dir .*file/out cannot be created: .*Give another folder'):
+        Predictor(inferencer, tmp_path / 'file/out')
 
 
 class Camera:
