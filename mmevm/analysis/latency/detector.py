@@ -1,13 +1,13 @@
 """Time whole detectors: from an image in memory to its objects.
 
 - Preprocessing: resize the image to fit, normalize and pad it, with OpenCV and NumPy, the same for all engines.
-- Network: up to the outputs of the heads; of a two-stage detector, up to the pyramid.
+- Network: up to the outputs of the heads; of a two-stage detector or a transformer, up to the pyramid.
 - Post-processing: the rest, as the difference between the whole and these two. In PyTorch it is MMDetection's own. In
   ONNX Runtime and OpenVINO it is part of the file that ``tools/export_onnx.py --part detections`` writes; the network
   alone is timed in a file of its own.
 
 With random weights, scores mean nothing. The score threshold is therefore set such that ``OBJECTS`` objects remain in
-each image.
+each image; transformers return all they have.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmevm.deployment.model_part import ModelPart
+from mmevm.deployment.model_part import ONE_STAGE, TWO_STAGE, ModelPart
+from mmevm.deployment.predictions import Predictions
 from mmevm.deployment.preprocessing import normalize
 from mmevm.errors import EngineError
 
@@ -82,7 +83,8 @@ def make_detector_calls(
     """Return functions of no arguments to time: 'preprocessing', 'network' and the 'whole' detector.
 
     Args:
-        model: A one-stage or two-stage detector that ``--part detections`` supports, with random weights.
+        model: A one-stage or two-stage detector that ``--part detections`` supports or, in PyTorch, DINO and other
+            transformers, with random weights.
         size: Height and width of the network's input.
         batch_size: Images per call.
         engine: One of ``ENGINES``, but not 'cudagraph'.
@@ -91,7 +93,7 @@ def make_detector_calls(
         folder: Where the ONNX files of this model and shape are, or will be written.
 
     Raises:
-        EngineError: If the engine is 'cudagraph', or as for ``prepare``.
+        EngineError: If the engine is 'cudagraph' or cannot run the detector, or as for ``prepare``.
     """
     if engine == 'cudagraph':
         raise EngineError('cudagraph cannot capture the post-processing of a detector. Use eager or compile.')
@@ -101,16 +103,22 @@ def make_detector_calls(
         return torch.from_numpy(prepare_images()).to(**form)
 
     x = make_input()
-    part = ModelPart(model, 'detections')
-    _limit_objects(part, x[:1])  # all images are the same
-    network = Network(model, with_head=not part.has_rois)
+    whole: nn.Module
+    if isinstance(model, (*ONE_STAGE, *TWO_STAGE)):
+        part = ModelPart(model, 'detections')
+        _limit_objects(part, x[:1])  # all images are the same
+        network, whole = Network(model, with_head=not part.has_rois), part.reference()
+    elif engine in ('onnxruntime', 'openvino'):
+        raise EngineError(f'{type(model).__name__} cannot be exported with its objects. Use eager or compile.')
+    else:  # a transformer, which returns the same number of objects whatever their scores
+        network, whole = Network(model, with_head=False), Predictions(model, model.bbox_head.test_cfg.max_per_img)
     if engine in ('onnxruntime', 'openvino'):
         folder.mkdir(exist_ok=True)
         run_network = prepare(engine, None, x, dtype, onnx_file=_export(network, folder / 'network.onnx', x))
         run_whole = prepare(engine, None, x, dtype, onnx_file=_export(part, folder / 'detections.onnx', x))
     else:
         run_network = prepare('eager', network, x, dtype)
-        run_whole = prepare('eager', part.reference(), x, dtype)
+        run_whole = prepare('eager', whole, x, dtype)
         if engine == 'compile':
             with compile_settings():
                 for module in _networks(model):
@@ -142,6 +150,7 @@ def _limit_objects(part: ModelPart, x: Tensor) -> None:
 def _networks(model: Any) -> list[nn.Module]:
     """Return the modules between which MMDetection's own code runs."""
     heads = getattr(model, 'roi_head', None)
-    found = [getattr(model, name, None) for name in ('backbone', 'neck', 'rpn_head', 'bbox_head')]
+    names = ('backbone', 'neck', 'encoder', 'decoder', 'rpn_head', 'bbox_head')
+    found = [getattr(model, name, None) for name in names]
     found += [getattr(heads, name, None) for name in ('bbox_head', 'mask_head')]
     return [module for module in found if module is not None]

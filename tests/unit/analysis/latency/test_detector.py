@@ -8,13 +8,13 @@ import pytest
 import torch
 from command_line import ROOT
 from mmengine.config import Config
-from tiny_models import shrink
+from tiny_models import ARCH, shrink
 from versions import EXPORTS_ONNX
 
 from mmevm.analysis import build_without_weights
 from mmevm.analysis.latency import ModelSpec, Setting, benchmark, table
 from mmevm.analysis.latency import detector as whole
-from mmevm.errors import ConfigError
+from mmevm.errors import ConfigError, EngineError
 
 KINDS = ['rtmdet/rtmdet_evm_m1.py', 'maskrcnn_evm_m1.py']
 
@@ -58,6 +58,31 @@ def test_calls_compute_the_stages(kind, engine, tmp_path, monkeypatch):
     _, labels, *masks = calls['whole']()
     assert abs(int((torch.as_tensor(labels) >= 0).sum()) - 2 * 5) <= 2  # rounding may decide about the last ones
     assert len(masks) == kind.startswith('maskrcnn')
+
+
+def make_dino():
+    cfg = Config.fromfile(ROOT / 'configs/dino/dino_evm_m4.py')
+    cfg.model.backbone.update(arch=ARCH, init_cfg=None)
+    cfg.model.neck.in_channels = [16, 32, 48]
+    for part in ('encoder', 'decoder'):
+        cfg.model[part].num_layers = 1
+    cfg.model.update(num_queries=20, test_cfg=dict(max_per_img=7))
+    torch.manual_seed(0)
+    return build_without_weights(cfg).eval()
+
+
+def test_transformers_run_in_pytorch(tmp_path):
+    form = dict(device='cpu', dtype=torch.float32)
+    calls = whole.make_detector_calls(make_dino(), (64, 96), 2, 'eager', 'float32', form, tmp_path)
+    with torch.no_grad():
+        features = make_dino().extract_feat(torch.from_numpy(calls['preprocessing']()))
+    for out, ref in zip(calls['network'](), features, strict=True):
+        torch.testing.assert_close(out, ref, atol=1e-4, rtol=1e-4)
+    dets, labels = calls['whole']()
+    assert dets.shape == (2, 7, 5)
+    assert (labels >= 0).all()
+    with pytest.raises(EngineError, match='DINO cannot be exported with its objects'):
+        whole.make_detector_calls(make_dino(), (64, 96), 2, 'onnxruntime', 'float32', form, tmp_path)
 
 
 def test_preprocessing_keeps_the_aspect_ratio():
