@@ -111,7 +111,8 @@ def make_detector_calls(
     elif engine in ('onnxruntime', 'openvino'):
         raise EngineError(f'{type(model).__name__} cannot be exported with its objects. Use eager or compile.')
     else:  # a transformer, which returns the same number of objects whatever their scores
-        network, whole = Network(model, with_head=False), Predictions(model, model.bbox_head.test_cfg.max_per_img)
+        head: Any = model.bbox_head
+        network, whole = Network(model, with_head=False), Predictions(model, head.test_cfg.max_per_img)
     if engine in ('onnxruntime', 'openvino'):
         folder.mkdir(exist_ok=True)
         run_network = prepare(engine, None, x, dtype, onnx_file=_export(network, folder / 'network.onnx', x))
