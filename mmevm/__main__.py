@@ -3,16 +3,19 @@
 import sys
 from pathlib import Path
 
-COMMANDS = dict(
-    train='train.py',
-    test='test.py',
-    infer='infer.py',
-    browse='browse_dataset.py',
-    convert='convert_checkpoint.py',
-    export='export_onnx.py',
-    benchmark='benchmark_latency.py',
-    flops='get_flops.py',
-)
+COMMANDS = {
+    'train': 'train.py',
+    'test': 'test.py',
+    'infer': 'infer.py',
+    'browse': 'browse_dataset.py',
+    'plot': 'plot_training.py',
+    'convert': 'convert_checkpoint.py',
+    'export': 'export_onnx.py',
+    'benchmark': 'benchmark_latency.py',
+    'flops': 'get_flops.py',
+    'coco-subset': 'coco_subset.py',
+    'fetch-bccd': 'fetch_bccd.py',
+}
 
 
 def tools_dir() -> Path:

@@ -173,6 +173,11 @@ def test_arguments_are_passed_on(monkeypatch, capsys):
     assert 'usage: python -m mmevm flops' in printed
 
 
+def test_every_tool_for_users_is_a_command():
+    others = {'demo.py', 'make_digits.py', 'make_shapes.py'}  # for the Makefile
+    assert set(command.COMMANDS.values()) | others == {path.name for path in (ROOT / 'tools').glob('*.py')}
+
+
 @pytest.mark.slow
 def test_python_m_mmevm(tmp_path):
     assert '--score-thr' in succeed('-m', 'mmevm', 'infer', '--help', cwd=tmp_path)
