@@ -102,8 +102,9 @@ def normalize_features(model: Any) -> None:
             layer.momentum = None  # the average
             layer.train()
     maps = model.extract_feat(torch.randn(4, 3, 96, 96))
-    if hasattr(model, 'bbox_head'):
-        model.bbox_head(maps)
+    for name in ('bbox_head', 'decode_head'):
+        if hasattr(model, name):
+            getattr(model, name)(maps)
 
 
 def shrink(model: ConfigDict) -> ConfigDict:
