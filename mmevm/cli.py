@@ -83,7 +83,9 @@ class _OptionsAction(DictAction):
         for value in values:
             if '=' not in value:
                 raise argparse.ArgumentError(
-                    self, f'{value}: expected key=value. Put --cfg-options after the other arguments.'
+                    self,
+                    f'{value}: expected key=value. Put --cfg-options after the other arguments, and quote values that '
+                    'contain spaces: key="[a, b]".',
                 )
         super().__call__(parser, namespace, values, option_string)
 

@@ -24,11 +24,12 @@ from mmevm.checkpoints import load_pretrained, load_strict
 from mmevm.cli import add_config_options, read_config, replace_data_root, run
 from mmevm.deployment import deploy
 from mmevm.deployment.export import OPSET, TOLERANCE, check_folder, export_onnx
-from mmevm.deployment.metadata import describe_preprocessing
+from mmevm.deployment.metadata import check_pipeline, describe_preprocessing
 from mmevm.deployment.model_part import EXAMPLE_SIZE, PARTS, ModelPart
 from mmevm.deployment.session import describe_missing_instructions
 from mmevm.errors import ConfigError
 from mmevm.inference import build_inferencer, check_images, find_inputs
+from mmevm.inference.evaluation import WINDOWS, uses_windows
 from mmevm.inference.model import describe_classes
 from mmevm.inference.quantization import MAX_IMAGES, find_calibration_images, quantize_file
 from mmevm.tables import format_table
@@ -189,6 +190,10 @@ def main() -> None:
             '--verify-images: part=class_map cannot give the results of tools/infer.py on images that are resized, '
             'because logits are resized with interpolation. Verify a file with --part model, or leave it out.'
         )
+    if args.verify_images and uses_windows(cfg):
+        raise ConfigError(f'--verify-images: {WINDOWS}')
+    if args.verify_images or args.precision == 'int8':
+        check_pipeline(metadata, str(args.out))
     if args.verify_images and 'task' not in metadata:
         raise ConfigError(f'--verify-images: part={trained.part} has no results to compare: leave it out.')
     images = find_inputs(args.verify_images).images
@@ -207,7 +212,7 @@ def main() -> None:
     part = ModelPart(deploy_copy(trained.model), trained.part) if args.deploy else trained
     constants = part.disable_score_threshold()
     trained.disable_score_threshold()
-    size_divisor = getattr(getattr(trained.model, 'data_preprocessor', None), 'pad_size_divisor', 1)
+    size_divisor = int(metadata['pad_size_divisor'])
     folder = TemporaryDirectory(prefix='mmevm-export-')
     file = args.out if args.precision == 'float32' else Path(folder.name, args.out.name)
     check_folder(args.out)
@@ -241,6 +246,8 @@ def main() -> None:
     folder.cleanup()
     if found == [0]:
         print('WARNING: nothing was found in the images of --verify-images, so they have verified little.')
+    if uses_windows(cfg) and 'task' in metadata:
+        print(f'WARNING: {WINDOWS}')
     if not args.checkpoint:
         print('WARNING: no checkpoint was given, so the weights are random: use the file to measure speed only.')
     print(f'wrote {args.out}')

@@ -20,7 +20,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         'checkpoint',
         help='checkpoint file, a URL or, of a classifier, a timm:// name; or a file exported to ONNX with --part '
-        'detections, of a classifier with --part model',
+        'detections, of a classifier or segmentor with --part model',
     )
     parser.add_argument(
         '--engine', choices=ENGINES, default='onnxruntime', help='what runs an exported file (default: onnxruntime)'

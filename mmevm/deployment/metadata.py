@@ -15,6 +15,7 @@ from mmevm.errors import ConfigError
 _IGNORED = ('LoadImageFromFile', 'LoadAnnotations', 'PackDetInputs', 'PackInputs', 'PackSegInputs')
 _DEFAULTS: dict[str, dict[str, Any]] = {
     'Resize': dict(scale=None, keep_ratio=False, interpolation='bilinear', backend='cv2'),
+    'ResizeToMultiple': dict(size_divisor=32, interpolation=None),
     'ResizeEdge': dict(scale=None, edge='short', interpolation='bilinear', backend='cv2'),
     'CenterCrop': dict(crop_size=None),
     'Pad': dict(size=None, size_divisor=None, pad_to_square=False, pad_val=0),
@@ -27,8 +28,9 @@ def describe_preprocessing(cfg: Config) -> dict[str, str]:
     Returns:
         ``image_mean`` and ``image_std``, for pixels from 0 to 255 in the order of ``channel_order`` (RGB or BGR);
         ``pad_size_divisor``, of which height and width are made multiples, and ``pad_value``, the value of the padding
-        after normalization. And ``pipeline``, the steps before normalization with all arguments, as they are called in
-        MMDetection and MMPretrain, unless the config has steps besides Resize, ResizeEdge, CenterCrop and Pad.
+        after normalization; ``pad_size``, the least height and width, if a segmentor has one. And ``pipeline``, the
+        steps before normalization with all arguments, as they are called in MMDetection, MMPretrain and
+        MMSegmentation, unless the config has steps besides Resize, ResizeToMultiple, ResizeEdge, CenterCrop and Pad.
     """
     settings = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
     channels = cfg.model.get('backbone', {}).get('in_channels', 3)
@@ -42,7 +44,12 @@ def describe_preprocessing(cfg: Config) -> dict[str, str]:
         'pad_size_divisor': str(settings.get('pad_size_divisor') or segmentation.get('size_divisor') or 1),
         'pad_value': str(settings.get('pad_value') or settings.get('pad_val') or 0),
     }
-    steps = _describe_pipeline((cfg.get('test_dataloader') or {}).get('dataset', {}).get('pipeline'))
+    if segmentation.get('size'):
+        result['pad_size'] = json.dumps(list(segmentation['size']))
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset', {})
+    while 'dataset' in dataset:  # inside wrappers
+        dataset = dataset['dataset']
+    steps = _describe_pipeline(dataset.get('pipeline'))
     return result if steps is None else result | {'pipeline': json.dumps(steps)}
 
 
@@ -77,8 +84,7 @@ def read_metadata(entries: Mapping[str, str], file: str) -> dict[str, Any]:
         file: Its name, for messages.
 
     Raises:
-        ConfigError: If the file was not exported by mmevm, or holds another part of a model, or does not describe how
-            images are prepared.
+        ConfigError: If the file was not exported by mmevm, or holds another part of a model.
     """
     if 'mmevm_version' not in entries:
         raise ConfigError(
@@ -97,16 +103,20 @@ def parse_metadata(entries: Mapping[str, str], file: str) -> dict[str, Any]:
     """Parse the metadata of a file that holds any part of a model.
 
     Raises:
-        ConfigError: If it does not describe how images are prepared.
+        ConfigError: If the metadata is damaged.
     """
-    if 'pipeline' not in entries:
-        raise ConfigError(
-            f'{file}: pipeline is missing in its metadata, because test_dataloader.dataset.pipeline of the config has '
-            f'steps besides {", ".join(_DEFAULTS)}. Export it with --cfg-options for a pipeline of these, or run the '
-            'config and its checkpoint.'
-        )
     texts = ('channel_order', 'config', 'mmevm_version', 'part', 'precision', 'strides', 'task', 'weights')
     try:
         return {key: value if key in texts else json.loads(value) for key, value in entries.items()}
     except ValueError as error:
         raise ConfigError(f'{file}: its metadata is damaged ({error}). Export it again.') from error
+
+
+def check_pipeline(metadata: Mapping[str, Any], file: str) -> None:
+    """Raise a :class:`ConfigError` if the metadata of a file does not describe how images are prepared."""
+    if 'pipeline' not in metadata:
+        raise ConfigError(
+            f'{file}: pipeline is missing in its metadata, because test_dataloader.dataset.pipeline of the config has '
+            f'steps besides {", ".join(_DEFAULTS)}. Export it with --cfg-options for a pipeline of these, or run the '
+            'config and its checkpoint.'
+        )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmevm.errors import ConfigError
 from mmevm.tensors import DETECTORS, flatten_tensors, is_segmentor
 
-from .segmentation import compare_class_maps, replace_upsampling, segment
+from .segmentation import binary_threshold, compare_class_maps, replace_upsampling, segment
 
 if find_spec('mmdet') is not None:  # classification alone does not need MMDetection
     from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
@@ -138,19 +138,15 @@ class ModelPart(nn.Module):
 
         Returns:
             ``task``: 'detection', 'instance segmentation', 'semantic segmentation' or 'classification'. In JSON, of
-            detections also ``score_threshold``, ``mask_threshold`` and ``mask_stride``, of logits of pixels
-            ``align_corners``, for resizing them, and ``threshold``, the lowest probability of class 1 if there is one
-            logit for two classes.
+            detections also ``score_threshold``, ``mask_threshold`` and ``mask_stride``; of a segmentor ``num_classes``
+            and, of its logits, ``align_corners``, for resizing them, and ``threshold`` of :func:`binary_threshold`.
         """
-        if self.part == 'class_map':
-            return {'task': 'semantic segmentation'}
-        if self.part == 'model' and is_segmentor(self.model):
-            threshold = self.model.decode_head.threshold if self.model.out_channels == 1 else None
-            return {
-                'task': 'semantic segmentation',
-                'align_corners': json.dumps(self.model.align_corners),
-                'threshold': json.dumps(threshold),
-            }
+        if self.part in ('model', 'class_map') and is_segmentor(self.model):
+            result = {'task': 'semantic segmentation', 'num_classes': str(self.model.num_classes)}
+            if self.part == 'model':
+                result['align_corners'] = json.dumps(self.model.align_corners)
+                result['threshold'] = json.dumps(binary_threshold(self.model))
+            return result
         if self.post_processing is None:
             is_classifier = self.part == 'model' and isinstance(getattr(self.model, 'head', None), CLASS_HEADS)
             return {'task': 'classification'} if is_classifier else {}

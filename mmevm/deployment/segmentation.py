@@ -33,11 +33,22 @@ def segment(model: Any, image: Tensor, class_map: bool = False) -> Tensor:
     """
     size = image.shape[2:]
     logits = model.encode_decode(image, [dict(ori_shape=size, img_shape=size, pad_shape=size)])
-    if not class_map:
-        return logits
-    if model.out_channels == 1:  # two classes
-        return (logits.sigmoid() > model.decode_head.threshold).long().squeeze(1)
-    return logits.argmax(1)
+    return to_class_map(logits, binary_threshold(model)) if class_map else logits
+
+
+def binary_threshold(model: Any) -> float | None:
+    """Return the probability above which a pixel has class 1, if a segmentor has one logit for two classes."""
+    return model.decode_head.threshold if model.out_channels == 1 else None
+
+
+def to_class_map(logits: Tensor, threshold: float | None) -> Tensor:
+    """Return the index of the class of each pixel, (B, H, W) int64.
+
+    Args:
+        logits: (B, K, H, W).
+        threshold: What :func:`binary_threshold` returns.
+    """
+    return logits.argmax(1) if threshold is None else (logits.sigmoid() > threshold).long().squeeze(1)
 
 
 def compare_class_maps(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:

@@ -1,12 +1,14 @@
 """Exported files as models of MMEngine's runner, which evaluates them with the dataset and the metrics of a config."""
 
 import copy
+from logging import WARNING
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData, PixelData
@@ -79,6 +81,17 @@ class OnnxSegmentor(_OnnxRunnerModel):
         sample.pred_sem_seg = PixelData(data=torch.from_numpy(class_map.astype(np.int64))[None])
 
 
+WINDOWS = (
+    "model.test_cfg.mode='slide' in the config: an exported file processes whole images, so its results differ from "
+    'those of the checkpoint. To compare them, add --cfg-options model.test_cfg.mode=whole.'
+)
+
+
+def uses_windows(cfg: Config) -> bool:
+    """Return whether a config processes windows of images one by one, as some segmentors of MMSegmentation do."""
+    return (cfg.model.get('test_cfg') or {}).get('mode') == 'slide'
+
+
 def use_onnx_file(cfg: Config, file: str, engine: str = 'onnxruntime', dtype: str = 'float32') -> None:
     """Replace the model of a config by an exported file, in place.
 
@@ -94,6 +107,8 @@ def use_onnx_file(cfg: Config, file: str, engine: str = 'onnxruntime', dtype: st
     """
     task = OnnxModel(file, 'cpu', engine, dtype).metadata['task']
     scope, kind = _MODELS[task]
+    if uses_windows(cfg):
+        print_log(f'{file}: {WINDOWS}', 'current', WARNING)
     if cfg.get('default_scope') != scope:
         raise ConfigError(
             f'{file} is a model for {task}, but default_scope={cfg.get("default_scope")!r} in {cfg.filename}. Give the '

@@ -9,8 +9,9 @@ import mmcv
 import numpy as np
 
 from mmevm.deployment.masks import paste_masks, resize_masks
-from mmevm.deployment.metadata import read_metadata
+from mmevm.deployment.metadata import check_pipeline, read_metadata
 from mmevm.deployment.preprocessing import normalize
+from mmevm.deployment.segmentation import to_class_map
 from mmevm.deployment.session import OnnxSession
 from mmevm.errors import ConfigError, ExportError
 
@@ -26,10 +27,11 @@ def build_onnx_inferencer(file: str, device: str | None = None) -> Inferencer:
         device: cpu or cuda; None is a GPU if this build of ONNX Runtime supports one.
 
     Raises:
-        ConfigError: If the file has no metadata of mmevm.
+        ConfigError: If the file has no metadata of mmevm, or does not describe how images are prepared.
         EngineError: If ONNX Runtime is not installed, or cannot use the file or the device.
     """
     model = OnnxModel(file, device)
+    check_pipeline(model.metadata, file)
     kinds: dict[str, Any] = {
         'classification': OnnxClassificationInferencer,
         'semantic segmentation': OnnxSegmentationInferencer,
@@ -85,6 +87,10 @@ def prepare_image(image: np.ndarray, metadata: dict[str, Any]) -> tuple[np.ndarr
         if step['type'] in ('Resize', 'ResizeEdge'):
             image = _resize(image, step)
             scale = (image.shape[1] / width * scale[0], image.shape[0] / height * scale[1])
+        elif step['type'] == 'ResizeToMultiple':
+            interpolation = step['interpolation'] or 'bilinear'
+            image = mmcv.imresize_to_multiple(image, step['size_divisor'], scale_factor=1, interpolation=interpolation)
+            scale = (image.shape[1] / width * scale[0], image.shape[0] / height * scale[1])
         elif step['type'] == 'Pad':
             image = _pad(image, step)
         else:
@@ -99,7 +105,7 @@ def make_batch(
 
     Args:
         images: What :func:`prepare_image` returns.
-        metadata: ``pad_size_divisor`` and ``pad_value`` of :func:`read_metadata`.
+        metadata: ``pad_size_divisor``, ``pad_value`` and, if there is one, ``pad_size`` of :func:`read_metadata`.
         sides: Height and width for which a file was exported; None if they may vary.
 
     Raises:
@@ -107,7 +113,8 @@ def make_batch(
     """
     divisor = metadata['pad_size_divisor']
     lengths = [max(image.shape[i] for image in images) for i in (1, 2)]
-    lengths = [math.ceil(length / divisor) * divisor for length in lengths]
+    least = metadata.get('pad_size') or (1, 1)
+    lengths = [max(math.ceil(length / divisor) * divisor, least[i]) for i, length in enumerate(lengths)]
     if any(side is not None and length > side for length, side in zip(lengths, sides, strict=True)):
         raise ConfigError(
             f'The file was exported for images of {sides[0]}×{sides[1]} (height × width), but its pipeline makes one '
@@ -207,7 +214,7 @@ class OnnxSegmentationInferencer:
         from .segmentation import ClassMapDescriber
 
         self.model = model
-        classes = model.metadata.get('classes') or [f'class {label}' for label in range(256)]
+        classes = model.metadata.get('classes') or [f'class {i}' for i in range(model.metadata['num_classes'])]
         self.describer = ClassMapDescriber(classes, model.metadata.get('palette'))
 
     read = staticmethod(read_image)
@@ -244,10 +251,8 @@ def find_class_map(
     from torch.nn.functional import interpolate
 
     logits = torch.from_numpy(output['logits'][None, :, :height, :width])
-    (logits,) = interpolate(logits, tuple(size), mode='bilinear', align_corners=metadata['align_corners'])
-    if metadata['threshold'] is not None:
-        return (logits[0].sigmoid() > metadata['threshold']).numpy().astype(np.uint8)
-    return logits.argmax(0).numpy()
+    logits = interpolate(logits, tuple(size), mode='bilinear', align_corners=metadata['align_corners'])
+    return to_class_map(logits, metadata['threshold'])[0].numpy()
 
 
 def find_objects(

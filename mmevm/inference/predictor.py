@@ -72,12 +72,12 @@ class Predictor:
         self._console = Console(stderr=True)
         self._stems: set[str] = set()
         self._is_stopped = False
+        if show:
+            _check_display()
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f'--out-dir {out_dir} cannot be created: {error}. Give another folder.') from error
-        if show:
-            _check_display()
 
     def run(self, inputs: Inputs) -> int:
         """Predict and write all inputs; name and skip those that cannot be read.
@@ -140,8 +140,9 @@ class Predictor:
                     break
         if not count:
             self._skip(source, OSError('OpenCV cannot read any frame of it'))
-        elif video.total and count < video.total and not self._is_stopped:
-            self._print(f'{source}: it ended after {count} of {video.total} frames. The file may be damaged.')
+        # Some formats store the duration, which may be that of a longer audio track.
+        elif video.total and count < 0.9 * video.total and not self._is_stopped:
+            self._print(f'{source}: it ended after {count} of about {video.total} frames. The file may be damaged.')
         return count
 
     def _read(self, source: str) -> np.ndarray | None:

@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 
 from mmevm.checks.config import iter_datasets
-from mmevm.deployment.metadata import parse_metadata
+from mmevm.deployment.metadata import check_pipeline, parse_metadata
 from mmevm.deployment.quantize import fuse_layers, layer_errors, quantize_onnx
 from mmevm.errors import ConfigError, ExportError
 
@@ -104,7 +104,8 @@ def quantize_file(
         ExportError: If a layer of ``float_layers`` does not exist, or the file loses more than ``max_drop``.
     """
     paths = [images[i] for i in np.linspace(0, len(images) - 1, min(len(images), MAX_IMAGES)).astype(int)]
-    values = parse_metadata(metadata, str(source))
+    check_pipeline(metadata, str(target))
+    values = parse_metadata(metadata, str(target))
     batches = _Batches(paths, values, shape)
     temporary = target.with_name(f'.{os.getpid()}.{target.name}')
     try:

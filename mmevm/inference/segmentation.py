@@ -86,6 +86,7 @@ class ClassMapDescriber:
             class_map: Index of the class of each pixel, (H, W).
             draw: Whether to draw the classes over the image.
         """
+        class_map = class_map.astype(np.int64)  # floating point if there is one logit for two classes
         labels, pixels = np.unique(class_map, return_counts=True)
         order = np.argsort(-pixels, kind='stable')
         labels = labels[order].tolist()
@@ -98,7 +99,7 @@ class ClassMapDescriber:
         return result, self._draw(image, class_map) if draw else None
 
     def _draw(self, image: np.ndarray, class_map: np.ndarray) -> np.ndarray:
-        sample = SegDataSample(pred_sem_seg=PixelData(data=torch.from_numpy(class_map[None].astype(np.int64))))
+        sample = SegDataSample(pred_sem_seg=PixelData(data=torch.from_numpy(class_map[None])))
         self.visualizer.add_datasample('', mmcv.bgr2rgb(image), sample, draw_gt=False)
         return np.ascontiguousarray(self.visualizer.get_image()[..., ::-1])
 

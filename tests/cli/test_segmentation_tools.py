@@ -12,15 +12,20 @@ import pytest
 import torch
 from command_line import ROOT, run_here, scalars, succeed
 from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 from randomize import randomize
 from tiny_models import normalize_features
 
 from mmevm.analysis import build_without_weights
+from mmevm.deployment.metadata import describe_preprocessing, parse_metadata
 from mmevm.deployment.model_part import ModelPart
 from mmevm.errors import ConfigError
+from mmevm.inference.onnx import find_class_map, make_batch, prepare_image
 
 pytest.importorskip('mmseg', reason='MMSegmentation is not installed')
+from mmseg.structures import SegDataSample
 
 CONFIG = ROOT / 'configs/demo/fpn-s8_evm_m1_shapes.py'
 CLASSES = ['background', 'disk', 'box', 'triangle']
@@ -224,6 +229,65 @@ def test_class_map_is_not_verified_on_images(monkeypatch, shapes, trained, tmp_p
         run_here(
             monkeypatch, ROOT / 'tools/export_onnx.py', CONFIG, trained / 'iter_4.pth', tmp_path / 'a.onnx', *arguments
         )
+
+
+@pytest.mark.slow
+def test_int8_file_is_compared_by_miou(monkeypatch, shapes, trained, capfd, tmp_path):
+    options = ['--data-root', shapes, '--precision', 'int8', '--calibration', 'val', '--max-drop', 100]
+    run_here(monkeypatch, ROOT / 'tools/export_onnx.py', CONFIG, trained / 'iter_4.pth', tmp_path / 'a.onnx', *options)
+    found = re.search(r'^mIoU: ([\d.]+) in float32, ([\d.]+) in int8$', capfd.readouterr().out, re.MULTILINE)
+    assert float(found[1]) == pytest.approx(scalars(trained)[1][-1]['mIoU'], abs=0.01)
+
+
+def test_windows_are_not_verified(monkeypatch, shapes, trained, tmp_path):
+    slide = ['model.test_cfg.mode=slide', 'model.test_cfg.crop_size="(64,64)"', 'model.test_cfg.stride="(32,32)"']
+    arguments = ['--verify-images', shapes / 'val', '--cfg-options', *slide]
+    with pytest.raises(SystemExit, match=r"--verify-images: model\.test_cfg\.mode='slide' in the config: an exported"):
+        run_here(
+            monkeypatch, ROOT / 'tools/export_onnx.py', CONFIG, trained / 'iter_4.pth', tmp_path / 'a.onnx', *arguments
+        )
+
+
+@pytest.mark.parametrize('test_cfg', [None, dict(size=(160, 128)), dict(size_divisor=64)])
+def test_images_are_prepared_as_in_mmsegmentation(test_cfg):
+    steps = [dict(type='Resize', scale=(130, 100), keep_ratio=True), dict(type='ResizeToMultiple', size_divisor=8)]
+    cfg = Config.fromfile(CONFIG)
+    cfg.model.data_preprocessor.update(size=None, test_cfg=test_cfg)
+    cfg.test_dataloader.dataset.pipeline = [dict(type='LoadImageFromFile'), *steps, dict(type='PackSegInputs')]
+    image = np.random.default_rng(0).integers(0, 256, (75, 90, 3), np.uint8)
+    init_default_scope('mmseg')
+    loaded = dict(img=image, img_shape=image.shape[:2], ori_shape=image.shape[:2], img_path='', seg_fields=[])
+    data = Compose([*steps, dict(type='PackSegInputs')])(loaded)
+    expected = MODELS.build(cfg.model.data_preprocessor)(pseudo_collate([data]))['inputs'].numpy()
+
+    metadata = parse_metadata(describe_preprocessing(cfg), 'a.onnx')
+    prepared, _ = prepare_image(image, metadata)
+    np.testing.assert_allclose(make_batch([prepared], metadata), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_one_logit_for_two_classes(monkeypatch, shapes, tmp_path):
+    two = dict(_delete_=True, classes=CLASSES[:2], palette=[(0, 0, 0), (255, 0, 0)])
+    head = dict(num_classes=2, out_channels=1, threshold=0.4)
+    text = f'_base_ = {str(CONFIG)!r}\nmodel = dict(decode_head={head})\n'
+    text += f'test_dataloader = dict(dataset=dict(metainfo={two}))\n'
+    (tmp_path / 'two.py').write_text(text)
+    torch.manual_seed(0)
+    model = randomize(build_without_weights(Config.fromfile(tmp_path / 'two.py')))
+    torch.nn.init.normal_(model.decode_head.conv_seg.weight)
+    normalize_features(model)
+    model.eval()
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'two.pth')
+    found = infer(shapes, tmp_path, 'out', tmp_path / 'two.py', tmp_path / 'two.pth')
+    assert set(np.unique(found)) == {0, 1}
+
+    image, sample = torch.randn(1, 3, 64, 96), SegDataSample(metainfo=dict(ori_shape=(50, 40), img_shape=(64, 96)))
+    (predicted,) = model.predict(image, [sample])
+    part = ModelPart(model)
+    metadata = {key: json.loads(text) for key, text in part.describe_results().items() if key != 'task'}
+    class_map = find_class_map(dict(logits=part(image)[0].numpy()), (64, 96), (50, 40), metadata)
+    np.testing.assert_array_equal(class_map, predicted.pred_sem_seg.data[0].numpy())
+    assert metadata == dict(num_classes=2, align_corners=False, threshold=0.4)
 
 
 def test_flops_and_latency(monkeypatch, capfd, tmp_path):

@@ -109,10 +109,11 @@ def make_detector_calls(
         _limit_objects(part, x[:1])  # all images are the same
         network, whole = Network(model, with_head=not part.has_rois), part.reference()
     elif engine in ('onnxruntime', 'openvino'):
-        raise EngineError(f'{type(model).__name__} cannot be exported with its objects. Use eager or compile.')
+        raise EngineError(f'the post-processing of {type(model).__name__} cannot be exported. Use eager or compile.')
     else:  # a transformer, which returns the same number of objects whatever their scores
-        head: Any = model.bbox_head
-        network, whole = Network(model, with_head=False), Predictions(model, head.test_cfg.max_per_img)
+        transformer: Any = model
+        count = transformer.bbox_head.test_cfg.get('max_per_img', transformer.num_queries)
+        network, whole = Network(model, with_head=False), Predictions(model, count)
     if engine in ('onnxruntime', 'openvino'):
         folder.mkdir(exist_ok=True)
         run_network = prepare(engine, None, x, dtype, onnx_file=_export(network, folder / 'network.onnx', x))

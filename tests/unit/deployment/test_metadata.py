@@ -6,7 +6,7 @@ import pytest
 from command_line import ROOT
 from mmengine.config import Config
 
-from mmevm.deployment.metadata import describe_preprocessing, read_metadata
+from mmevm.deployment.metadata import check_pipeline, describe_preprocessing, read_metadata
 from mmevm.errors import ConfigError
 
 IMAGENET = dict(
@@ -57,6 +57,28 @@ def test_other_steps_are_not_described(step):
     assert 'pipeline' not in describe_preprocessing(cfg)
 
 
+def test_all_segmentation_configs_are_described():
+    paths = sorted((ROOT / 'configs/segmentation').glob('*.py'))
+    assert len(paths) > 5
+    for path in paths:
+        steps = json.loads(describe_preprocessing(Config.fromfile(path))['pipeline'])
+        assert [step['type'] for step in steps] in (['Resize'], ['Resize', 'ResizeToMultiple']), path
+
+
+def test_dataset_wrappers_are_unwrapped():
+    cfg = Config.fromfile(ROOT / 'configs/retinanet_evm_m1.py')
+    expected = describe_preprocessing(cfg)
+    cfg.test_dataloader.dataset = dict(type='RepeatDataset', times=2, dataset=cfg.test_dataloader.dataset)
+    assert describe_preprocessing(cfg) == expected
+    assert 'pipeline' in expected
+
+
+def test_missing_pipeline_is_explained():
+    check_pipeline(dict(pipeline=[]), 'a.onnx')
+    with pytest.raises(ConfigError, match=r'a\.onnx: pipeline is missing in its metadata'):
+        check_pipeline({}, 'a.onnx')
+
+
 def test_read_metadata():
     entries = dict(IMAGENET, mmevm_version='0.1.0', task='detection', pipeline='[]', score_threshold='0.05', config='1')
     read = read_metadata(entries, 'a.onnx')
@@ -68,7 +90,6 @@ def test_read_metadata():
     [
         (dict(mmevm_version=None), 'no metadata of mmevm'),
         (dict(task=None), "part='neck', expected .* --part detections"),
-        (dict(pipeline=None), 'pipeline is missing'),
         (dict(image_mean='[1'), 'its metadata is damaged'),
     ],
 )

@@ -81,7 +81,7 @@ def test_transformers_run_in_pytorch(tmp_path):
     dets, labels = calls['whole']()
     assert dets.shape == (2, 7, 5)
     assert (labels >= 0).all()
-    with pytest.raises(EngineError, match='DINO cannot be exported with its objects'):
+    with pytest.raises(EngineError, match='the post-processing of DINO cannot be exported'):
         whole.make_detector_calls(make_dino(), (64, 96), 2, 'onnxruntime', 'float32', form, tmp_path)
 
 
