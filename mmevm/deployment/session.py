@@ -89,6 +89,9 @@ class OnnxSession:
         import onnx
         import openvino
 
+        if dtype == 'bfloat16' and 'BF16' not in openvino.Core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES'):
+            # It would compute in float32 without a word.
+            raise EngineError('openvino cannot compute in bfloat16 on this CPU; most need AVX-512. Use float32.')
         options = {
             'PERFORMANCE_HINT': 'LATENCY',
             # By default OpenVINO computes in bfloat16 on CPUs that support it.
