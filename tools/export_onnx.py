@@ -219,7 +219,7 @@ def main() -> None:
     difference = export_onnx(
         part,
         file,
-        torch.randn(shape),
+        part.lower_contrast(torch.randn(shape)),
         dynamic=not args.shape,
         size_divisor=size_divisor,
         output_names=names,

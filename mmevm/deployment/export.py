@@ -60,7 +60,8 @@ def export_onnx(
     Args:
         model: In eval mode. It maps one tensor to tensors, possibly nested; the file returns them in order.
         file: Where to write. It contains the weights, so the model must be smaller than 2 GB.
-        example: Images, (B, C, H, W), as the model takes them. With ``dynamic``, B, H and W must be greater than 1, and
+        example: Images, (B, C, H, W), as the model takes them; the file is verified on noise of the same standard
+            deviation. With ``dynamic``, B, H and W must be greater than 1, and
             those of every map within the model should be: the exporter takes a 1 for a constant.
         dynamic: Whether the file accepts any B, H and W. If not, it accepts those of the example, which may have any
             shape.
@@ -253,8 +254,12 @@ def _set_constants(proto: 'onnx.ModelProto', constants: Mapping[str, float]) -> 
 
 
 def _other_images(example: Tensor, size_divisor: int) -> Iterator[Tensor]:
-    """Yield one image of the example's size, two that are not square, and three with odd sides if these are allowed."""
+    """Yield one image of the example's size, two that are not square, and three with odd sides if these are allowed.
+
+    They are noise of the same standard deviation as the example.
+    """
     _, channels, height, width = example.shape
+    deviation = example.float().std(correction=0).item() or 1.0
     generator = torch.Generator().manual_seed(0)
     for shape in [
         (1, channels, height, width),
@@ -262,7 +267,7 @@ def _other_images(example: Tensor, size_divisor: int) -> Iterator[Tensor]:
         (3, channels, height * 2 // 5 * 2 + 1, width // 3 * 2 + 1),
     ]:
         sides = [ceil(side / size_divisor) * size_divisor for side in shape[2:]]
-        yield torch.randn(*shape[:2], *sides, generator=generator).to(example)
+        yield (torch.randn(*shape[:2], *sides, generator=generator) * deviation).to(example)
 
 
 def _run(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:

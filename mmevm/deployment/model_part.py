@@ -168,6 +168,25 @@ class ModelPart(nn.Module):
         self.set_score_threshold(2.0**-100)  # not 0, which the exporter would merge with other zeros of the file
         return constants
 
+    @torch.no_grad()
+    def lower_contrast(self, noise: Tensor) -> Tensor:
+        """Scale noise (B, C, H, W) such that few scores of the detections in it are equal.
+
+        Noise of full contrast is far from real images: many scores can be 1 up to rounding, which then decides about
+        the boxes that remain, and a correct file would be refused.
+        """
+        if self.post_processing is None:
+            return noise
+        ties = {}
+        for contrast in (1.0, 0.3, 0.1, 0.03):
+            dets, labels, *_ = self(noise * contrast)
+            scores, exists = dets[..., 4], labels[:, 1:] >= 0  # the best first
+            equal = scores[:, :-1] - scores[:, 1:] < 1e-5 * scores.max()
+            ties[contrast] = int((equal & exists).sum()) / max(int(exists.sum()), 1)
+            if ties[contrast] < 0.05:
+                break
+        return noise * min(ties, key=lambda contrast: ties[contrast])
+
     def set_score_threshold(self, value: float) -> None:
         """Set the lowest score of objects, also of :meth:`reference`."""
         self.post_processing.score_thr.fill_(value)

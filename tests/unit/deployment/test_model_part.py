@@ -4,6 +4,7 @@ import pytest
 import torch
 from command_line import ROOT
 from mmengine.config import Config
+from tiny_models import normalize_features, shrink
 from torch import nn
 
 from mmevm.analysis import build_without_weights
@@ -87,3 +88,30 @@ def test_zeros_are_padding_if_no_pixel_becomes_zero(mean, are_padding):
     std = mean and [58.0, 57.0, 57.0]
     cfg.model.data_preprocessor.update(mean=mean, std=std, bgr_to_rgb=False)
     assert ModelPart(build_without_weights(cfg), 'detections').zeros_are_padding == are_padding
+
+
+def saturate(weight):
+    """Return the detections of a small RTMDet with the weights of its scores drawn with this standard deviation."""
+    cfg = Config.fromfile(ROOT / 'configs/rtmdet/rtmdet_evm_m1.py')
+    shrink(cfg.model)
+    torch.manual_seed(0)
+    model = build_without_weights(cfg)
+    normalize_features(model)
+    for layer in model.bbox_head.rtm_cls:
+        torch.nn.init.normal_(layer.weight, 0, weight)
+    part = ModelPart(model.eval(), 'detections')
+    part.disable_score_threshold()
+    return part
+
+
+@torch.no_grad()
+def test_contrast_is_lowered_until_scores_differ():
+    noise = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(saturate(0.1).lower_contrast(noise), noise)
+    part = saturate(1.0)
+    lowered = part.lower_contrast(noise)
+    equal = [(part(x)[0][..., 4].diff() > -1e-6).float().mean().item() for x in (noise, lowered)]
+    assert lowered.std() < 0.5
+    assert equal[0] > 0.2
+    assert equal[1] < 0.05
+    assert ModelPart(part.model, 'neck').lower_contrast(noise) is noise
