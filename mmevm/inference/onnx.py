@@ -84,12 +84,8 @@ def prepare_image(image: np.ndarray, metadata: dict[str, Any]) -> tuple[np.ndarr
     scale = (1.0, 1.0)
     for step in metadata['pipeline']:
         height, width = image.shape[:2]
-        if step['type'] in ('Resize', 'ResizeEdge'):
+        if step['type'] in ('Resize', 'ResizeEdge', 'ResizeToMultiple'):
             image = _resize(image, step)
-            scale = (image.shape[1] / width * scale[0], image.shape[0] / height * scale[1])
-        elif step['type'] == 'ResizeToMultiple':
-            interpolation = step['interpolation'] or 'bilinear'
-            image = mmcv.imresize_to_multiple(image, step['size_divisor'], scale_factor=1, interpolation=interpolation)
             scale = (image.shape[1] / width * scale[0], image.shape[0] / height * scale[1])
         elif step['type'] == 'Pad':
             image = _pad(image, step)
@@ -347,6 +343,9 @@ def _difference(result: dict[str, Any], expected: dict[str, Any]) -> float:
 
 
 def _resize(image: np.ndarray, step: dict[str, Any]) -> np.ndarray:
+    if step['type'] == 'ResizeToMultiple':
+        interpolation = step['interpolation'] or 'bilinear'  # as MMSegmentation
+        return mmcv.imresize_to_multiple(image, step['size_divisor'], scale_factor=1, interpolation=interpolation)
     options = dict(interpolation=step['interpolation'], backend=step['backend'])
     if step['type'] == 'Resize' and step['keep_ratio']:
         return mmcv.imrescale(image, tuple(step['scale']), **options)

@@ -66,7 +66,7 @@ class SegmentationInferencer:
 
 
 class ClassMapDescriber:
-    """Makes predictions of the classes of pixels.
+    """Describes and draws the classes of the pixels of an image.
 
     Args:
         classes: Names of the classes.

@@ -179,7 +179,7 @@ def find_pairs(result, expected):
         zip(*(expected[key] for key in ('labels', 'scores', 'bboxes')), strict=True)
     ):
         for i in np.flatnonzero(np.equal(result['labels'], label)):
-            is_near = np.abs(np.subtract(result['bboxes'][i], box)).max() < 0.05
+            is_near = np.abs(np.subtract(result['bboxes'][i], box)).max() < 0.02
             if is_near and abs(result['scores'][i] - score) < 1e-4:
                 pairs.append((i, j))
                 break
